@@ -1,0 +1,1 @@
+"""TeeMate: many processes in one Intel SGX enclave."""

@@ -1,0 +1,265 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What passes between the world and an SDK enclave: the image header, registers
+ * at entry and exit, the structures that an entry points to, and the MACs.
+ *
+ * Both sides of the enclave's border include this file: the SDK's gate and
+ * dispatcher inside, libteemate and the warden outside.  The broker's Python
+ * mirrors the MAC inputs (broker/control.py), `teemate image build` mirrors the
+ * header and the static part of the thread data (client/image/layout.py).
+ * All integers are little endian; every structure is free of padding.
+ *
+ * Registers at EENTER
+ *   R12:R13  the key: a slot key, or the control key (two little-endian words)
+ *   RDI      selector (enum tm_selector)
+ *   RSI, RDX, R8, R9  its arguments
+ *   RSP, RBP are the caller's and come back unchanged
+ * Registers at EEXIT (the ordinary way out, to RCX as it was at EENTER)
+ *   RDI      what happened (enum tm_exit)
+ *   RSI      DONE: status, 0 or a negative tm_status; OCALL: enum tm_ocall
+ *   RDX      DONE: length of the output; OCALL: length of its request
+ *   R8       OCALL: the nonce that its return must bring back
+ *   R9       0
+ *   all others are zero, flags clear, XMM registers zero
+ * A refused entry (no key matches, or the slot's state forbids it) tells nothing:
+ * all registers are scrubbed and it leaves to the landing page at base + size.
+ */
+#ifndef TEEMATE_ABI_H
+#define TEEMATE_ABI_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define TM_ABI_VERSION 1u
+
+/* ---- the image ------------------------------------------------------------ */
+
+#define TM_IMAGE_MAGIC 0x3145544d45455400ull /* "\0TEEMTE1", first word of ELRANGE */
+
+#define TM_IMAGE_DEBUG 0x1u /* debug prints, and faulting RIPs are told */
+#define TM_IMAGE_TIME 0x2u  /* wants TM_CTL_TIME at least every 250 ms */
+
+/*
+ * The first 128 bytes of ELRANGE in every SDK image; measured and read only.
+ * Offsets count from the enclave's base, sizes in bytes.
+ * Slots are numbered by TCS: 0 and 1 are the warden's, then `io_slots` for its
+ * I/O, then `client_slots`.  TCS i is the page tcs_offset + i * 4096; its
+ * thread data page is td_offset + i * td_stride, its stack of stack_size bytes
+ * starts at stack_offset + i * stack_stride (an unmapped guard page below it),
+ * its nssa SSA frames at ssa_offset + i * nssa * ssa_frame_size.
+ */
+struct tm_image_header {
+    uint64_t magic;
+    uint32_t abi_version;
+    uint32_t flags;
+    uint32_t io_slots;
+    uint32_t client_slots;
+    uint32_t nssa;
+    uint32_t ssa_frame_size;
+    uint64_t size; /* of ELRANGE */
+    uint64_t tcs_offset;
+    uint64_t td_offset;
+    uint64_t td_stride;
+    uint64_t stack_offset;
+    uint64_t stack_stride;
+    uint64_t stack_size;
+    uint64_t ssa_offset;
+    uint64_t heap_offset;
+    uint64_t heap_size;
+    uint64_t rela_offset; /* R_X86_64_RELATIVE entries, applied by the first entry */
+    uint64_t rela_count;
+};
+_Static_assert(sizeof(struct tm_image_header) == 128, "tm_image_header");
+
+#define TM_WARDEN_SLOTS 2u
+#define TM_MAX_SLOTS 4096u
+
+/* The first bytes of every thread data page, written by `teemate image build`. */
+struct tm_td_static {
+    uint64_t self_offset; /* of this page */
+    uint64_t index;       /* number of the TCS */
+    uint64_t stack_top;   /* offset of the first byte above the stack */
+    uint64_t reserved[2];
+    uint64_t canary; /* at 0x28: where the compiler looks for it (FS:0x28); random, set in the enclave */
+};
+_Static_assert(offsetof(struct tm_td_static, canary) == 0x28, "stack protector");
+
+/* ---- entries -------------------------------------------------------------- */
+
+enum tm_selector {
+    TM_SEL_ECALL = 0,        /* RSI: struct tm_call, in the caller's memory */
+    TM_SEL_OCALL_RETURN = 1, /* RSI: nonce, RDX: status, R8: length of the answer in the OCALL buffer */
+    TM_SEL_BIND = 2,         /* RSI: struct tm_bind */
+    TM_SEL_CONTROL = 16,     /* RSI: struct tm_control; needs the control key */
+};
+
+enum tm_exit {
+    TM_EXIT_DONE = 0,
+    TM_EXIT_OCALL = 1,
+};
+
+/* Statuses that the SDK itself gives; authors use positive numbers. */
+enum tm_status {
+    TM_OK = 0,
+    TM_E_ARGUMENT = -1,  /* a pointer, length or field that the SDK refuses */
+    TM_E_UNKNOWN = -2,   /* no ECALL, OCALL or control operation of that name */
+    TM_E_UNBOUND = -3,   /* no identity is bound to this slot yet */
+    TM_E_MAC = -4,       /* the MAC of a bind or a control operation is wrong */
+    TM_E_STATE = -5,     /* not now: wrong generation, or the key is already another one */
+    TM_E_NOMEM = -6,     /* the enclave's heap is full */
+    TM_E_SPACE = -7,     /* the output does not fit; RDX tells how much is needed */
+    TM_E_BUSY = -8,      /* waited longer than lock_patience for a lock */
+    TM_E_OWNERDEAD = -9, /* a lock's holder died; its data may need repair */
+    TM_E_OCALL = -10,    /* the caller refused or failed an OCALL */
+    TM_E_NOTREADY = -11, /* the enclave has no control key yet */
+};
+
+/*
+ * One ECALL.  Copied in once, before anything in it is looked at; every range
+ * must lie outside of [base, base + size), without overflow.
+ */
+struct tm_call {
+    uint64_t name; /* not terminated */
+    uint64_t name_len; /* 1 to TM_NAME_MAX */
+    uint64_t in;
+    uint64_t in_len;
+    uint64_t out;
+    uint64_t out_cap;
+    uint64_t ocall_buf; /* where OCALLs of this call put requests and find answers */
+    uint64_t ocall_cap; /* TM_OCALL_MIN at least */
+    uint64_t bind;      /* struct tm_bind to be bound first, or 0 */
+    uint64_t reserved;  /* 0 */
+};
+_Static_assert(sizeof(struct tm_call) == 80, "tm_call");
+
+#define TM_NAME_MAX 64u
+#define TM_OCALL_MIN 4096u
+
+/* ---- OCALLs --------------------------------------------------------------- */
+
+enum tm_ocall {
+    TM_OCALL_NAMED = 0, /* request: u32 length of the name, name, data; goes to the application */
+    TM_OCALL_WAIT = 1,  /* request: struct tm_ocall_wait; libteemate does it */
+    TM_OCALL_WAKE = 2,  /* request: struct tm_ocall_wait; libteemate does it */
+    TM_OCALL_PRINT = 3, /* request: text for stderr; debug images only; libteemate does it */
+};
+
+/*
+ * Wait until arena[index] is no longer `expected`, `timeout_ns` (100 ms at
+ * most) at the longest; WAKE increments it and wakes `expected` waiters.
+ */
+struct tm_ocall_wait {
+    uint32_t index;
+    uint32_t expected;
+    uint64_t timeout_ns;
+};
+
+#define TM_ARENA_WORDS 1024u /* 32-bit wake counters, one page, at base + size + 4096 */
+#define TM_ARENA_SIZE 4096u
+
+/* ---- identity ------------------------------------------------------------- */
+
+/*
+ * Who uses a slot, as the broker asserts it.  `principal` is the SHA-256 of the
+ * canonical text that the policy chose, "uid=1000" or "uid=1000\ncgroup=/a/b".
+ */
+struct tm_identity {
+    uint8_t principal[32];
+    uint32_t uid;
+    uint32_t gid;
+    uint64_t grant;
+};
+_Static_assert(sizeof(struct tm_identity) == 48, "tm_identity");
+
+struct tm_bind {
+    uint64_t generation;
+    struct tm_identity identity;
+    uint8_t mac[32]; /* HMAC(mac key, TM_BIND_LABEL | u64 slot | u64 generation | identity) */
+};
+_Static_assert(sizeof(struct tm_bind) == 88, "tm_bind");
+
+/* All MACs are HMAC-SHA256; labels are 16 bytes, zero padded. */
+#define TM_MACKEY_LABEL "teemate mac key" /* mac key = HMAC(control key, label) */
+#define TM_BIND_LABEL "teemate bind"
+#define TM_CONTROL_LABEL "teemate control"
+#define TM_LABEL_SIZE 16u
+
+/* ---- control ECALLs -------------------------------------------------------- */
+
+enum tm_control_op {
+    /* The first entry after EINIT: R12:R13 becomes the control key, relocations
+     * are applied, the image's tm_on_start() runs.  Again with the same key: OK. */
+    TM_CTL_SET_KEY = 1,
+    /* Write key and generation into a free slot.  MAC. */
+    TM_CTL_ARM = 2,
+    /* Take the key of generation `generation` away; result: the slot word.  MAC. */
+    TM_CTL_CLEAR = 3,
+    /* Result: CSSA of the TCS that was entered, and its slot word. */
+    TM_CTL_PROBE = 4,
+    /* Scrub stack, thread data and SSA frames of a cleared, clean slot and run
+     * tm_on_slot_reset().  The slot is then free.  MAC. */
+    TM_CTL_RESET = 5,
+    /* Result: EXITINFO, RIP (debug images, or when the report's CPUSVN says
+     * sim; else 0), MADDR of SSA frame `argument` of `slot`. */
+    TM_CTL_SSA = 6,
+    /* Make frames 0 .. argument-1 of warden slot `slot` (not the one that is
+     * used now) leave to the landing page when they are resumed.  MAC. */
+    TM_CTL_REWRITE = 7,
+    /* Forget what `slot`'s warden thread was doing, after its frames are gone. MAC. */
+    TM_CTL_REINIT = 8,
+    /* `argument`: nanoseconds of CLOCK_REALTIME; time never goes back. MAC. */
+    TM_CTL_TIME = 9,
+    /* A control ECALL of the image's author by name (TM_CONTROL()), in `data`:
+     * the name, zero padded to 64 bytes, then up to 192 bytes of input.  MAC. */
+    TM_CTL_AUTHOR = 10,
+    /* EREPORT for the target in `data` (TARGETINFO's first 64 bytes are enough
+     * for ourselves: zeros mean this enclave) with reportdata; result: REPORT. */
+    TM_CTL_REPORT = 11,
+};
+
+/* A control ECALL's request, in the warden's memory; copied in once. */
+struct tm_control {
+    uint32_t op;
+    uint32_t reserved; /* 0 */
+    uint64_t slot;
+    uint64_t generation;
+    uint64_t argument;
+    uint8_t key[16];    /* ARM: the slot key */
+    uint64_t sequence;  /* larger than that of every MACed request before; 0 where no MAC is needed */
+    uint64_t result;    /* where to write struct tm_control_result, or 0 */
+    uint8_t mac[32];    /* HMAC(mac key, TM_CONTROL_LABEL | op .. sequence | data) */
+    uint8_t data[256];
+};
+_Static_assert(sizeof(struct tm_control) == 352, "tm_control");
+_Static_assert(offsetof(struct tm_control, result) == 56, "what the MAC covers ends before it");
+
+struct tm_control_result {
+    uint64_t cssa;
+    uint64_t word;       /* slot word: generation << 8 | enum tm_slot_state */
+    uint64_t calls;      /* ECALLs that this slot has finished, ever */
+    uint64_t exitinfo;
+    uint64_t rip;        /* offset from the base when inside of ELRANGE */
+    uint64_t maddr;
+    uint64_t abi_version;
+    uint64_t length;     /* of what is in data */
+    uint8_t data[448];
+};
+_Static_assert(sizeof(struct tm_control_result) == 512, "tm_control_result");
+
+enum tm_slot_state {
+    TM_SLOT_FREE = 0,   /* no key opens it */
+    TM_SLOT_ARMED = 1,  /* its key opens it; nobody is inside */
+    TM_SLOT_INSIDE = 2, /* a thread is inside, or was interrupted there */
+    TM_SLOT_PARKED = 3, /* in an OCALL: only that OCALL's return is accepted */
+};
+
+#define TM_WORD(generation, state) ((uint64_t)(generation) << 8 | (uint64_t)(state))
+#define TM_WORD_STATE(word) ((enum tm_slot_state)((word) & 0xff))
+#define TM_WORD_GENERATION(word) ((word) >> 8)
+
+/* ---- around ELRANGE -------------------------------------------------------- */
+
+#define TM_LANDING(base, size) ((base) + (size))        /* one page of the process's own code */
+#define TM_ARENA(base, size) ((base) + (size) + 4096u)  /* TM_ARENA_SIZE bytes */
+
+#endif

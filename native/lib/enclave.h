@@ -1,0 +1,89 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * An enclave as libteemate holds it, and what a backend has to do.
+ *
+ *   image.c (SGXS, measurement) -> loader.c -> backend (sim_*.c | sgx_*.c)
+ *   map.c, enter.c -> backend
+ *
+ * The loader reads each byte of an image once; what it hashes is what it adds.
+ */
+#ifndef TEEMATE_ENCLAVE_H
+#define TEEMATE_ENCLAVE_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "teemate.h"
+
+#define TEEMATE_WINDOW_START 0x400000000000ull
+#define TEEMATE_WINDOW_SIZE (1ull << 40)
+
+struct backend;
+struct sim_mapping; /* sim.h */
+
+/* Private enclaves: what their warden, this process, knows (private.c). */
+struct private_warden;
+
+struct teemate_enclave {
+    const struct backend *backend;
+    int fd; /* owned */
+    uint64_t base;
+    uint64_t size;
+    struct teemate_segment *segments; /* owned; ascending, without overlap */
+    size_t segment_count;
+    bool mapped;
+    bool arena_mapped;
+    bool finished; /* EINIT has been done */
+    pthread_mutex_t lock; /* mapping and unmapping */
+    struct teemate_enclave_info info;
+    struct sim_mapping *sim; /* owned by the sim backend: its own view of the file's tables */
+    struct private_warden *warden;
+};
+
+/* What ECREATE needs, as the SGXS stream and the SIGSTRUCT give it. */
+struct create_params {
+    uint64_t base;
+    uint64_t size;
+    uint32_t ssa_frame_pages;
+    uint32_t miscselect;
+    struct sgx_attributes attributes;
+};
+
+/*
+ * All return 0 or a negative errno and fill the diag.  add_pages gets a run of
+ * pages of one SECINFO; `data` NULL means zeros.  `measured`: all chunks of
+ * these pages are EEXTENDed (a page with some chunks measured comes alone,
+ * with measured = false and partly = true: the sim takes it, Linux cannot).
+ */
+struct backend {
+    const char *name;
+    enum teemate_backend id;
+    int (*available)(struct teemate_diag *diag);
+    int (*create)(struct teemate_enclave *enclave, const struct create_params *params,
+                  struct teemate_diag *diag);
+    int (*add_pages)(struct teemate_enclave *enclave, uint64_t offset, const void *data, uint64_t size,
+                     uint64_t secinfo_flags, bool measured, bool partly, struct teemate_diag *diag);
+    /* `mrenclave`: what the loader measured. */
+    int (*init)(struct teemate_enclave *enclave, const struct sgx_sigstruct *sigstruct,
+                const uint8_t mrenclave[32], struct teemate_diag *diag);
+    /* An enclave of somebody else's making: fill info from the file. */
+    int (*open)(struct teemate_enclave *enclave, struct teemate_diag *diag);
+    /* Over the PROT_NONE reservation that map.c has made. */
+    int (*map)(struct teemate_enclave *enclave, const struct teemate_segment *segment,
+               struct teemate_diag *diag);
+    int (*map_tcs)(struct teemate_enclave *enclave, uint64_t offset, struct teemate_diag *diag);
+    int (*unmap_tcs)(struct teemate_enclave *enclave, uint64_t offset);
+    /* The vDSO's contract: returns what it returns; `pause` as in teemate_enter. */
+    int (*enter)(struct teemate_enclave *enclave, uint64_t tcs_offset, struct teemate_regs *regs,
+                 uint32_t function, uint64_t pause_after_ns, struct sgx_enclave_run *run);
+    void (*close)(struct teemate_enclave *enclave);
+};
+
+extern const struct backend backend_sim;
+
+/* diag.c: fill and return `error`; diag may be NULL. */
+int diag_set(struct teemate_diag *diag, int error, enum teemate_step step, int code, uint64_t offset,
+             const char *format, ...) __attribute__((format(printf, 6, 7)));
+
+#endif

@@ -1,0 +1,145 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The sim's model of the EPC of one enclave: one sealed memfd, shared by every
+ * process that maps the enclave.
+ *
+ *   [0, size)                         page contents at their offset from the base
+ *   [size, + SIM_HEADER_SIZE)         struct sim_header: SECS and what goes with it
+ *   [.., + SIM_TCS_MAX * 64)          struct sim_tcs[], in the order of EADD
+ *   [.., + pages * 8)                 EPCM, one word per page of ELRANGE
+ *
+ * Rule of commit: every leaf changes the shared state by ONE compare-and-swap,
+ * on the word of its TCS or of its EPCM entry, after everything that the change
+ * announces has been written; so SIGKILL leaves the state before or after, as
+ * with one instruction.
+ */
+#ifndef TEEMATE_SIM_H
+#define TEEMATE_SIM_H
+
+#include <stdatomic.h>
+#include <stdint.h>
+
+#include "sgx_arch.h"
+
+#define SIM_MAGIC 0x4d4953454d454554ull /* "TEEMSIM" */
+#define SIM_VERSION 1u
+#define SIM_HEADER_SIZE 4096u
+#define SIM_TCS_MAX 4096u
+
+struct sim_header {
+    uint64_t magic;
+    uint32_t version;
+    uint32_t ssa_frame_pages;
+    uint64_t base;
+    uint64_t size;
+    struct sgx_attributes attributes; /* INIT is set by EINIT, last of all */
+    uint32_t miscselect;
+    uint32_t sgx2; /* 0: the SGX2 calls and leaves are not there */
+    uint8_t mrenclave[32];
+    uint8_t mrsigner[32];
+    uint8_t isvextprodid[16];
+    uint8_t isvfamilyid[16];
+    uint8_t configid[64];
+    uint16_t isvprodid;
+    uint16_t isvsvn;
+    uint16_t configsvn;
+    uint16_t reserved;
+    _Atomic uint32_t tcs_count;
+    /* Counts EPCM changes that take permissions away; a process whose mapping is
+     * older drops its cached permissions before it enters (our TLB shootdown). */
+    _Atomic uint32_t epoch;
+};
+_Static_assert(sizeof(struct sim_header) <= SIM_HEADER_SIZE, "sim_header");
+
+/* TCS word: busy, CSSA and holder, changed by compare-and-swap only. */
+#define SIM_TCS_BUSY 1ull
+#define SIM_TCS_CSSA_SHIFT 8
+#define SIM_TCS_CSSA(word) ((uint32_t)((word) >> SIM_TCS_CSSA_SHIFT) & 0xffffu)
+#define SIM_TCS_HOLDER(word) ((uint32_t)((word) >> 32)) /* thread id, for people; not trusted */
+#define SIM_TCS_WORD(holder, cssa, busy) \
+    ((uint64_t)(holder) << 32 | (uint64_t)(cssa) << SIM_TCS_CSSA_SHIFT | (uint64_t)(busy))
+
+/* What the processor keeps of a TCS; the page itself cannot be mapped. */
+struct sim_tcs {
+    _Atomic uint64_t word;
+    uint64_t offset; /* of the page */
+    uint64_t flags;
+    uint64_t ossa;
+    uint64_t oentry;
+    uint64_t ofsbase;
+    uint64_t ogsbase;
+    uint32_t nssa;
+    uint32_t valid;
+};
+_Static_assert(sizeof(struct sim_tcs) == 64, "sim_tcs");
+
+/* EPCM word. */
+#define SIM_EPCM_VALID 0x1ull
+#define SIM_EPCM_R 0x2ull
+#define SIM_EPCM_W 0x4ull
+#define SIM_EPCM_X 0x8ull
+#define SIM_EPCM_PENDING 0x10ull
+#define SIM_EPCM_MODIFIED 0x20ull
+#define SIM_EPCM_PR 0x40ull
+#define SIM_EPCM_TYPE_SHIFT 8
+#define SIM_EPCM_TYPE(word) ((uint32_t)((word) >> SIM_EPCM_TYPE_SHIFT) & 0xffu)
+#define SIM_EPCM_TCS_SHIFT 16 /* index into the TCS table when the type is TCS */
+#define SIM_EPCM_TCS(word) ((uint32_t)((word) >> SIM_EPCM_TCS_SHIFT) & 0xffffu)
+
+#define SIM_TABLES_OFFSET(size) (size)
+#define SIM_TABLES_SIZE(size) \
+    (SIM_HEADER_SIZE + SIM_TCS_MAX * sizeof(struct sim_tcs) + (size) / SGX_PAGE * sizeof(uint64_t))
+
+/* This process's view of the tables, mapped anywhere, shared and writable. */
+struct sim_mapping {
+    struct sim_header *header;
+    struct sim_tcs *tcs;
+    _Atomic uint64_t *epcm;
+    uint64_t tables_size;
+    _Atomic uint32_t epoch; /* that our page permissions follow */
+};
+
+struct teemate_enclave;
+
+/*
+ * ENCLU leaves other than EENTER, ERESUME and EEXIT, executed for a thread that
+ * is inside (called from the signal handler: async-signal-safe, no TLS, no
+ * stack protector, no malloc).  Registers as the SDM has them.
+ */
+struct sim_leaf_regs {
+    uint64_t rax, rbx, rcx, rdx;
+    uint64_t rflags; /* the leaves that set ZF and clear CF, PF, AF, OF, SF do so here */
+};
+
+/* What the leaf did: 0, or a fault to be delivered at the instruction. */
+struct sim_fault {
+    uint32_t vector; /* SGX_VECTOR_GP or SGX_VECTOR_PF */
+    uint32_t error;
+    uint64_t addr;
+};
+/* Returns 0 when the leaf was executed (RAX and RFLAGS set), 1 when *fault is to be raised. */
+int sim_enclu(struct teemate_enclave *enclave, struct sim_leaf_regs *regs, struct sim_fault *fault);
+
+/*
+ * The sim's page fault: is this access of a thread inside allowed by the EPCM
+ * and only our page table older (then it is brought up to date, returns 0), is
+ * the page one to be added on demand (EAUG, then a #PF as on hardware), or is it
+ * a true fault (returns 1, *fault filled)?
+ */
+int sim_page_fault(struct teemate_enclave *enclave, uint64_t addr, uint32_t error, struct sim_fault *fault);
+
+/* Before an entry: follow the epoch. */
+void sim_flush(struct teemate_enclave *enclave);
+
+/* The driver's SGX2 calls; 0 or a negative errno; *count as the ioctl's count field. */
+int sim_restrict_permissions(struct teemate_enclave *enclave, uint64_t offset, uint64_t length,
+                             uint64_t permissions, uint64_t *result, uint64_t *count);
+int sim_modify_types(struct teemate_enclave *enclave, uint64_t offset, uint64_t length, uint64_t type,
+                     uint64_t *result, uint64_t *count);
+int sim_remove_pages(struct teemate_enclave *enclave, uint64_t offset, uint64_t length, uint64_t *count);
+
+/* The AEX of the dead: busy becomes idle with CSSA + 1 and a poisoned frame.
+ * Returns 1 when it was busy, 0 when not, or a negative errno. */
+int sim_tcs_bury(struct teemate_enclave *enclave, uint64_t tcs_offset);
+
+#endif

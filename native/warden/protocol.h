@@ -1,0 +1,74 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Between the broker and a warden: one SOCK_SEQPACKET socketpair, fd 3 of the warden.
+ * Every message is one of the two structures below; the broker's Python mirrors
+ * them in broker/warden_protocol.py.  The broker sends one request at a time and
+ * keeps the deadline: a warden that does not answer in time is killed.
+ * The first request is START, with the enclave's fd and the arena's as SCM_RIGHTS.
+ */
+#ifndef TEEMATE_WARDEN_PROTOCOL_H
+#define TEEMATE_WARDEN_PROTOCOL_H
+
+#include <stdint.h>
+
+#include "teemate_abi.h"
+
+#define WARDEN_PROTOCOL_VERSION 1u
+#define WARDEN_SEGMENTS 128u
+
+enum warden_op {
+    /* body.start.  Maps the enclave, brings both warden TCSs to CSSA 0, sets the
+     * control key.  Result: control result of SET_KEY. */
+    WARDEN_START = 1,
+    /* body.control, entered through warden TCS 0 or 1: ARM, CLEAR, RESET, SSA,
+     * TIME, AUTHOR, REPORT.  The MAC is the broker's. */
+    WARDEN_CONTROL = 2,
+    /* body.control.slot: enter through that slot's own TCS and tell its CSSA.
+     * status -EBUSY when EENTER faults. */
+    WARDEN_PROBE = 3,
+    /* Sim only; body.dead.slot: its holder's process has ended, so 'busy' becomes
+     * idle with CSSA + 1 and a poisoned frame: the sim's AEX of the dead. */
+    WARDEN_DEAD = 4,
+    WARDEN_PING = 5,
+};
+
+struct warden_segment {
+    uint64_t offset;
+    uint64_t size;
+    uint32_t prot;
+    uint32_t type;
+};
+
+struct warden_request {
+    uint32_t version;
+    uint32_t op;
+    uint64_t id;
+    union {
+        struct {
+            uint64_t base;
+            uint64_t size;
+            uint32_t backend; /* enum teemate_backend */
+            uint32_t segment_count;
+            uint8_t control_key[16];
+            struct warden_segment segments[WARDEN_SEGMENTS];
+        } start;
+        struct tm_control control;
+        struct {
+            uint64_t slot;
+        } dead;
+    } body;
+};
+_Static_assert(sizeof(struct warden_request) == 16 + 40 + WARDEN_SEGMENTS * 24, "warden_request");
+
+struct warden_reply {
+    uint64_t id;
+    int32_t status;      /* 0, a negative errno, or (control) a tm_status with `entered` set */
+    uint32_t entered;    /* the enclave answered: status is a tm_status */
+    uint32_t vector;     /* when an entry faulted: exception vector + 1, else 0 */
+    uint32_t repaired;   /* START: how many SSA frames of the warden's TCSs were unwound */
+    struct tm_control_result result;
+    char text[128];      /* what went wrong, for the log */
+};
+_Static_assert(sizeof(struct warden_reply) == 24 + 512 + 128, "warden_reply");
+
+#endif
