@@ -1,0 +1,277 @@
+"""One message on the wire: CBOR in a SOCK_SEQPACKET packet, with descriptors beside it.
+
+Both ends import this module, so that they cannot disagree: the client library and the
+broker.  What came from the other side is looked through byte by byte *before* any
+object is built from it (:func:`check`), because a decoder that builds first has done the
+attacker's work by the time it complains.  The rules are those of ``protocol.cddl``: one map of
+at most 64 KiB, text keys, no tags, no indefinite lengths, no duplicate keys, depth at
+most 8, valid UTF-8, nothing behind it.
+
+Descriptors: :func:`receive` and :func:`receive_async` return the descriptors that came with a
+packet, close-on-exec, and the caller owns them.  When they raise, every descriptor that had
+arrived is closed.  The senders never take a descriptor over.
+
+trio is not imported here: the asynchronous helpers only await methods of the socket that
+they are given, so a program that uses the synchronous library never loads it.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+import cbor2
+
+from teemate.errors import ProtocolError
+
+if TYPE_CHECKING:
+    import trio.socket
+
+__all__ = [
+    "MAX_DEPTH",
+    "MAX_FDS",
+    "MAX_MESSAGE",
+    "Packet",
+    "check",
+    "close_all",
+    "decode",
+    "encode",
+    "receive",
+    "receive_async",
+    "send",
+    "send_async",
+]
+
+MAX_MESSAGE = 65536
+"""Bytes in one message, both ways."""
+MAX_DEPTH = 8
+"""Maps and arrays inside one another, the message's own map included."""
+MAX_FDS = 4
+"""Descriptors that can ride on one message; more makes the kernel cut them off (MSG_CTRUNC)."""
+
+_ANCILLARY = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+_RECEIVE_FLAGS = socket.MSG_CMSG_CLOEXEC
+
+
+class Packet(NamedTuple):
+    """What one receive gave: `data` is empty when the other side is gone.
+
+    `fds` belong to whoever received the packet.
+    """
+
+    data: bytes
+    fds: tuple[int, ...]
+
+
+def _refuse(reason: str, offset: int) -> NoReturn:
+    raise ProtocolError(f"malformed message: {reason} at byte {offset}", {"reason": reason, "offset": offset})
+
+
+def check(untrusted_data: bytes) -> None:
+    """Look through one encoded message without building anything from it.
+
+    A single loop over the items with a stack of the containers that are open, since this is
+    on the path of every attach.  Item heads: RFC 8949, section 3.
+
+    Raises
+    ------
+    ProtocolError
+        With ``detail`` holding the ``reason`` and the ``offset`` of the item at fault.
+
+    """
+    data = untrusted_data
+    size = len(data)
+    if size > MAX_MESSAGE:
+        _refuse(f"more than {MAX_MESSAGE} bytes", MAX_MESSAGE)
+    if not size:
+        _refuse("no item", 0)
+    if data[0] >> 5 != 5:
+        _refuse("the message is not a map", 0)
+    position = 0
+    # `left` counts the items still to come in the innermost container; in a map (which has a
+    # set of the keys seen so far) an even number means that a key is next.
+    left = 1
+    keys: set[bytes] | None = None
+    stack: list[tuple[int, set[bytes] | None]] = []
+    try:
+        while True:
+            while not left:
+                if not stack:
+                    if position != size:
+                        _refuse("bytes behind the message", position)
+                    return
+                left, keys = stack.pop()
+            start = position
+            head = data[position]
+            position += 1
+            value = head & 31
+            major = head >> 5
+            if major == 7:
+                if head == 0xF9:
+                    position += 2
+                elif head == 0xFA:
+                    position += 4
+                elif head == 0xFB:
+                    position += 8
+                elif not 0xF4 <= head <= 0xF6:
+                    _refuse("a simple value other than false, true, null", start)
+            elif value >= 24:
+                if value > 27:
+                    _refuse("an indefinite length" if value == 31 else "a reserved length", start)
+                width = 1 << (value - 24)
+                value = int.from_bytes(data[position : position + width], "big")
+                position += width
+            if position > size:
+                _refuse("the message ends inside this item", start)
+            if keys is not None and not left & 1:
+                if major != 3:
+                    _refuse("a key that is not text", start)
+                end = position + value
+                if end > size:
+                    _refuse("the message ends inside this item", start)
+                key = data[position:end]
+                if key in keys:
+                    _refuse("a key for the second time", start)
+                if not key.isascii():
+                    key.decode()
+                keys.add(key)
+                position = end
+                left -= 1
+                continue
+            left -= 1
+            if major < 2 or major == 7:
+                continue
+            if major == 3:
+                end = position + value
+                if end > size:
+                    _refuse("the message ends inside this item", start)
+                text = data[position:end]
+                if not text.isascii():
+                    text.decode()
+                position = end
+            elif major == 2:
+                position += value
+                if position > size:
+                    _refuse("the message ends inside this item", start)
+            elif major == 6:
+                _refuse("a tag", start)
+            else:
+                stack.append((left, keys))
+                if len(stack) > MAX_DEPTH:
+                    _refuse(f"containers nested deeper than {MAX_DEPTH}", start)
+                if major == 5:
+                    left, keys = 2 * value, set()
+                else:
+                    left, keys = value, None
+                # Every item takes a byte: a count that cannot be true is not counted down.
+                if left > size - position:
+                    _refuse("more items announced than bytes follow", start)
+    except IndexError:
+        _refuse("the message ends where an item should start", size)
+    except UnicodeDecodeError:
+        _refuse("text that is not UTF-8", start)
+
+
+def decode(untrusted_data: bytes) -> dict[str, object]:
+    """Return the map that `untrusted_data` encodes, after :func:`check`.
+
+    Raises
+    ------
+    ProtocolError
+        When it is not one message as the protocol has it.
+
+    """
+    check(untrusted_data)
+    try:
+        message = cbor2.loads(untrusted_data)
+    except (cbor2.CBORDecodeError, ValueError) as error:  # what passes check() decodes: a bug if not
+        raise ProtocolError(f"malformed message: {error}", {"reason": str(error), "offset": 0}) from error
+    if not isinstance(message, dict):
+        _refuse("the message is not a map", 0)
+    return message
+
+
+def encode(message: Mapping[str, object]) -> bytes:
+    """Return the canonical encoding of `message` (RFC 8949, section 4.2): equal maps, equal bytes.
+
+    Raises
+    ------
+    ProtocolError
+        When it is longer than :data:`MAX_MESSAGE`: ask for less at a time.
+
+    """
+    data: bytes = cbor2.dumps(message, canonical=True)
+    if len(data) > MAX_MESSAGE:
+        raise ProtocolError(
+            f"a message of {len(data)} bytes; the protocol allows {MAX_MESSAGE}: ask for less at a time",
+            {"reason": f"more than {MAX_MESSAGE} bytes", "offset": MAX_MESSAGE},
+        )
+    return data
+
+
+def close_all(fds: Iterable[int]) -> None:
+    """Close every descriptor of `fds`."""
+    for fd in fds:
+        os.close(fd)
+
+
+def _rights(fds: Iterable[int]) -> list[tuple[int, int, array.array[int]]]:
+    numbers = array.array("i", fds)
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)] if numbers else []
+
+
+def _packet(data: bytes, ancillary: list[tuple[int, int, bytes]], flags: int) -> Packet:
+    fds: tuple[int, ...] = ()
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            numbers = array.array("i")
+            numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
+            fds += tuple(numbers)
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        close_all(fds)
+        if flags & socket.MSG_TRUNC:
+            _refuse(f"more than {MAX_MESSAGE} bytes", MAX_MESSAGE)
+        _refuse(f"more than {MAX_FDS} descriptors", 0)
+    return Packet(data, fds)
+
+
+def send(sock: socket.socket, data: bytes, fds: Iterable[int] = ()) -> None:
+    """Send one packet, blocking; `fds` stay the caller's.
+
+    Raises
+    ------
+    OSError
+        As the socket gives it: EPIPE when the other side is gone, EMSGSIZE when the
+        socket's send buffer is smaller than the packet.
+
+    """
+    sock.sendmsg([data], _rights(fds), socket.MSG_NOSIGNAL)
+
+
+def receive(sock: socket.socket) -> Packet:
+    """Receive one packet, blocking; `data` is empty when the other side is gone.
+
+    Raises
+    ------
+    ProtocolError
+        The packet or its descriptors were cut off: larger than the protocol allows.
+    OSError
+        As the socket gives it.
+
+    """
+    data, ancillary, flags, _ = sock.recvmsg(MAX_MESSAGE, _ANCILLARY, _RECEIVE_FLAGS)
+    return _packet(data, ancillary, flags)
+
+
+async def send_async(sock: trio.socket.SocketType, data: bytes, fds: Iterable[int] = ()) -> None:
+    """:func:`send` on a trio socket: waits while the other side's buffer is full."""
+    await sock.sendmsg([data], _rights(fds), socket.MSG_NOSIGNAL)
+
+
+async def receive_async(sock: trio.socket.SocketType) -> Packet:
+    """:func:`receive` on a trio socket."""
+    data, ancillary, flags, _ = await sock.recvmsg(MAX_MESSAGE, _ANCILLARY, _RECEIVE_FLAGS)
+    return _packet(data, ancillary, flags)
