@@ -12,6 +12,7 @@ from collections.abc import Mapping
 __all__ = [
     "AddressInUse",
     "Busy",
+    "CallFailed",
     "CallTimeout",
     "ConnectionLost",
     "Denied",
@@ -114,6 +115,19 @@ class CallTimeout(Error):
     code = "call-timeout"
 
 
+class CallFailed(Error):
+    """The enclave answered with a status other than 0: ``status`` has it, positive ones are the image's own.
+
+    Never on the wire, since the broker takes no part in calls.
+    """
+
+    code = "call-failed"
+
+    def __init__(self, message: str, status: int, detail: Mapping[str, object] | None = None) -> None:
+        super().__init__(message, {**(detail or {}), "status": status})
+        self.status = status
+
+
 class ProtocolError(Error):
     """One side sent what the protocol does not allow."""
 
@@ -138,7 +152,7 @@ class InternalError(Error):
     code = "internal-error"
 
 
-_BY_CODE: dict[str, type[Error]] = {cls.code: cls for cls in Error.__subclasses__()}
+_BY_CODE: dict[str, type[Error]] = {cls.code: cls for cls in Error.__subclasses__() if cls is not CallFailed}
 
 
 def from_code(code: str, message: str, detail: Mapping[str, object] | None = None) -> Error:

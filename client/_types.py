@@ -1,0 +1,210 @@
+"""What the API gives back: frozen values, parsed once from what the broker said.
+
+Named tuples, since they cost nothing to import and a cold attach builds some.  Numbers are
+bytes, pages of 4096 bytes or seconds, as each field's line says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from teemate.errors import ProtocolError
+
+__all__ = [
+    "ClientInfo",
+    "EnclaveInfo",
+    "EnclaveStatistics",
+    "Exit",
+    "GrantInfo",
+    "Revocation",
+    "Segment",
+    "SlotCounts",
+    "SlotGrant",
+]
+
+
+class SlotCounts(NamedTuple):
+    """How the slots of one enclave are used."""
+
+    total: int
+    free: int
+    used: int
+    withheld: int
+    quarantined: int
+    waiting: int
+
+    @classmethod
+    def parse(cls, untrusted: Mapping[str, Any]) -> SlotCounts:
+        """Parse the broker's ``slot-counts``."""
+        return cls(*[untrusted[field] for field in cls._fields])
+
+
+class EnclaveInfo(NamedTuple):
+    """One enclave that the broker owns, as ``Broker.enclaves()`` lists it."""
+
+    name: str
+    generation: int
+    """Counts rebuilds from the same image."""
+    backend: str
+    """``sgx``, or ``sim``: a model that protects nothing."""
+    isolation: str
+    """What keeps its clients apart: ``none``, ``gate`` or ``fence``."""
+    state: str
+    """``building``, ``ready``, ``draining``, ``quarantined`` or ``lost``."""
+    reason: str | None
+    """Why it is not ready."""
+    mrenclave: bytes
+    mrsigner: bytes
+    isvprodid: int
+    isvsvn: int
+    debug: bool
+    sdk: bool
+    base: int
+    """Address in every process that attaches."""
+    size: int
+    """Bytes of ELRANGE."""
+    pages: int
+    """Pages of 4096 bytes that were added to it."""
+    owner: int
+    """The uid that it belongs to."""
+    slots: SlotCounts
+    clients: int
+
+    @classmethod
+    def parse(cls, untrusted: Mapping[str, Any]) -> EnclaveInfo:
+        """Parse the broker's ``enclave-info``."""
+        try:
+            return cls(
+                untrusted["name"],
+                untrusted["generation"],
+                untrusted["backend"],
+                untrusted["isolation"],
+                untrusted["state"],
+                untrusted.get("reason"),
+                untrusted["mrenclave"],
+                untrusted["mrsigner"],
+                untrusted["isvprodid"],
+                untrusted["isvsvn"],
+                untrusted["debug"],
+                untrusted["sdk"],
+                untrusted["base"],
+                untrusted["size"],
+                untrusted["pages"],
+                untrusted["owner"],
+                SlotCounts.parse(untrusted["slots"]),
+                untrusted["clients"],
+            )
+        except KeyError as error:
+            raise ProtocolError(f"the broker's enclave-info has no {error.args[0]!r}") from None
+
+
+class Segment(NamedTuple):
+    """A run of pages of one type with equal permissions."""
+
+    offset: int
+    size: int
+    prot: int
+    type: int
+
+
+class SlotGrant(NamedTuple):
+    """One slot as the broker hands it out; `key` opens the enclave's gate."""
+
+    slot: int
+    tcs: int
+    """Offset of the TCS page from the base."""
+    generation: int
+    key: bytes
+    bind: bytes
+
+    def __repr__(self) -> str:
+        """Say which slot it is, without the key."""
+        return f"SlotGrant(slot={self.slot}, generation={self.generation})"
+
+    @classmethod
+    def parse(cls, untrusted: Mapping[str, Any]) -> SlotGrant:
+        """Parse the broker's ``slot``."""
+        try:
+            return cls(
+                untrusted["slot"],
+                untrusted["tcs"],
+                untrusted["generation"],
+                untrusted["key"],
+                untrusted["bind"],
+            )
+        except KeyError as error:
+            raise ProtocolError(f"the broker's slot has no {error.args[0]!r}") from None
+
+
+class Exit(NamedTuple):
+    """How a raw entry ended: the registers at EEXIT."""
+
+    rdi: int
+    rsi: int
+    rdx: int
+    r8: int
+    r9: int
+    function: int
+    """The leaf that ended it: 4 (EEXIT)."""
+
+
+class GrantInfo(NamedTuple):
+    """What one client holds on one enclave."""
+
+    grant: int
+    enclave: str
+    slots: tuple[int, ...]
+
+
+class ClientInfo(NamedTuple):
+    """One connected process, as administrators see it."""
+
+    client: int
+    name: str
+    pid: int
+    uid: int
+    gid: int
+    cgroup: str
+    connected: float
+    """Seconds since it connected."""
+    requests: int
+    grants: tuple[GrantInfo, ...]
+
+    @classmethod
+    def parse(cls, untrusted: Mapping[str, Any]) -> ClientInfo:
+        """Parse the broker's ``client-info``."""
+        try:
+            return cls(
+                *[untrusted[field] for field in cls._fields[:-1]],
+                tuple(
+                    GrantInfo(grant["grant"], grant["enclave"], tuple(grant["slots"]))
+                    for grant in untrusted["grants"]
+                ),
+            )
+        except KeyError as error:
+            raise ProtocolError(f"the broker's client-info has no {error.args[0]!r}") from None
+
+
+class Revocation(NamedTuple):
+    """What a revocation reached."""
+
+    grants: int
+    cleared: int
+    """Slots whose keys no longer open the gate and that are as new."""
+    quarantined: int
+    """Slots that are never handed out again, since a call was left in them."""
+    leaked: int
+    """Slots whose holder neither ended nor acknowledged that it unmapped them."""
+
+
+class EnclaveStatistics(NamedTuple):
+    """What one :class:`Enclave` has done in this process."""
+
+    slots: int
+    free: int
+    calls: int
+    pauses: int
+    ocalls: int
+    abandoned: int
+    """Calls given up by a time-out, an exception or a cancellation; each cost a slot."""
