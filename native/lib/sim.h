@@ -17,6 +17,7 @@
 #define TEEMATE_SIM_H
 
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "sgx_arch.h"
@@ -96,10 +97,37 @@ struct sim_mapping {
     struct sim_tcs *tcs;
     _Atomic uint64_t *epcm;
     uint64_t tables_size;
-    _Atomic uint32_t epoch; /* that our page permissions follow */
+    /*
+     * The processor's own way to the pages: [0, size) once more, anywhere, readable
+     * and writable whatever the EPCM says and never faulting.  Leaves, AEX, EENTER
+     * and ERESUME reach enclave memory through it (after their checks), so that they
+     * depend on no page permission.  NULL until sim_view_open, which whoever maps the
+     * enclave calls first; the broker never does.
+     */
+    uint8_t *view;
+    _Atomic uint32_t epoch; /* that our page permissions follow; 0: none cached yet */
 };
 
 struct teemate_enclave;
+struct create_params;
+struct teemate_diag;
+
+/* struct backend's calls as far as the model of the EPC goes (sim_epc.c, sim_einit.c). */
+int sim_create(struct teemate_enclave *enclave, const struct create_params *params,
+               struct teemate_diag *diag);
+int sim_add_pages(struct teemate_enclave *enclave, uint64_t offset, const void *data, uint64_t size,
+                  uint64_t secinfo_flags, bool measured, bool partly, struct teemate_diag *diag);
+int sim_init(struct teemate_enclave *enclave, const struct sgx_sigstruct *sigstruct,
+             const uint8_t mrenclave[32], struct teemate_diag *diag);
+/* Fails with -ENODEV (not a sim enclave), -ESTALE (not a finished one, or of another
+ * geometry), -EBADMSG (its tables make no sense), -ENOMEM. */
+int sim_open(struct teemate_enclave *enclave, struct teemate_diag *diag);
+/* Unmaps tables and view and frees enclave->sim.  The fd and what is mapped at the
+ * base stay the caller's. */
+void sim_close(struct teemate_enclave *enclave);
+
+/* Map the view, once; 0 or a negative errno. */
+int sim_view_open(struct teemate_enclave *enclave);
 
 /*
  * ENCLU leaves other than EENTER, ERESUME and EEXIT, executed for a thread that
@@ -128,7 +156,16 @@ int sim_enclu(struct teemate_enclave *enclave, struct sim_leaf_regs *regs, struc
  */
 int sim_page_fault(struct teemate_enclave *enclave, uint64_t addr, uint32_t error, struct sim_fault *fault);
 
-/* Before an entry: follow the epoch. */
+/*
+ * The EPCM's and this process's say in an access of a thread inside to [addr, addr + length),
+ * inside one page of ELRANGE; `access` is SGX_PF_W, SGX_PF_I or 0.  Returns where it lies in
+ * the view, or NULL with *fault filled (#PF, with the SGX bit when the EPCM refuses).
+ */
+void *sim_access(struct teemate_enclave *enclave, uint64_t addr, uint32_t length, uint32_t access,
+                 struct sim_fault *fault);
+
+/* Before an entry: follow the epoch.  Maps of segments may start with any protection: the
+ * first flush takes it away and page faults bring it back as the EPCM allows. */
 void sim_flush(struct teemate_enclave *enclave);
 
 /* The driver's SGX2 calls; 0 or a negative errno; *count as the ioctl's count field. */
