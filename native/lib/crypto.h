@@ -3,7 +3,7 @@
  * The cryptography that SGX itself consists of.  Freestanding: the same sources
  * are compiled into enclaves by the SDK (which has no CPUID: there
  * TEEMATE_ENCLAVE is defined and the CPU is taken to have AES-NI, PCLMULQDQ and
- * RDRAND, as every CPU with SGX has; SHA instructions only when asked for).
+ * RDRAND, as every CPU with SGX has; SHA instructions only with TEEMATE_ENCLAVE_SHA).
  */
 #ifndef TEEMATE_CRYPTO_H
 #define TEEMATE_CRYPTO_H
@@ -45,7 +45,8 @@ void crypto_wipe(void *data, size_t length);
 /*
  * RSA-3072 with exponent 3, little-endian numbers of 384 bytes, as EINIT does
  * it with Q1 and Q2 (SDM, SIGSTRUCT): is signature^3 mod modulus the PKCS #1
- * v1.5 padding of `digest`?  0 or -1.
+ * v1.5 padding of `digest`?  0; -1 when the signature is wrong; -2 when it is
+ * right and only Q1 or Q2 is not.
  */
 int rsa3072_e3_verify(const uint8_t modulus[384], const uint8_t signature[384], const uint8_t q1[384],
                       const uint8_t q2[384], const uint8_t digest[32]);
