@@ -253,8 +253,14 @@ enum tm_slot_state {
     TM_SLOT_PARKED = 3, /* in an OCALL: only that OCALL's return is accepted */
 };
 
+/*
+ * TM_CTL_CLEAR met a slot that was INSIDE or PARKED: the bit is added to its
+ * state, no key opens it any more.  A call that ends all the same makes it FREE.
+ */
+#define TM_SLOT_CLEARED 0x80u
+
 #define TM_WORD(generation, state) ((uint64_t)(generation) << 8 | (uint64_t)(state))
-#define TM_WORD_STATE(word) ((enum tm_slot_state)((word) & 0xff))
+#define TM_WORD_STATE(word) ((enum tm_slot_state)((word) & 0x7f))
 #define TM_WORD_GENERATION(word) ((word) >> 8)
 
 /* ---- around ELRANGE -------------------------------------------------------- */
