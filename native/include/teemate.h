@@ -258,9 +258,12 @@ int teemate_slot_close(struct teemate_slot *slot);
 /*
  * ECALL by name.  `in`, `out` and `name` stay the caller's and must live until the
  * call is done or abandoned.  The first call of a slot binds its identity as
- * well.  Returns 0 with `call` filled, or -EINVAL, -ENOTCONN (child of fork),
- * -EBUSY (a call of this slot is not finished), -ESTALE (slot interrupted by
- * an abandoned call), -EUCLEAN.
+ * well.  Besides a signal and `pause_after_ns`, a call that only waits for a lock
+ * of the enclave's is PAUSED at least every 100 ms.  Returns 0 with `call`
+ * filled, or -EINVAL, -ENOTCONN (child of fork), -EBUSY (another thread is in
+ * this slot, or a call of it is not finished), -ESTALE (slot interrupted by a
+ * fault or an abandoned call), -EBADMSG (what the enclave answered cannot be;
+ * the slot is interrupted), -EUCLEAN.
  */
 int teemate_slot_call(struct teemate_slot *slot, const char *name, size_t name_length, const void *in,
                       size_t in_length, void *out, size_t out_capacity, uint64_t pause_after_ns,
@@ -283,8 +286,14 @@ int teemate_slot_enter(struct teemate_slot *slot, struct teemate_regs *regs, uin
 int teemate_private_start(struct teemate_enclave *enclave, struct teemate_diag *diag);
 /* What teemate_slot_open wants for client slot `n` (0 is the first that is not the warden's). */
 int teemate_private_slot(struct teemate_enclave *enclave, uint32_t n, struct teemate_slot_args *args);
-/* Control ECALL of a private enclave: both structures as in teemate_abi.h; the MAC is added here. */
-int teemate_private_control(struct teemate_enclave *enclave, void *tm_control, void *tm_control_result);
+/*
+ * Control ECALL of a private enclave: both structures as in teemate_abi.h; the MAC
+ * is added here.  Returns 0 when the enclave answered, with its tm_status in
+ * *status; else -EBUSY, -EFAULT (it faulted), -ENODEV (it is lost), -EACCES,
+ * -EBADMSG, -ENOTCONN (a child of fork).
+ */
+int teemate_private_control(struct teemate_enclave *enclave, void *tm_control, void *tm_control_result,
+                            int32_t *status);
 
 /* ---- the sim's own ----------------------------------------------------------- */
 

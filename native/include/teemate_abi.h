@@ -225,7 +225,7 @@ struct tm_control {
     uint64_t generation;
     uint64_t argument;
     uint8_t key[16];    /* ARM: the slot key */
-    uint64_t sequence;  /* larger than that of every MACed request before; 0 where no MAC is needed */
+    uint64_t sequence;  /* larger than that of every MACed request before: CLOCK_MONOTONIC in ns; 0 where no MAC is needed */
     uint64_t result;    /* where to write struct tm_control_result, or 0 */
     uint8_t mac[32];    /* HMAC(mac key, TM_CONTROL_LABEL | op .. sequence | data) */
     uint8_t data[256];

@@ -5,6 +5,11 @@
  * them in broker/warden_protocol.py.  The broker sends one request at a time and
  * keeps the deadline: a warden that does not answer in time is killed.
  * The first request is START, with the enclave's fd and the arena's as SCM_RIGHTS.
+ *
+ * Sequence numbers of MACed control ECALLs are CLOCK_MONOTONIC in ns at the time
+ * when the broker makes the request (one more than its last where that is
+ * larger).  While no request comes the warden itself tells the time to images with
+ * TM_IMAGE_TIME every 100 ms (the broker does not), with the last sequence number + 1.
  */
 #ifndef TEEMATE_WARDEN_PROTOCOL_H
 #define TEEMATE_WARDEN_PROTOCOL_H
