@@ -1,0 +1,363 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * ECALLs by name, and the OCALLs that they make.
+ *
+ * One function, slot_run(), drives a call from entry to entry until the caller
+ * is needed.  Between entries the whole state is in the slot: what entry comes
+ * next.  So a pause, an error of the entry itself and a refused handler all
+ * leave a slot that can go on or be given up.
+ *
+ * OCALLs that the SDK itself makes (wait, wake, print) are done here.  A wait is
+ * bounded, and its wake-up is only a hint: whoever maps the arena can write it,
+ * and a signal ends the wait early.  The enclave looks again in any case.
+ */
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "private.h"
+#include "slot.h"
+
+#define WAIT_LIMIT_NS 100000000ull
+/*
+ * A call that only waits (or prints) hands control back to its caller this
+ * often.  A signal whose handler ran just before the wait began would otherwise
+ * go unnoticed by an interpreter that runs its own handlers later.
+ */
+#define ATTENTION_NS 100000000ull
+#define PRINT_LIMIT 2048u
+
+/* What came from the enclave cannot be: it is given up, as after a fault. */
+static int slot_nonsense(struct teemate_slot *slot)
+{
+    slot->state = SLOT_INTERRUPTED;
+    return -EBADMSG;
+}
+
+static uint64_t clock_coarse(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+    return (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec;
+}
+
+/* ---- OCALLs of the SDK --------------------------------------------------------- */
+
+static int32_t ocall_wait(struct teemate_slot *slot, const struct tm_ocall_wait *wait, uint64_t limit_ns)
+{
+    uint64_t ns = wait->timeout_ns < WAIT_LIMIT_NS ? wait->timeout_ns : WAIT_LIMIT_NS;
+    uint32_t *words = (uint32_t *)TM_ARENA(slot->enclave->base, slot->enclave->size);
+    struct timespec timeout;
+
+    if (wait->index >= TM_ARENA_WORDS || !slot->enclave->arena_mapped)
+        return TM_E_OCALL;
+    if (ns > limit_ns)
+        ns = limit_ns;
+    timeout.tv_sec = 0;
+    timeout.tv_nsec = (long)ns;
+    /* With a timeout, FUTEX_WAIT ends with EINTR after any handler (kernel/futex: restart block). */
+    syscall(SYS_futex, &words[wait->index], FUTEX_WAIT, wait->expected, &timeout, NULL, 0);
+    return 0;
+}
+
+static int32_t ocall_wake(struct teemate_slot *slot, const struct tm_ocall_wait *wait)
+{
+    uint32_t *words = (uint32_t *)TM_ARENA(slot->enclave->base, slot->enclave->size);
+    uint32_t count = wait->expected < INT_MAX ? wait->expected : INT_MAX;
+
+    if (wait->index >= TM_ARENA_WORDS || !slot->enclave->arena_mapped)
+        return TM_E_OCALL;
+    __atomic_add_fetch(&words[wait->index], 1, __ATOMIC_SEQ_CST);
+    if (count > 0)
+        syscall(SYS_futex, &words[wait->index], FUTEX_WAKE, count, NULL, NULL, 0);
+    return 0;
+}
+
+/* The text goes to a terminal perhaps: no control characters but line ends and tabs. */
+static int32_t ocall_print(const uint8_t *text, uint64_t length)
+{
+    char line[PRINT_LIMIT];
+    size_t size = length < sizeof(line) ? (size_t)length : sizeof(line);
+    size_t done = 0;
+
+    for (size_t i = 0; i < size; i++) {
+        uint8_t c = text[i];
+        bool plain = c >= 0x20 ? c != 0x7f : c == '\n' || c == '\t';
+
+        line[i] = plain ? (char)c : '?';
+    }
+    while (done < size) {
+        ssize_t n = write(STDERR_FILENO, line + done, size - done);
+
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0)
+            return TM_E_OCALL;
+        done += (size_t)n;
+    }
+    return 0;
+}
+
+/* The next entry returns from the outstanding OCALL. */
+static void slot_prepare_return(struct teemate_slot *slot, int32_t status, uint64_t length)
+{
+    slot->entry = (struct slot_entry){
+        .rdi = TM_SEL_OCALL_RETURN,
+        .rsi = slot->nonce,
+        .rdx = (uint64_t)(int64_t)status,
+        .r8 = length,
+    };
+    slot->function = SGX_EENTER;
+    slot->state = SLOT_PAUSED;
+}
+
+/*
+ * An OCALL of `length` bytes lies in the buffer.  Returns 1 when it was done here
+ * and the next entry returns from it, 0 when it is the caller's (`call` tells it).
+ */
+static int slot_ocall(struct teemate_slot *slot, uint64_t kind, uint64_t length, uint64_t wait_limit_ns,
+                      struct teemate_call *call)
+{
+    const uint8_t *buffer = slot->ocall_buffer;
+    struct tm_ocall_wait wait;
+    uint32_t name_length;
+    int32_t status;
+
+    if (length > SLOT_OCALL_CAPACITY)
+        return slot_nonsense(slot);
+    switch (kind) {
+    case TM_OCALL_WAIT:
+    case TM_OCALL_WAKE:
+        if (length != sizeof(wait))
+            return slot_nonsense(slot);
+        memcpy(&wait, buffer, sizeof(wait));
+        status = kind == TM_OCALL_WAIT ? ocall_wait(slot, &wait, wait_limit_ns) : ocall_wake(slot, &wait);
+        slot_prepare_return(slot, status, 0);
+        return 1;
+    case TM_OCALL_PRINT:
+        slot_prepare_return(slot, ocall_print(buffer, length), 0);
+        return 1;
+    case TM_OCALL_NAMED:
+        if (length < sizeof(name_length))
+            return slot_nonsense(slot);
+        memcpy(&name_length, buffer, sizeof(name_length));
+        if (name_length < 1 || name_length > TM_NAME_MAX || name_length > length - sizeof(name_length))
+            return slot_nonsense(slot);
+        call->outcome = TEEMATE_CALL_OCALL;
+        call->ocall_name = (const char *)buffer + sizeof(name_length);
+        call->ocall_name_length = name_length;
+        call->ocall_data = buffer + sizeof(name_length) + name_length;
+        call->ocall_length = length - sizeof(name_length) - name_length;
+        slot->state = SLOT_ASKING;
+        return 0;
+    default:
+        return slot_nonsense(slot);
+    }
+}
+
+/* ---- calls --------------------------------------------------------------------- */
+
+static int slot_done(struct teemate_slot *slot, const struct teemate_regs *regs, struct teemate_call *call)
+{
+    int64_t status = (int64_t)regs->rsi;
+
+    if (status < INT32_MIN || status > INT32_MAX)
+        return slot_nonsense(slot);
+    /* TM_E_SPACE tells how much it would have taken; everything else fits. */
+    if (status != TM_E_SPACE && regs->rdx > slot->request.out_cap)
+        return slot_nonsense(slot);
+    slot->state = SLOT_IDLE;
+    /* These may have come before the identity was bound; binding the same again is harmless. */
+    if (status != TM_E_ARGUMENT && status != TM_E_UNBOUND && status != TM_E_MAC && status != TM_E_STATE)
+        slot->bound = true;
+    call->outcome = TEEMATE_CALL_DONE;
+    call->status = (int32_t)status;
+    call->out_length = regs->rdx;
+    return 0;
+}
+
+static void slot_faulted(struct teemate_slot *slot, bool resumed, struct teemate_call *call)
+{
+    const struct sgx_enclave_run *run = &call->run;
+    uint64_t tcs = slot->enclave->base + slot->tcs_offset;
+    bool page_fault = run->exception_vector == SGX_VECTOR_PF;
+    bool at_tcs = run->exception_addr - tcs < SGX_PAGE;
+
+    slot->state = SLOT_INTERRUPTED;
+    call->outcome = TEEMATE_CALL_FAULT;
+    /*
+     * EENTER cannot get at the TCS: the EPC is empty.  So it is when our ERESUME
+     * of a paused call faults there (an enclave that reads its own TCS looks the
+     * same, which is the rarer mistake).  #GP is a busy TCS or one without a
+     * free SSA frame: somebody else's thread stands in it.
+     */
+    if (page_fault && (run->function == SGX_EENTER || (resumed && at_tcs)))
+        call->outcome = TEEMATE_CALL_LOST;
+}
+
+/* Drive the entry that the slot holds until the call is done or its caller is needed. */
+static int slot_run(struct teemate_slot *slot, uint64_t pause_after_ns, struct teemate_call *call)
+{
+    uint64_t start = clock_coarse();
+    uint64_t left_ns = pause_after_ns;
+
+    memset(call, 0, sizeof(*call));
+    for (;;) {
+        uint32_t function = slot->function;
+        struct teemate_regs regs = {
+            .rdi = slot->entry.rdi,
+            .rsi = slot->entry.rsi,
+            .rdx = slot->entry.rdx,
+            .r8 = slot->entry.r8,
+            .r12 = slot->secret->key[0],
+            .r13 = slot->secret->key[1],
+        };
+        uint64_t passed;
+        int result = teemate_enter(slot->enclave, slot->tcs_offset, &regs, function, left_ns, &call->run);
+
+        if (result < 0)
+            return result; /* not entered: the slot still holds what was to be done */
+        if (result == TEEMATE_PAUSED) {
+            /* Paused before EENTER had begun, the same entry is made again. */
+            slot->function = call->run.function == SGX_EENTER ? SGX_EENTER : SGX_ERESUME;
+            slot->state = SLOT_PAUSED;
+            call->outcome = TEEMATE_CALL_PAUSED;
+            return 0;
+        }
+        if (result == TEEMATE_LANDED) {
+            /* A refused ECALL left nothing inside; anything else was reset or stands there. */
+            bool began = function != SGX_EENTER || slot->entry.rdi != TM_SEL_ECALL;
+
+            slot->state = began ? SLOT_INTERRUPTED : SLOT_IDLE;
+            slot->revoked = true;
+            call->outcome = TEEMATE_CALL_REVOKED;
+            return 0;
+        }
+        if (call->run.function != SGX_EEXIT) {
+            slot_faulted(slot, function == SGX_ERESUME, call);
+            return 0;
+        }
+        if (regs.rdi == TM_EXIT_DONE)
+            return slot_done(slot, &regs, call);
+        if (regs.rdi != TM_EXIT_OCALL)
+            return slot_nonsense(slot);
+
+        slot->bound = true; /* code of an ECALL runs after the binding only */
+        slot->nonce = regs.r8;
+        passed = clock_coarse() - start;
+        left_ns = pause_after_ns > passed ? pause_after_ns - passed : 1;
+        result = slot_ocall(slot, regs.rsi, regs.rdx, pause_after_ns != 0 ? left_ns : WAIT_LIMIT_NS, call);
+        if (result <= 0)
+            return result;
+        passed = clock_coarse() - start;
+        if (passed >= ATTENTION_NS || (pause_after_ns != 0 && passed >= pause_after_ns)) {
+            call->outcome = TEEMATE_CALL_PAUSED;
+            return 0;
+        }
+        left_ns = pause_after_ns != 0 ? pause_after_ns - passed : 0;
+    }
+}
+
+/* Take the slot for a step that is allowed in `state`. */
+static int slot_take_in(struct teemate_slot *slot, enum slot_state state)
+{
+    int result = slot_take(slot);
+
+    if (result < 0)
+        return result;
+    if (slot->state == state)
+        return 0;
+    if (slot->state == SLOT_INTERRUPTED)
+        result = -ESTALE;
+    else
+        result = state == SLOT_IDLE ? -EBUSY : -EINVAL;
+    slot_give(slot);
+    return result;
+}
+
+int teemate_slot_call(struct teemate_slot *slot, const char *name, size_t name_length, const void *in,
+                      size_t in_length, void *out, size_t out_capacity, uint64_t pause_after_ns,
+                      struct teemate_call *call)
+{
+    int result;
+
+    if (slot == NULL || name == NULL || name_length < 1 || name_length > TM_NAME_MAX || call == NULL ||
+        (in == NULL && in_length != 0) || (out == NULL && out_capacity != 0))
+        return -EINVAL;
+    result = slot_take_in(slot, SLOT_IDLE);
+    if (result == -ESTALE && slot->revoked)
+        goto revoked;
+    if (result < 0)
+        return result;
+    if (slot->revoked) {
+        slot_give(slot);
+        goto revoked;
+    }
+    if (slot->enclave->warden != NULL) {
+        result = private_tick(slot->enclave);
+        if (result < 0) {
+            slot_give(slot);
+            return result;
+        }
+    }
+    slot->request = (struct tm_call){
+        .name = (uintptr_t)name,
+        .name_len = name_length,
+        .in = (uintptr_t)in,
+        .in_len = in_length,
+        .out = (uintptr_t)out,
+        .out_cap = out_capacity,
+        .ocall_buf = (uintptr_t)slot->ocall_buffer,
+        .ocall_cap = SLOT_OCALL_CAPACITY,
+        .bind = slot->bound ? 0 : (uintptr_t)&slot->bind,
+    };
+    slot->entry = (struct slot_entry){.rdi = TM_SEL_ECALL, .rsi = (uintptr_t)&slot->request};
+    slot->function = SGX_EENTER;
+    result = slot_run(slot, pause_after_ns, call);
+    slot_give(slot);
+    return result;
+
+revoked:
+    memset(call, 0, sizeof(*call));
+    call->outcome = TEEMATE_CALL_REVOKED;
+    return 0;
+}
+
+int teemate_slot_resume(struct teemate_slot *slot, uint64_t pause_after_ns, struct teemate_call *call)
+{
+    int result;
+
+    if (slot == NULL || call == NULL)
+        return -EINVAL;
+    result = slot_take_in(slot, SLOT_PAUSED);
+    if (result < 0)
+        return result;
+    result = slot_run(slot, pause_after_ns, call);
+    slot_give(slot);
+    return result;
+}
+
+int teemate_slot_answer(struct teemate_slot *slot, int32_t status, const void *data, size_t length,
+                        uint64_t pause_after_ns, struct teemate_call *call)
+{
+    int result;
+
+    if (slot == NULL || call == NULL || (data == NULL && length != 0) || length > SLOT_OCALL_CAPACITY)
+        return -EINVAL;
+    result = slot_take_in(slot, SLOT_ASKING);
+    if (result < 0)
+        return result;
+    if (status < 0)
+        length = 0;
+    else if (length > 0)
+        memmove(slot->ocall_buffer, data, length);
+    slot_prepare_return(slot, status < 0 ? TM_E_OCALL : status, length);
+    result = slot_run(slot, pause_after_ns, call);
+    slot_give(slot);
+    return result;
+}

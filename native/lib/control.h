@@ -1,0 +1,56 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Entering with the control key: what the warden program and a process that is
+ * the warden of its own private enclave have in common.
+ *
+ * Sequence numbers of MACed requests are CLOCK_MONOTONIC in nanoseconds (one
+ * more than the last where that is larger): an enclave does not outlive a boot,
+ * so who comes later, broker or warden, has the larger number without asking.
+ */
+#ifndef TEEMATE_CONTROL_H
+#define TEEMATE_CONTROL_H
+
+#include <stdint.h>
+
+#include "enclave.h"
+#include "teemate_abi.h"
+
+struct control_key {
+    uint8_t key[16];
+    uint8_t mac_key[32];
+    uint64_t sequence; /* the last one used */
+};
+
+void control_key_init(struct control_key *key, const uint8_t control_key[16]);
+uint64_t control_sequence(struct control_key *key);
+/* Fill in sequence and MAC of a request. */
+void control_sign(struct control_key *key, struct tm_control *control);
+/* The MAC that binds `identity` to a slot's generation. */
+void control_bind(const struct control_key *key, uint64_t slot, uint64_t generation,
+                  const struct tm_identity *identity, struct tm_bind *bind);
+
+/* How an entry with the control key ended. */
+struct control_exit {
+    int32_t status;  /* a tm_status when `entered`, else a negative errno */
+    uint32_t entered; /* the enclave answered */
+    uint32_t vector; /* exception vector + 1 when the entry or the enclave faulted */
+    uint32_t inside; /* the fault was inside: the TCS has one more SSA frame in use */
+};
+
+/*
+ * Make one control ECALL through the TCS at `tcs_offset` (mapped before) and wait
+ * until it ends.  `control` is copied; `result` is zeroed and then written by the
+ * enclave alone.  status: -EBUSY when EENTER itself faulted (#GP: TCS busy or
+ * CSSA = NSSA), -ENODEV when the TCS is not there (#PF: the enclave is lost),
+ * -EFAULT for a fault inside, -EACCES when the gate refused the key, -EBADMSG
+ * when what came out cannot be, or what teemate_enter says.
+ */
+void control_enter(struct teemate_enclave *enclave, uint64_t tcs_offset, const struct control_key *key,
+                   const struct tm_control *control, struct tm_control_result *result,
+                   struct control_exit *exit);
+
+/* The image's header, checked: offsets lie in ELRANGE, counts within their limits.  -ENOTSUP when not. */
+int control_header(const struct teemate_enclave_info *info, struct tm_image_header *header,
+                   struct teemate_diag *diag);
+
+#endif

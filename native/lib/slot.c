@@ -1,0 +1,144 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Slots of SDK enclaves: open, close, abandon, and raw entries with the slot's key. */
+#include "slot.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "crypto.h"
+
+void *secret_map(size_t size)
+{
+    void *page = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    if (page == MAP_FAILED)
+        return NULL;
+    if (madvise(page, size, MADV_WIPEONFORK) != 0 || madvise(page, size, MADV_DONTDUMP) != 0) {
+        munmap(page, size);
+        return NULL;
+    }
+    return page;
+}
+
+void secret_unmap(void *secret, size_t size)
+{
+    if (secret == NULL)
+        return;
+    crypto_wipe(secret, size);
+    munmap(secret, size);
+}
+
+int slot_take(struct teemate_slot *slot)
+{
+    /* In a child the page is zero; so is nothing else, `taken` least of all. */
+    if (slot->secret->present == 0)
+        return -ENOTCONN;
+    if (atomic_exchange_explicit(&slot->taken, true, memory_order_acquire))
+        return -EBUSY;
+    return 0;
+}
+
+void slot_give(struct teemate_slot *slot)
+{
+    atomic_store_explicit(&slot->taken, false, memory_order_release);
+}
+
+static void slot_free(struct teemate_slot *slot)
+{
+    secret_unmap(slot->secret, SGX_PAGE);
+    if (slot->ocall_buffer != NULL)
+        munmap(slot->ocall_buffer, SLOT_OCALL_CAPACITY);
+    free(slot);
+}
+
+int teemate_slot_open(struct teemate_enclave *enclave, const struct teemate_slot_args *args,
+                      struct teemate_slot **out, struct teemate_diag *diag)
+{
+    struct teemate_slot *slot;
+    void *buffer;
+    int result;
+
+    if (enclave == NULL || args == NULL || out == NULL)
+        return -EINVAL;
+    slot = calloc(1, sizeof(*slot));
+    if (slot == NULL)
+        return diag_set(diag, -ENOMEM, TEEMATE_STEP_MAP, 0, args->tcs_offset, "no memory for a slot");
+    slot->enclave = enclave;
+    slot->tcs_offset = args->tcs_offset;
+    memcpy(&slot->bind, args->bind, sizeof(slot->bind));
+    slot->secret = secret_map(SGX_PAGE);
+    buffer = mmap(NULL, SLOT_OCALL_CAPACITY, PROT_READ | PROT_WRITE,
+                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (buffer != MAP_FAILED)
+        slot->ocall_buffer = buffer;
+    if (slot->secret == NULL || slot->ocall_buffer == NULL) {
+        slot_free(slot);
+        return diag_set(diag, -ENOMEM, TEEMATE_STEP_MAP, 0, args->tcs_offset,
+                        "no memory for the key and the OCALL buffer of a slot");
+    }
+    result = teemate_map_tcs(enclave, args->tcs_offset, diag);
+    if (result < 0) {
+        slot_free(slot);
+        return result;
+    }
+    memcpy(slot->secret->key, args->key, sizeof(slot->secret->key));
+    slot->secret->present = 1;
+    *out = slot;
+    return 0;
+}
+
+int teemate_slot_close(struct teemate_slot *slot)
+{
+    int result = slot_take(slot);
+    bool clean;
+
+    if (result == -EBUSY)
+        return result;
+    if (result == -ENOTCONN) {
+        /* The child of a fork has no mapping of the TCS to give up. */
+        slot_free(slot);
+        return 0;
+    }
+    clean = slot->state == SLOT_IDLE;
+    teemate_unmap_tcs(slot->enclave, slot->tcs_offset);
+    slot_free(slot);
+    return clean ? 1 : 0;
+}
+
+void teemate_slot_abandon(struct teemate_slot *slot)
+{
+    if (slot_take(slot) != 0)
+        return;
+    if (slot->state == SLOT_PAUSED && slot->function == SGX_EENTER && slot->entry.rdi == TM_SEL_ECALL)
+        slot->state = SLOT_IDLE; /* the ECALL had not begun: the enclave never saw it */
+    else if (slot->state != SLOT_IDLE)
+        slot->state = SLOT_INTERRUPTED;
+    slot_give(slot);
+}
+
+int teemate_slot_enter(struct teemate_slot *slot, struct teemate_regs *regs, uint32_t function,
+                       uint64_t pause_after_ns, struct sgx_enclave_run *run)
+{
+    int result;
+
+    if (regs == NULL || run == NULL)
+        return -EINVAL;
+    result = slot_take(slot);
+    if (result < 0)
+        return result;
+    if (slot->state == SLOT_ASKING || (slot->state == SLOT_PAUSED && function != SGX_ERESUME)) {
+        slot_give(slot);
+        return -EBUSY; /* a call through teemate_slot_call stands in there */
+    }
+    regs->r12 = slot->secret->key[0];
+    regs->r13 = slot->secret->key[1];
+    result = teemate_enter(slot->enclave, slot->tcs_offset, regs, function, pause_after_ns, run);
+    if (result == TEEMATE_LEFT && run->function == SGX_EEXIT)
+        slot->state = SLOT_IDLE;
+    else if (result >= 0)
+        slot->state = SLOT_INTERRUPTED;
+    slot_give(slot);
+    return result;
+}
