@@ -126,6 +126,12 @@ int sim_open(struct teemate_enclave *enclave, struct teemate_diag *diag);
  * base stay the caller's. */
 void sim_close(struct teemate_enclave *enclave);
 
+/* EADD's and EACCEPT's checks of a TCS page. */
+bool sim_tcs_legal(const struct sgx_tcs *tcs);
+/* Give a new TCS its place in the table, idle; its index, or -ENOSPC.  It counts once an
+ * EPCM word names it. */
+int sim_tcs_enlist(struct sim_mapping *sim, uint64_t offset, const struct sgx_tcs *tcs);
+
 /* Map the view, once; 0 or a negative errno. */
 int sim_view_open(struct teemate_enclave *enclave);
 

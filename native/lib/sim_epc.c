@@ -1,0 +1,398 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The EPC of one simulated enclave: its memfd and the tables behind the pages
+ * (sim.h): ECREATE, EADD, and opening what another process made.
+ *
+ * The tables are shared with everybody who holds the fd and may hold anything at any
+ * time.  What has to be true for this process's memory safety (size, seals, where the
+ * tables lie) is checked once against the file itself, which the seals keep as it is;
+ * every index and length read later is checked where it is used.
+ */
+#include "sim.h"
+
+#include <cpuid.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "enclave.h"
+#include "sim_check.h"
+
+#ifndef MFD_NOEXEC_SEAL
+#define MFD_NOEXEC_SEAL 8u
+#endif
+
+#define SIM_SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
+/* CPUID.(12H,0):EDX[15:8] of the processors that Linux supports: 64 GiB. */
+#define SIM_SIZE_MAX (1ull << 36)
+#define SIM_ATTRIBUTES \
+    (SGX_ATTR_DEBUG | SGX_ATTR_MODE64BIT | SGX_ATTR_PROVISIONKEY | SGX_ATTR_EINITTOKENKEY | SGX_ATTR_KSS)
+
+/* What the operating system lets us save and restore: XCR0. */
+static uint64_t xcr0(void)
+{
+    unsigned eax, ebx, ecx, edx;
+
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & bit_OSXSAVE))
+        return SGX_XFRM_LEGACY;
+    __asm__("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
+    return (uint64_t)edx << 32 | eax;
+}
+
+/* Bytes of the XSAVE area of an SSA frame, standard format (SDM, 13.4.3). */
+static uint32_t xsave_size(uint64_t xfrm)
+{
+    uint32_t size = 576;
+
+    for (unsigned i = 2; i < 63; i++) {
+        unsigned eax, ebx, ecx, edx;
+
+        if (!(xfrm >> i & 1))
+            continue;
+        __cpuid_count(0xd, i, eax, ebx, ecx, edx);
+        if (eax + ebx > size)
+            size = eax + ebx;
+    }
+    return size;
+}
+
+static int map_tables(struct teemate_enclave *enclave, struct teemate_diag *diag)
+{
+    struct sim_mapping *sim = calloc(1, sizeof(*sim));
+    uint8_t *tables;
+
+    if (!sim)
+        return diag_set(diag, -ENOMEM, TEEMATE_STEP_MAP, 0, 0, "no memory for the enclave's description");
+    sim->tables_size = SIM_TABLES_SIZE(enclave->size);
+    tables = mmap(NULL, sim->tables_size, PROT_READ | PROT_WRITE, MAP_SHARED, enclave->fd,
+                  (off_t)SIM_TABLES_OFFSET(enclave->size));
+    if (tables == MAP_FAILED) {
+        int error = -errno;
+
+        free(sim);
+        return diag_set(diag, error, TEEMATE_STEP_MAP, 0, 0,
+                        "cannot map the tables of the simulated enclave (%s); is there a limit on address space?",
+                        strerror(-error));
+    }
+    madvise(tables, sim->tables_size, MADV_DONTFORK);
+    sim->header = (struct sim_header *)tables;
+    sim->tcs = (struct sim_tcs *)(tables + SIM_HEADER_SIZE);
+    sim->epcm = (_Atomic uint64_t *)(tables + SIM_HEADER_SIZE + SIM_TCS_MAX * sizeof(struct sim_tcs));
+    enclave->sim = sim;
+    return 0;
+}
+
+/* SDM volume 3D, ECREATE: the checks of SECS.  NULL, or what is wrong. */
+static const char *secs_fault(const struct create_params *params)
+{
+    uint64_t frame = (uint64_t)params->ssa_frame_pages * SGX_PAGE;
+    uint64_t xfrm = params->attributes.xfrm;
+
+    if (params->size & (params->size - 1) || params->size < 2 * SGX_PAGE || params->size > SIM_SIZE_MAX)
+        return "the size must be a power of two from 8 KiB to 64 GiB";
+    if (params->base & (params->size - 1) || params->base >> 47)
+        return "the base must be a multiple of the size and below 2^47";
+    if (params->attributes.flags & ~SIM_ATTRIBUTES)
+        return "ATTRIBUTES has a bit that the simulated processor does not have";
+    if (!(params->attributes.flags & SGX_ATTR_MODE64BIT))
+        return "ATTRIBUTES.MODE64BIT is not set: there are no 32-bit enclaves here";
+    if ((xfrm & SGX_XFRM_LEGACY) != SGX_XFRM_LEGACY)
+        return "XFRM must have bits 0 and 1 (x87, SSE)";
+    if (xfrm & ~xcr0())
+        return "XFRM has a feature that this computer or its kernel does not have";
+    if (params->miscselect & ~SGX_MISC_EXINFO)
+        return "MISCSELECT has a bit that the simulated processor does not have";
+    if (frame > params->size ||
+        frame < xsave_size(xfrm) + sizeof(struct sgx_exinfo) + sizeof(struct sgx_gprs))
+        return "the SSA frame does not fit: it must hold the XSAVE area of XFRM and 200 bytes";
+    return NULL;
+}
+
+int sim_create(struct teemate_enclave *enclave, const struct create_params *params,
+               struct teemate_diag *diag)
+{
+    const char *fault = secs_fault(params), *machine = getenv("TEEMATE_SIM_CPU");
+    struct sim_header *header;
+    int fd, error;
+
+    if (fault)
+        return diag_set(diag, -EINVAL, TEEMATE_STEP_ECREATE, 0, 0, "ECREATE refuses the enclave: %s", fault);
+    fd = memfd_create("teemate-sim-enclave", MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL);
+    if (fd < 0 && errno == EINVAL) /* before Linux 6.3 */
+        fd = memfd_create("teemate-sim-enclave", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0)
+        return diag_set(diag, -errno, TEEMATE_STEP_ECREATE, 0, 0, "cannot make a memfd for the enclave: %s",
+                        strerror(errno));
+    if (ftruncate(fd, (off_t)(params->size + SIM_TABLES_SIZE(params->size))) ||
+        fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW)) {
+        error = -errno;
+        close(fd);
+        return diag_set(diag, error, TEEMATE_STEP_ECREATE, 0, 0,
+                        "cannot size the enclave's memfd to %llu bytes: %s; is there a limit on file size?",
+                        (unsigned long long)params->size, strerror(-error));
+    }
+    enclave->fd = fd;
+    enclave->base = params->base;
+    enclave->size = params->size;
+    error = map_tables(enclave, diag);
+    if (error) {
+        enclave->fd = -1;
+        close(fd);
+        return error;
+    }
+    header = enclave->sim->header;
+    header->version = SIM_VERSION;
+    header->ssa_frame_pages = params->ssa_frame_pages;
+    header->base = params->base;
+    header->size = params->size;
+    header->attributes = params->attributes;
+    header->miscselect = params->miscselect;
+    /* TEEMATE_SIM_CPU=sgx1: a processor without SGX2. */
+    header->sgx2 = !(machine && strcmp(machine, "sgx1") == 0);
+    atomic_store(&header->epoch, 1);
+    header->magic = SIM_MAGIC;
+
+    enclave->info.base = params->base;
+    enclave->info.size = params->size;
+    enclave->info.attributes = params->attributes.flags;
+    enclave->info.xfrm = params->attributes.xfrm;
+    enclave->info.miscselect = params->miscselect;
+    enclave->info.ssa_frame_pages = params->ssa_frame_pages;
+    enclave->info.backend = TEEMATE_SIM;
+    return 0;
+}
+
+bool sim_tcs_legal(const struct sgx_tcs *tcs)
+{
+    static const uint8_t zero[sizeof(tcs->reserved)];
+
+    /* SDM, EADD: "Check TCS fields"; FLAGS.DBGOPTIN may be set by EDBGWR only. */
+    return !tcs->flags && !(tcs->ossa & 0xfff) && !(tcs->ofsbase & 0xfff) && !(tcs->ogsbase & 0xfff) &&
+           (tcs->fslimit & 0xfff) == 0xfff && (tcs->gslimit & 0xfff) == 0xfff && !tcs->ocetssa &&
+           !tcs->oprevssp && memcmp(tcs->reserved, zero, sizeof(zero)) == 0;
+}
+
+int sim_tcs_enlist(struct sim_mapping *sim, uint64_t offset, const struct sgx_tcs *tcs)
+{
+    uint32_t count = atomic_load(&sim->header->tcs_count), index;
+    struct sim_tcs *slot = NULL;
+
+    if (count > SIM_TCS_MAX)
+        count = SIM_TCS_MAX;
+    /* A page that was a TCS before has a place already. */
+    for (index = 0; index < count && !slot; index++)
+        if (sim->tcs[index].valid && sim->tcs[index].offset == offset)
+            slot = &sim->tcs[index];
+    if (slot) {
+        index--;
+    } else {
+        index = atomic_fetch_add(&sim->header->tcs_count, 1);
+        if (index >= SIM_TCS_MAX) {
+            atomic_store(&sim->header->tcs_count, SIM_TCS_MAX);
+            return -ENOSPC;
+        }
+        slot = &sim->tcs[index];
+    }
+    slot->offset = offset;
+    slot->flags = tcs->flags;
+    slot->ossa = tcs->ossa;
+    slot->oentry = tcs->oentry;
+    slot->ofsbase = tcs->ofsbase;
+    slot->ogsbase = tcs->ogsbase;
+    slot->nssa = tcs->nssa;
+    atomic_store(&slot->word, SIM_TCS_WORD(0, 0, 0));
+    slot->valid = 1;
+    return (int)index;
+}
+
+static int write_all(int fd, const uint8_t *data, uint64_t size, uint64_t offset)
+{
+    while (size) {
+        ssize_t n = pwrite(fd, data, size, (off_t)offset);
+
+        if (n < 0 && errno != EINTR)
+            return -errno;
+        if (n > 0) {
+            data += n;
+            size -= (uint64_t)n;
+            offset += (uint64_t)n;
+        }
+    }
+    return 0;
+}
+
+int sim_add_pages(struct teemate_enclave *enclave, uint64_t offset, const void *data, uint64_t size,
+                  uint64_t secinfo_flags, bool measured, bool partly, struct teemate_diag *diag)
+{
+    static const struct sgx_tcs no_tcs;
+    struct sim_mapping *sim = enclave->sim;
+    uint64_t type = secinfo_flags >> 8, rwx = secinfo_flags & 7;
+    uint64_t word = SIM_EPCM_VALID | rwx << 1 | type << SIM_EPCM_TYPE_SHIFT;
+    int error = 0;
+
+    (void)measured; /* the loader measures; the model has no MRENCLAVE under construction */
+    (void)partly;
+    if (offset % SGX_PAGE || size % SGX_PAGE || offset > enclave->size || size > enclave->size - offset)
+        return diag_set(diag, -EINVAL, TEEMATE_STEP_EADD, 0, offset,
+                        "EADD of %#llx bytes at offset %#llx: not whole pages inside the enclave of %#llx bytes",
+                        (unsigned long long)size, (unsigned long long)offset,
+                        (unsigned long long)enclave->size);
+    if ((type != SGX_PT_REG && type != SGX_PT_TCS) || secinfo_flags & 0xf8)
+        return diag_set(diag, -EINVAL, TEEMATE_STEP_EADD, 0, offset,
+                        "EADD at offset %#llx: SECINFO.FLAGS %#llx is not a regular page or a TCS",
+                        (unsigned long long)offset, (unsigned long long)secinfo_flags);
+    if ((rwx & SGX_SECINFO_W && !(rwx & SGX_SECINFO_R)) || (type == SGX_PT_TCS && rwx))
+        return diag_set(diag, -EINVAL, TEEMATE_STEP_EADD, 0, offset,
+                        "EADD at offset %#llx: %s", (unsigned long long)offset,
+                        type == SGX_PT_TCS ? "a TCS page has no permissions"
+                                           : "a page that can be written must be readable");
+    if (enclave->finished || sim->header->attributes.flags & SGX_ATTR_INIT)
+        return diag_set(diag, -EINVAL, TEEMATE_STEP_EADD, 0, offset,
+                        "EADD at offset %#llx: the enclave is initialized", (unsigned long long)offset);
+    for (uint64_t at = offset; at < offset + size; at += SGX_PAGE)
+        if (atomic_load_explicit(&sim->epcm[at / SGX_PAGE], memory_order_relaxed))
+            return diag_set(diag, -EBUSY, TEEMATE_STEP_EADD, 0, at,
+                            "EADD at offset %#llx: there is a page already", (unsigned long long)at);
+
+    if (data)
+        error = write_all(enclave->fd, data, size, offset);
+    else if (fallocate(enclave->fd, FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)size))
+        error = -errno;
+    if (error)
+        return diag_set(diag, error == -ENOSPC ? -ENOMEM : error, TEEMATE_STEP_EADD, 0, offset,
+                        "EADD of %llu KiB at offset %#llx: %s; is there a memory limit?",
+                        (unsigned long long)size / 1024, (unsigned long long)offset, strerror(-error));
+
+    for (uint64_t at = offset; at < offset + size; at += SGX_PAGE) {
+        uint64_t entry = word;
+
+        if (type == SGX_PT_TCS) {
+            struct sgx_tcs tcs = no_tcs;
+            int index;
+
+            if (data)
+                memcpy(&tcs, (const uint8_t *)data + (at - offset), sizeof(tcs));
+            if (!sim_tcs_legal(&tcs))
+                return diag_set(diag, -EINVAL, TEEMATE_STEP_EADD, 0, at,
+                                "EADD of the TCS at offset %#llx: FLAGS, reserved bytes or an alignment is wrong "
+                                "(OSSA, OFSBASE and OGSBASE are page offsets, FSLIMIT and GSLIMIT end in FFFh)",
+                                (unsigned long long)at);
+            index = sim_tcs_enlist(sim, at, &tcs);
+            if (index < 0)
+                return diag_set(diag, index, TEEMATE_STEP_EADD, 0, at,
+                                "EADD of the TCS at offset %#llx: the simulated enclave has no more than %u",
+                                (unsigned long long)at, SIM_TCS_MAX);
+            entry |= (uint64_t)index << SIM_EPCM_TCS_SHIFT;
+        }
+        atomic_store_explicit(&sim->epcm[at / SGX_PAGE], entry, memory_order_relaxed);
+    }
+    enclave->info.pages += size / SGX_PAGE;
+    return 0;
+}
+
+/* Is this the file of a sim enclave?  Its size is the geometry that its header claims. */
+static bool read_header(int fd, struct sim_header *header)
+{
+    struct stat stat;
+    uint64_t size;
+
+    if (fcntl(fd, F_GET_SEALS) < 0 || fstat(fd, &stat) || stat.st_size < (off_t)(SIM_HEADER_SIZE + 2 * SGX_PAGE))
+        return false;
+    /* The size of ELRANGE is the largest power of two that is not above the file's. */
+    size = 1ull << (63 - __builtin_clzll((uint64_t)stat.st_size));
+    if (size > SIM_SIZE_MAX)
+        return false;
+    while (size >= 2 * SGX_PAGE && size + SIM_TABLES_SIZE(size) != (uint64_t)stat.st_size)
+        size /= 2;
+    return size >= 2 * SGX_PAGE &&
+           pread(fd, header, sizeof(*header), (off_t)SIM_TABLES_OFFSET(size)) == sizeof(*header) &&
+           header->magic == SIM_MAGIC && header->version == SIM_VERSION && header->size == size;
+}
+
+int sim_open(struct teemate_enclave *enclave, struct teemate_diag *diag)
+{
+    struct teemate_enclave_info *info = &enclave->info;
+    struct sim_header header;
+    int error;
+
+    if (!read_header(enclave->fd, &header))
+        return diag_set(diag, -ENODEV, TEEMATE_STEP_MAP, 0, 0, "the descriptor is not that of a simulated enclave");
+    if ((fcntl(enclave->fd, F_GET_SEALS) & SIM_SEALS) != SIM_SEALS || !(header.attributes.flags & SGX_ATTR_INIT))
+        return diag_set(diag, -ESTALE, TEEMATE_STEP_MAP, 0, 0,
+                        "the simulated enclave was not finished: EINIT has not been done");
+    if (header.size != enclave->size || header.base != enclave->base)
+        return diag_set(diag, -ESTALE, TEEMATE_STEP_MAP, 0, 0,
+                        "the simulated enclave has its place at %#llx (%#llx bytes), not at %#llx (%#llx bytes)",
+                        (unsigned long long)header.base, (unsigned long long)header.size,
+                        (unsigned long long)enclave->base, (unsigned long long)enclave->size);
+    if (header.base & (header.size - 1) || header.base >> 47 || !header.ssa_frame_pages ||
+        header.ssa_frame_pages > header.size / SGX_PAGE || !(header.attributes.flags & SGX_ATTR_MODE64BIT) ||
+        (header.attributes.xfrm & SGX_XFRM_LEGACY) != SGX_XFRM_LEGACY || header.miscselect & ~SGX_MISC_EXINFO)
+        return diag_set(diag, -EBADMSG, TEEMATE_STEP_MAP, 0, 0,
+                        "the tables of the simulated enclave make no sense: somebody wrote into them");
+    error = map_tables(enclave, diag);
+    if (error)
+        return error;
+    /* From the copy that was checked: the shared one may change under us. */
+    info->base = header.base;
+    info->size = header.size;
+    info->attributes = header.attributes.flags;
+    info->xfrm = header.attributes.xfrm;
+    info->miscselect = header.miscselect;
+    info->ssa_frame_pages = header.ssa_frame_pages;
+    info->isvprodid = header.isvprodid;
+    info->isvsvn = header.isvsvn;
+    info->backend = TEEMATE_SIM;
+    memcpy(info->mrenclave, header.mrenclave, sizeof(info->mrenclave));
+    memcpy(info->mrsigner, header.mrsigner, sizeof(info->mrsigner));
+    enclave->finished = true;
+    return 0;
+}
+
+int sim_view_open(struct teemate_enclave *enclave)
+{
+    struct sim_mapping *sim = enclave->sim;
+    uint8_t *view;
+
+    if (sim->view)
+        return 0;
+    view = mmap(NULL, enclave->size, PROT_READ | PROT_WRITE, MAP_SHARED, enclave->fd, 0);
+    if (view == MAP_FAILED)
+        return -errno;
+    madvise(view, enclave->size, MADV_DONTFORK);
+    sim->view = view;
+    return 0;
+}
+
+void sim_close(struct teemate_enclave *enclave)
+{
+    struct sim_mapping *sim = enclave->sim;
+
+    if (!sim)
+        return;
+    if (sim->view)
+        munmap(sim->view, enclave->size);
+    munmap(sim->header, sim->tables_size);
+    free(sim);
+    enclave->sim = NULL;
+}
+
+int teemate_sim_is(int fd)
+{
+    struct sim_header header;
+
+    return read_header(fd, &header);
+}
+
+int64_t teemate_sim_pages(int fd)
+{
+    struct stat stat;
+
+    if (fstat(fd, &stat))
+        return -errno;
+    return stat.st_blocks * 512 / SGX_PAGE;
+}
