@@ -188,7 +188,8 @@ _Static_assert(sizeof(struct tm_bind) == 88, "tm_bind");
 
 enum tm_control_op {
     /* The first entry after EINIT: R12:R13 becomes the control key, relocations
-     * are applied, the image's tm_on_start() runs.  Again with the same key: OK. */
+     * are applied, the image's tm_on_start() runs.  Again with the same key: OK.
+     * Result: the image header, as the enclave itself has it. */
     TM_CTL_SET_KEY = 1,
     /* Write key and generation into a free slot.  MAC. */
     TM_CTL_ARM = 2,
@@ -202,10 +203,12 @@ enum tm_control_op {
     /* Result: EXITINFO, RIP (debug images, or when the report's CPUSVN says
      * sim; else 0), MADDR of SSA frame `argument` of `slot`. */
     TM_CTL_SSA = 6,
-    /* Make frames 0 .. argument-1 of warden slot `slot` (not the one that is
-     * used now) leave to the landing page when they are resumed.  MAC. */
+    /* Make frames 0 .. argument-1 (NSSA at most) of warden slot `slot` (not the
+     * one that is used now) leave to the landing page when they are resumed.
+     * MAC.  As PROBE and REINIT it takes no lock: whoever held one may be dead. */
     TM_CTL_REWRITE = 7,
-    /* Forget what `slot`'s warden thread was doing, after its frames are gone. MAC. */
+    /* Forget what `slot`'s warden thread was doing, after its frames are gone: locks
+     * and half-done operations.  Harmless when it was doing nothing.  MAC. */
     TM_CTL_REINIT = 8,
     /* `argument`: nanoseconds of CLOCK_REALTIME; time never goes back. MAC. */
     TM_CTL_TIME = 9,
