@@ -45,6 +45,22 @@ enum teemate_step {
     TEEMATE_STEP_SIGNALS = 10,  /* somebody replaced the library's signal handlers */
 };
 
+/* `code` of TEEMATE_STEP_PARSE: what is wrong with the record. */
+enum teemate_bad_record {
+    TEEMATE_BAD_TRUNCATED = 1,   /* the file ends inside of it */
+    TEEMATE_BAD_TAG = 2,         /* no record of SGXS, or not at this place */
+    TEEMATE_BAD_RESERVED = 3,    /* bytes that must be zero are not */
+    TEEMATE_BAD_SIZE = 4,        /* of ELRANGE, or of the SSA frames */
+    TEEMATE_BAD_UNSIZED = 5,     /* the stream has no size yet, so it cannot be measured */
+    TEEMATE_BAD_ALIGNMENT = 6,
+    TEEMATE_BAD_RANGE = 7,       /* outside of ELRANGE */
+    TEEMATE_BAD_ORDER = 8,       /* pages do not ascend, or data belongs to another page */
+    TEEMATE_BAD_OVERLAP = 9,     /* a page or chunk comes twice */
+    TEEMATE_BAD_SECINFO = 10,    /* page type or permissions that EADD does not take */
+    TEEMATE_BAD_LIMIT = 11,      /* more pages or segments than the library takes */
+    TEEMATE_BAD_HEADER = 12,     /* the SDK's image header contradicts the image */
+};
+
 struct teemate_diag {
     int32_t step;
     int32_t code;
