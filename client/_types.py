@@ -175,13 +175,11 @@ class ClientInfo(NamedTuple):
     def parse(cls, untrusted: Mapping[str, Any]) -> ClientInfo:
         """Parse the broker's ``client-info``."""
         try:
-            return cls(
-                *[untrusted[field] for field in cls._fields[:-1]],
-                tuple(
-                    GrantInfo(grant["grant"], grant["enclave"], tuple(grant["slots"]))
-                    for grant in untrusted["grants"]
-                ),
+            grants = tuple(
+                GrantInfo(grant["grant"], grant["enclave"], tuple(grant["slots"]))
+                for grant in untrusted["grants"]
             )
+            return cls._make([*(untrusted[field] for field in cls._fields[:-1]), grants])
         except KeyError as error:
             raise ProtocolError(f"the broker's client-info has no {error.args[0]!r}") from None
 

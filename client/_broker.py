@@ -1,0 +1,277 @@
+"""The synchronous API: a broker behind its socket."""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from teemate._connection import DEFAULT_PATH, Check, Connection
+from teemate._enclave import Enclave, map_enclave, new_handle
+from teemate._faults import native_error, new_diag
+from teemate._grant import WAIT, GrantedEnclave
+from teemate._native import ffi, lib
+from teemate._types import ClientInfo, EnclaveInfo, Revocation, SlotGrant
+from teemate.errors import ImageError, ProtocolError
+from teemate.wire import close_all
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Broker", "connect"]
+
+_BACKENDS = {"sim": lib.TEEMATE_SIM, "sgx": lib.TEEMATE_SGX}
+
+
+def connect(path: str | os.PathLike[str] | None = None, *, client: str = "") -> Broker:
+    """Connect to the broker at `path`.
+
+    Parameters
+    ----------
+    path
+        Of its socket; None takes ``TEEMATE_SOCKET``, else ``/run/teemate/broker.sock``.
+    client
+        A name for ``teemate status`` and the broker's log, at most 64 bytes.
+
+    Raises
+    ------
+    ConnectionLost
+        Nobody listens there.
+
+    """
+    where = os.fspath(path) if path is not None else os.environ.get("TEEMATE_SOCKET") or DEFAULT_PATH
+    return Broker(Connection(where, client))
+
+
+class Broker:
+    """A connection to the broker.  Thread safe; use it as a context manager.
+
+    Leaving detaches every enclave that is still attached.  When the broker ends, calls in
+    enclaves go on; what needs the broker raises :class:`ConnectionLost`.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._grants: dict[int, GrantedEnclave] = {}
+        connection.on_event = self._event
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Detach everything and close the connection."""
+        self.close()
+
+    def close(self) -> None:
+        """Detach everything and close the connection."""
+        try:
+            for enclave in list(self._grants.values()):
+                enclave.detach()
+        finally:
+            self._connection.close()
+
+    @property
+    def path(self) -> str:
+        """Of the socket."""
+        return self._connection.path
+
+    # ---- everybody's -----------------------------------------------------------------
+
+    def ping(self) -> None:
+        """Return when the broker has answered."""
+        self._request("ping")
+
+    def enclaves(self) -> list[EnclaveInfo]:
+        """Return the enclaves that this client may see."""
+        return self._enclaves(None)
+
+    def _enclaves(self, check: Check | None) -> list[EnclaveInfo]:
+        return [EnclaveInfo.parse(info) for info in self._request("enclaves", check=check)["enclaves"]]
+
+    def attach(self, name: str, slots: int = 1, wait: float = WAIT) -> GrantedEnclave:
+        """Map the enclave `name` into this process and get `slots` of its TCSs.
+
+        Parameters
+        ----------
+        slots
+            How many threads of this process can be inside at once.
+        wait
+            Seconds to wait for slots when all are in use.
+
+        Raises
+        ------
+        NotFound, Denied, LimitReached, Draining
+            As the broker answers.
+        Busy
+            Not enough slots got free within `wait`.
+        AddressInUse
+            Something else is mapped at the enclave's address; the message names it.
+
+        """
+        return self._attach(name, slots, wait, None)
+
+    def _attach(self, name: str, slots: int, wait: float, check: Check | None) -> GrantedEnclave:
+        connection = self._connection
+        reply = connection.request(
+            "attach",
+            {"enclave": name, "slots": slots, "wait": wait},
+            wait=wait,
+            undo=self._undo_attach,
+            check=check,
+        )
+        ok = reply.ok
+        try:
+            enclave = self._map(ok, reply.fds)
+        except BaseException:
+            self._undo_attach(ok)
+            raise
+        self._grants[enclave.grant] = enclave
+        return enclave
+
+    def _map(self, ok: Mapping[str, Any], fds: tuple[int, ...]) -> GrantedEnclave:
+        if len(fds) != 2:
+            close_all(fds)
+            raise ProtocolError(f"an attach reply brings 2 descriptors, this one {len(fds)}")
+        enclave_fd, arena_fd = fds
+        try:
+            try:
+                info = EnclaveInfo.parse(ok["enclave"])
+                segments = ffi.new("struct teemate_segment[]", ok["segments"])
+                backend = _BACKENDS[info.backend]
+            except BaseException:
+                os.close(enclave_fd)
+                raise
+            handle = new_handle()
+            diag = new_diag()
+            error = lib.teemate_open(
+                backend, enclave_fd, info.base, info.size, segments, len(segments), handle, diag
+            )
+            if error:
+                raise native_error(error, diag, f"opening enclave {info.name!r}")
+            native = handle[0]
+            map_enclave(native, info.name)
+            error = lib.teemate_map_arena(native, arena_fd, diag)
+            if error:
+                failure = native_error(error, diag, f"mapping the arena of {info.name!r}")
+                lib.teemate_close(native)
+                raise failure
+        finally:
+            os.close(arena_fd)
+        slots = [SlotGrant.parse(slot) for slot in ok["slots"]]
+        return GrantedEnclave(native, self._connection, ok["grant"], info, slots, self._forget)
+
+    def _undo_attach(self, ok: Mapping[str, Any]) -> None:
+        self._connection.post("detach", {"grant": ok["grant"], "clean": True})
+
+    def _forget(self, enclave: GrantedEnclave) -> None:
+        self._grants.pop(enclave.grant, None)
+
+    def acquire(self, enclave: GrantedEnclave, count: int = 1, wait: float = WAIT) -> None:
+        """Get `count` more slots for a grant: :meth:`GrantedEnclave.acquire`."""
+        enclave.acquire(count, wait)
+
+    def release(self, enclave: GrantedEnclave, count: int = 1) -> None:
+        """Give `count` free slots of a grant back: :meth:`GrantedEnclave.release`."""
+        enclave.release(count)
+
+    def detach(self, enclave: Enclave) -> None:
+        """Give a grant up: :meth:`Enclave.detach`."""
+        enclave.detach()
+
+    # ---- administrators' -------------------------------------------------------------
+
+    def create(
+        self,
+        name: str,
+        image: str | os.PathLike[str],
+        sigstruct: bytes | str | os.PathLike[str],
+        *,
+        backend: str = "auto",
+        debug: bool = False,
+        owner: int | None = None,
+    ) -> EnclaveInfo:
+        """Have the broker build an enclave from an image; `sigstruct` is its bytes or a path.
+
+        Raises :class:`ImageError` with the step and offset, :class:`Denied` when the policy does
+        not let this user create it.
+        """
+        args: dict[str, object] = {"name": name, "backend": backend, "debug": debug}
+        if owner is not None:
+            args["owner"] = owner
+        try:
+            if not isinstance(sigstruct, bytes):
+                with open(sigstruct, "rb") as file:
+                    sigstruct = file.read()
+            fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ImageError(f"cannot read {error.filename}: {error.strerror}", {"step": "read"}) from None
+        args["sigstruct"] = sigstruct
+        try:
+            return EnclaveInfo.parse(self._request("create", args, fds=(fd,), wait=300.0))
+        finally:
+            os.close(fd)
+
+    def destroy(self, name: str, *, force: bool = False) -> int:
+        """Destroy an enclave; `force` revokes what is attached first.  Returns how many grants that were."""
+        return int(self._request("destroy", {"enclave": name, "force": force}, wait=60.0)["revoked"])
+
+    def revoke(
+        self,
+        *,
+        grant: int | None = None,
+        client: int | None = None,
+        enclave: str | None = None,
+        grace: float | None = None,
+        reason: str | None = None,
+    ) -> Revocation:
+        """Take back one grant, all of a client, or all of an enclave.
+
+        `grace`: seconds that the holders get to acknowledge.  `reason` goes to the audit record.
+        """
+        given = {"grant": grant, "client": client, "enclave": enclave, "grace": grace, "reason": reason}
+        args = {key: value for key, value in given.items() if value is not None}
+        ok = self._request("revoke", args, wait=60.0 + (grace or 0.0))
+        return Revocation(ok["grants"], ok["cleared"], ok["quarantined"], ok["leaked"])
+
+    def clients(self) -> list[ClientInfo]:
+        """Return everybody who is connected."""
+        return [ClientInfo.parse(client) for client in self._request("clients")["clients"]]
+
+    def stats(self) -> dict[str, Any]:
+        """Return the broker's statistics, by part."""
+        stats: dict[str, Any] = self._request("stats")["stats"]
+        return stats
+
+    # ---- inside ----------------------------------------------------------------------
+
+    def _request(
+        self,
+        op: str,
+        args: Mapping[str, object] | None = None,
+        *,
+        fds: tuple[int, ...] = (),
+        wait: float = 0.0,
+        check: Check | None = None,
+    ) -> dict[str, Any]:
+        reply = self._connection.request(op, args, fds=fds, wait=wait, check=check)
+        close_all(reply.fds)
+        return reply.ok
+
+    def _event(self, event: Mapping[str, Any]) -> None:
+        """Handle an event, in whichever thread reads the socket."""
+        kind = event["event"]
+        if kind == "draining":
+            for enclave in list(self._grants.values()):
+                if enclave.name == event["enclave"]:
+                    enclave.draining = True
+            return
+        granted = self._grants.get(event.get("grant", -1))
+        if granted is None:
+            return
+        if kind == "revoked":
+            granted.revoked(event["slots"], event["deadline"])
+        elif kind == "lost":
+            granted.lost()

@@ -1,0 +1,336 @@
+"""One slot of an enclave in this process: calls through it, and how they end.
+
+The C library enters; this module decides what happens between two entries.  A call comes back
+to Python at least every 20 ms, so that signal handlers run (Ctrl-C), deadlines are
+kept and a revocation is heard; then it goes on, or is *abandoned*: the enclave still stands in
+the middle of it, so the slot is out of use.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from teemate._faults import FORKED, describe_fault, native_error, new_diag, status_error
+from teemate._native import ffi, lib
+from teemate._types import Exit, SlotGrant
+from teemate.errors import Busy, CallTimeout, EnclaveLost, Error, NotAttached, Revoked
+
+if TYPE_CHECKING:
+    from teemate._enclave import Enclave
+
+__all__ = ["OcallHandler", "Slot"]
+
+OcallHandler = Callable[[bytes], bytes]
+"""Gets an OCALL's data and returns the answer; an exception from it fails the OCALL and ends the call."""
+
+PAUSE_NS = 20_000_000
+"""How long a call may keep Python's signal handlers, deadlines and revocations waiting."""
+MAX_REPLY = 65536
+"""Bytes of an answer, unless the call says otherwise."""
+
+_EENTER = 2
+_ERESUME = 3
+_EEXIT = 4
+_DONE = lib.TEEMATE_CALL_DONE
+_PAUSED = lib.TEEMATE_CALL_PAUSED
+_OCALL = lib.TEEMATE_CALL_OCALL
+_FAULT = lib.TEEMATE_CALL_FAULT
+_REVOKED = lib.TEEMATE_CALL_REVOKED
+_LEFT = lib.TEEMATE_LEFT
+_MONOTONIC = time.monotonic
+
+Check = Callable[[], None]
+
+
+class Slot:
+    """A TCS of an enclave for one thread at a time: what ``with enclave.slot() as slot`` gives."""
+
+    def __init__(self, enclave: Enclave, grant: SlotGrant) -> None:
+        self.index = grant.slot
+        """Number of the slot in the enclave."""
+        self.generation = grant.generation
+        self.broken: str | None = None
+        """Why the slot cannot be used any more; None while it can."""
+        self.revoked: Revoked | None = None
+        self.clean: bool | None = None
+        """Once it is closed: whether no call was left in it."""
+        self._enclave = enclave
+        self._busy = threading.Lock()
+        self._call = ffi.new("struct teemate_call *")
+        self._capacity = 0
+        self._out: Any = None
+        args = ffi.new("struct teemate_slot_args *")
+        args.index = grant.slot
+        args.tcs_offset = grant.tcs
+        args.generation = grant.generation
+        ffi.memmove(args.key, grant.key, 16)
+        ffi.memmove(args.bind, grant.bind, 88)
+        handle = ffi.new("struct teemate_slot **")
+        diag = new_diag()
+        error = lib.teemate_slot_open(enclave._handle(), args, handle, diag)
+        ffi.memmove(args.key, bytes(16), 16)
+        if error:
+            raise native_error(error, diag, f"{enclave.name}: opening slot {self.index}")
+        self._handle: Any = handle[0]
+
+    def __repr__(self) -> str:
+        """Say which slot of which enclave."""
+        return f"<Slot {self.index} of {self._enclave.name}{', ' + self.broken if self.broken else ''}>"
+
+    # ---- calls ----------------------------------------------------------------------
+
+    def call(
+        self,
+        name: str,
+        payload: bytes | bytearray | memoryview = b"",
+        timeout: float | None = None,
+        *,
+        ocalls: Mapping[str, OcallHandler] | None = None,
+        max_reply: int = MAX_REPLY,
+    ) -> bytes:
+        """Do the ECALL `name` with `payload` and return its answer.
+
+        Parameters
+        ----------
+        timeout
+            Seconds; the resolution is some milliseconds.  None: no limit.
+        ocalls
+            Handlers for OCALLs of this call by name, before ``enclave.ocalls``.  They run in this thread.
+        max_reply
+            Bytes that the answer may have.
+
+        Raises
+        ------
+        CallTimeout
+            The call was given up; the slot is out of use.
+        CallFailed
+            The enclave answered with a status of its own.
+        EnclaveFault
+            The enclave's code failed; the slot is out of use.
+        Revoked, EnclaveLost, NotAttached
+            The slot, the enclave or the grant is gone.
+        NotFound
+            The image has no ECALL of that name.
+        BaseException
+            What a signal handler or an OCALL handler raised; the slot is out of use.
+
+        """
+        return self._run(name, payload, timeout, ocalls, max_reply, None)
+
+    def _run(
+        self,
+        name: str,
+        payload: bytes | bytearray | memoryview,
+        timeout: float | None,
+        ocalls: Mapping[str, OcallHandler] | None,
+        max_reply: int,
+        check: Check | None,
+    ) -> bytes:
+        if not self._busy.acquire(blocking=False):
+            raise Busy(f"slot {self.index} is used by another thread: take one slot for each thread")
+        try:
+            handle = self._usable()
+            deadline = None if timeout is None else _MONOTONIC() + timeout
+            # Both have to stay where they are until the call is over.
+            data = payload if type(payload) is bytes else bytes(payload)
+            encoded = name.encode()
+            if self._capacity < max_reply:
+                self._out = ffi.new("uint8_t[]", max_reply)
+                self._capacity = max_reply
+            call = self._call
+            call.outcome = _DONE
+            pause = PAUSE_NS if timeout is None or timeout > 0.02 else max(1, int(timeout * 1e9))
+            try:
+                error = lib.teemate_slot_call(
+                    handle, encoded, len(encoded), data, len(data), self._out, max_reply, pause, call
+                )
+                while not error and call.outcome != _DONE:
+                    outcome = call.outcome
+                    if outcome == _PAUSED:
+                        pause = self._go_on(name, deadline, check)
+                        error = lib.teemate_slot_resume(handle, pause, call)
+                    elif outcome == _OCALL:
+                        status, answer = self._ocall(ocalls)
+                        error = lib.teemate_slot_answer(handle, status, answer, len(answer), PAUSE_NS, call)
+                    else:
+                        break
+            except BaseException as reason:
+                self._abandon(name, reason)
+                raise
+            if not error and call.outcome != _DONE:
+                raise self._ended(name)
+            if error:
+                raise self._refused(error, f"call {name!r}")
+            self._enclave._calls += 1
+            if call.status:
+                raise status_error(call.status, self._enclave.name, name, call.out_length)
+            return bytes(ffi.buffer(self._out, call.out_length))
+        finally:
+            self._busy.release()
+
+    def enter(
+        self, rdi: int = 0, rsi: int = 0, rdx: int = 0, r8: int = 0, r9: int = 0, timeout: float | None = None
+    ) -> Exit:
+        """Enter once with these registers, with the vDSO's contract, and return those at EEXIT.
+
+        For images with an entry of their own; R12:R13 carry the slot's key.  Fails as
+        :meth:`call` does; arriving at the landing page raises :class:`Revoked`.
+        """
+        return self._enter(rdi, rsi, rdx, r8, r9, timeout, None)
+
+    def _enter(
+        self,
+        rdi: int,
+        rsi: int,
+        rdx: int,
+        r8: int,
+        r9: int,
+        timeout: float | None,
+        check: Check | None,
+    ) -> Exit:
+        if not self._busy.acquire(blocking=False):
+            raise Busy(f"slot {self.index} is used by another thread: take one slot for each thread")
+        try:
+            handle = self._usable()
+            deadline = None if timeout is None else _MONOTONIC() + timeout
+            regs = ffi.new("struct teemate_regs *")
+            regs.rdi, regs.rsi, regs.rdx, regs.r8, regs.r9 = rdi, rsi, rdx, r8, r9
+            call = self._call
+            call.outcome = _DONE
+            pause = PAUSE_NS if timeout is None or timeout > 0.02 else max(1, int(timeout * 1e9))
+            function = _EENTER
+            try:
+                run = ffi.addressof(call, "run")
+                while True:
+                    outcome = lib.teemate_slot_enter(handle, regs, function, pause, run)
+                    if outcome != lib.TEEMATE_PAUSED:
+                        break
+                    call.outcome = _PAUSED
+                    pause = self._go_on("enter", deadline, check)
+                    function = _ERESUME
+            except BaseException as reason:
+                self._abandon("enter", reason)
+                raise
+            call.outcome = _DONE
+            if outcome < 0:
+                raise self._refused(outcome, "a raw entry")
+            if outcome != _LEFT:
+                call.outcome = _REVOKED
+                raise self._ended("enter")
+            if call.run.function != _EEXIT:
+                call.outcome = _FAULT
+                raise self._ended("enter")
+            self._enclave._calls += 1
+            return Exit(regs.rdi, regs.rsi, regs.rdx, regs.r8, regs.r9, call.run.function)
+        finally:
+            self._busy.release()
+
+    # ---- between two entries ------------------------------------------------------------
+
+    def _usable(self) -> Any:
+        enclave = self._enclave
+        if enclave.pid != enclave.getpid():
+            raise NotAttached(FORKED)
+        if enclave.gone is not None:
+            raise enclave.gone
+        if self.revoked is not None:
+            raise self.revoked
+        if self.broken is not None:
+            raise NotAttached(
+                f"{enclave.name}: slot {self.index} is out of use: {self.broken}: "
+                "take one with enclave.slot()"
+            )
+        return self._handle
+
+    def _go_on(self, name: str, deadline: float | None, check: Check | None) -> int:
+        """Decide at a pause whether to go on, and for how long; signal handlers have had their turn."""
+        enclave = self._enclave
+        enclave._pauses += 1
+        if check is not None:
+            check()
+        now = _MONOTONIC()
+        if now >= enclave.patience:
+            gone = enclave.gone or self.revoked
+            if gone is not None:
+                raise gone
+        if deadline is None:
+            return PAUSE_NS
+        if now >= deadline:
+            raise CallTimeout(
+                f"{enclave.name}: call {name!r} took longer than its timeout and was given up; "
+                f"slot {self.index} is out of use",
+                {"call": name, "slot": self.index},
+            )
+        return min(PAUSE_NS, max(1, int((deadline - now) * 1e9)))
+
+    def _ocall(self, ocalls: Mapping[str, OcallHandler] | None) -> tuple[int, bytes]:
+        call = self._call
+        enclave = self._enclave
+        enclave._ocalls += 1
+        name = ffi.unpack(call.ocall_name, call.ocall_name_length).decode(errors="replace")
+        handler = (ocalls or {}).get(name) or enclave.ocalls.get(name)
+        if handler is None:
+            return -2, b""  # TM_E_UNKNOWN: the enclave sees that its OCALL failed
+        request = bytes(ffi.buffer(ffi.cast("uint8_t *", call.ocall_data), call.ocall_length))
+        return 0, bytes(handler(request))
+
+    def _ended(self, name: str) -> Exception:
+        """Return the error for a call that the enclave did not finish, and put the slot out of use."""
+        enclave = self._enclave
+        outcome = self._call.outcome
+        if outcome == _FAULT:
+            self.broken = f"a fault in call {name!r}"
+            run = self._call.run
+            lib.teemate_slot_abandon(self._handle)
+            place = None if run.function == _EENTER else enclave._place(self)
+            return describe_fault(run, enclave.name, f"call {name!r}", enclave.base, enclave.size, place)
+        if outcome == _REVOKED:
+            self.broken = "its key was refused"
+            self.revoked = Revoked(
+                f"{enclave.name}: the enclave refused the key of slot {self.index}: it was revoked; "
+                "attach again if the policy still allows it",
+                {"slot": self.index},
+            )
+            return self.revoked
+        self.broken = "the enclave is gone"
+        enclave._mark_lost()
+        return EnclaveLost(
+            f"{enclave.name}: the enclave is gone (host suspended, memory error, or destroyed): "
+            "attach to its next generation",
+            {"slot": self.index},
+        )
+
+    def _refused(self, error: int, doing: str) -> Error:
+        diag = None
+        if error == -errno.EUCLEAN:
+            diag = new_diag()
+            lib.teemate_signals_check(0, diag)
+        return native_error(error, diag, f"{self._enclave.name}: {doing} in slot {self.index}")
+
+    def _abandon(self, name: str, reason: BaseException) -> None:
+        if self._call.outcome in (_PAUSED, _OCALL):
+            self._enclave._abandoned += 1
+            lib.teemate_slot_abandon(self._handle)
+            if self.broken is None:
+                self.broken = f"call {name!r} was abandoned ({type(reason).__name__})"
+
+    def _close(self) -> bool | None:
+        """Forget the key and unmap the TCS.  None: a thread is inside; else whether the slot is clean."""
+        if not self._busy.acquire(blocking=False):
+            return None
+        try:
+            if self._handle is not None:
+                result = lib.teemate_slot_close(self._handle)
+                if result < 0:
+                    return None
+                self._handle = None
+                self.clean = bool(result)
+                if self.broken is None:
+                    self.broken = "it was given back"
+            return self.clean
+        finally:
+            self._busy.release()
