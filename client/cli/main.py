@@ -1,0 +1,116 @@
+"""The `teemate` command: finds the subcommand, shows errors, and sets the exit status.
+
+Exit statuses: 0 done; 1 failed, for a reason that is none of the following; 2 wrong usage;
+3 the image, its signature or key is bad; 4 not allowed; 5 no broker, or the connection
+broke; 6 busy, or a limit was met; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import click
+
+from ..errors import Busy, ConnectionLost, Denied, Error, ImageError, LimitReached
+
+__all__ = ["COMMANDS", "cli", "main"]
+
+# Name -> where the click command is, and its line in `teemate --help`, which must import none of them.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "image": ("teemate.cli.image:image", "Build, sign, verify and look at enclave images."),
+}
+
+EXIT_STATUS: tuple[tuple[type[Error], int], ...] = (
+    (ImageError, 3),
+    (Denied, 4),
+    (ConnectionLost, 5),
+    (Busy, 6),
+    (LimitReached, 6),
+)
+
+
+class _Lazy(click.Group):
+    """A group whose commands are imported when they are called: `teemate --help` starts at once."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name][0].partition(":")
+        command = getattr(importlib.import_module(module), name)
+        if not isinstance(command, click.Command):
+            raise TypeError(f"{module}:{name} is no click command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    from importlib.metadata import version
+
+    click.echo(f"teemate {version('teemate')}")
+    ctx.exit()
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version."
+)
+def cli() -> None:
+    """One Intel SGX enclave for many processes."""
+
+
+def exit_status(error: Error) -> int:
+    """Return the exit status that stands for `error`."""
+    return next((status for kind, status in EXIT_STATUS if isinstance(error, kind)), 1)
+
+
+def show_error(error: Error, *, as_json: bool) -> None:
+    """Print `error`: for people to stderr, or as ``{"error": {code, message, detail}}`` to stdout."""
+    if as_json:
+        body = {"code": error.code, "message": error.message, "detail": error.detail}
+        click.echo(json.dumps({"error": body}, default=str))
+        return
+    click.secho(f"teemate: {error.code}: ", err=True, nl=False, fg="red", bold=True)
+    click.echo(error.message, err=True)
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line `args` (default: the process's own) and exit with its status."""
+    sys.exit(run(list(sys.argv[1:] if args is None else args)))
+
+
+def run(args: list[str], invoke: Callable[..., Any] = cli.main) -> int:
+    """Run `args` and return the exit status."""
+    as_json = "--json" in args
+    try:
+        result = invoke(args=args, prog_name="teemate", standalone_mode=False)
+    except Error as error:
+        show_error(error, as_json=as_json)
+        return exit_status(error)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return 130
+    except BrokenPipeError:
+        # The reader has seen enough (`teemate ... | head`); nothing may be flushed to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        show_error(Error(f"{place}{error.strerror or error}", {"errno": error.errno}), as_json=as_json)
+        return 1
+    return result if isinstance(result, int) else 0
