@@ -82,6 +82,12 @@ struct backend {
 
 extern const struct backend backend_sim;
 
+/* enclave.c: an empty enclave with its backend; teemate_close ends it at any stage of building. */
+int enclave_new(int backend, struct teemate_enclave **enclave, struct teemate_diag *diag);
+
+/* map.c: take away all that was mapped for the enclave (also nothing); called by teemate_close. */
+void enclave_unmap(struct teemate_enclave *enclave);
+
 /* diag.c: fill and return `error`; diag may be NULL. */
 int diag_set(struct teemate_diag *diag, int error, enum teemate_step step, int code, uint64_t offset,
              const char *format, ...) __attribute__((format(printf, 6, 7)));

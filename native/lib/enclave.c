@@ -1,0 +1,188 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* An enclave as a value: made or opened, looked at, closed. */
+#include "enclave.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "private.h"
+
+#define SEGMENTS_MAX (1u << 16)
+
+static int choose_backend(int wanted, const struct backend **backend, struct teemate_diag *diag)
+{
+    switch (wanted) {
+    case TEEMATE_AUTO:
+    case TEEMATE_SIM:
+        *backend = &backend_sim;
+        break;
+    case TEEMATE_SGX:
+        return diag_set(diag, -ENODEV, TEEMATE_STEP_NONE, ENODEV, 0,
+                        "this version of TeeMate has no sgx backend yet: use backend sim, which protects nothing");
+    default:
+        return diag_set(diag, -EINVAL, TEEMATE_STEP_NONE, EINVAL, 0, "there is no backend number %d", wanted);
+    }
+    return (*backend)->available ? (*backend)->available(diag) : 0;
+}
+
+int enclave_new(int wanted, struct teemate_enclave **enclave, struct teemate_diag *diag)
+{
+    const struct backend *backend;
+    struct teemate_enclave *made;
+    int result = choose_backend(wanted, &backend, diag);
+
+    if (result < 0)
+        return result;
+    made = calloc(1, sizeof(*made));
+    if (!made)
+        return diag_set(diag, -ENOMEM, TEEMATE_STEP_NONE, ENOMEM, 0, "no memory for an enclave's description");
+    made->backend = backend;
+    made->fd = -1;
+    made->info.backend = backend->id;
+    pthread_mutex_init(&made->lock, NULL);
+    *enclave = made;
+    return 0;
+}
+
+/* Segments came from another process: they are looked at one by one. */
+static const char *segments_fault(const struct teemate_segment *segments, size_t count, uint64_t size)
+{
+    uint64_t end = 0;
+
+    for (size_t i = 0; i < count; i++) {
+        const struct teemate_segment *segment = &segments[i];
+        if (segment->offset % SGX_PAGE || segment->size % SGX_PAGE || !segment->size)
+            return "not whole pages";
+        if (segment->offset < end)
+            return "out of order or overlapping";
+        if (segment->offset >= size || segment->size > size - segment->offset)
+            return "outside of the enclave";
+        if (segment->type != SGX_PT_REG && segment->type != SGX_PT_TCS)
+            return "of a type that is neither TCS nor regular";
+        if (segment->prot & ~(uint32_t)(PROT_READ | PROT_WRITE | PROT_EXEC))
+            return "with a protection that mmap() does not know";
+        end = segment->offset + segment->size;
+    }
+    return NULL;
+}
+
+static uint32_t count_tcs(const struct teemate_enclave *enclave)
+{
+    uint64_t pages = 0;
+
+    for (size_t i = 0; i < enclave->segment_count; i++)
+        if (enclave->segments[i].type == SGX_PT_TCS)
+            pages += enclave->segments[i].size / SGX_PAGE;
+    return (uint32_t)pages;
+}
+
+static int open_checked(struct teemate_enclave *enclave, const struct teemate_segment *segments, size_t count,
+                        struct teemate_diag *diag)
+{
+    uint64_t base = enclave->base, size = enclave->size;
+    const char *fault;
+
+    /* The landing page and the arena lie above, so there must be room for them. */
+    if (size < 2 * SGX_PAGE || (size & (size - 1)) || base % size || !base || size > TEEMATE_WINDOW_SIZE / 2 ||
+        base > (1ull << 47) - 2 * size)
+        return diag_set(diag, -EINVAL, TEEMATE_STEP_MAP, EINVAL, 0,
+                        "an enclave of 0x%" PRIx64 " bytes at 0x%" PRIx64
+                        ": the size must be a power of two, and divide the base",
+                        size, base);
+    if (count > SEGMENTS_MAX)
+        return diag_set(diag, -EINVAL, TEEMATE_STEP_MAP, EINVAL, 0, "%zu segments: %u at most can be mapped", count,
+                        SEGMENTS_MAX);
+    fault = segments_fault(segments, count, size);
+    if (fault)
+        return diag_set(diag, -EINVAL, TEEMATE_STEP_MAP, EINVAL, 0, "a segment of the enclave is %s", fault);
+
+    enclave->segments = malloc((count ? count : 1) * sizeof(*segments));
+    if (!enclave->segments)
+        return diag_set(diag, -ENOMEM, TEEMATE_STEP_MAP, ENOMEM, 0, "no memory for %zu segments", count);
+    if (count)
+        memcpy(enclave->segments, segments, count * sizeof(*segments));
+    enclave->segment_count = count;
+    enclave->info.base = base;
+    enclave->info.size = size;
+    enclave->info.segment_count = (uint32_t)count;
+    enclave->info.tcs_count = count_tcs(enclave);
+    return enclave->backend->open(enclave, diag);
+}
+
+int teemate_open(int backend, int fd, uint64_t base, uint64_t size, const struct teemate_segment *segments,
+                 size_t count, struct teemate_enclave **enclave, struct teemate_diag *diag)
+{
+    struct teemate_enclave *opened;
+    int result = enclave_new(backend, &opened, diag);
+
+    if (result < 0) {
+        close(fd);
+        return result;
+    }
+    opened->fd = fd;
+    opened->base = base;
+    opened->size = size;
+    result = open_checked(opened, segments, count, diag);
+    if (result < 0) {
+        teemate_close(opened);
+        return result;
+    }
+    *enclave = opened;
+    return 0;
+}
+
+void teemate_close(struct teemate_enclave *enclave)
+{
+    if (!enclave)
+        return;
+    private_end(enclave);
+    enclave_unmap(enclave);
+    enclave->backend->close(enclave);
+    if (enclave->fd >= 0)
+        close(enclave->fd);
+    free(enclave->segments);
+    pthread_mutex_destroy(&enclave->lock);
+    free(enclave);
+}
+
+int teemate_enclave_describe(const struct teemate_enclave *enclave, struct teemate_enclave_info *info)
+{
+    if (!enclave->finished)
+        return -ESTALE;
+    *info = enclave->info;
+    return 0;
+}
+
+int teemate_enclave_fd(const struct teemate_enclave *enclave)
+{
+    return enclave->fd;
+}
+
+size_t teemate_enclave_segments(const struct teemate_enclave *enclave, struct teemate_segment *segments,
+                                size_t capacity)
+{
+    size_t count = enclave->segment_count < capacity ? enclave->segment_count : capacity;
+
+    if (count)
+        memcpy(segments, enclave->segments, count * sizeof(*segments));
+    return enclave->segment_count;
+}
+
+size_t teemate_enclave_tcs(const struct teemate_enclave *enclave, uint64_t *offsets, size_t capacity)
+{
+    size_t count = 0;
+
+    for (size_t i = 0; i < enclave->segment_count; i++) {
+        const struct teemate_segment *segment = &enclave->segments[i];
+        if (segment->type != SGX_PT_TCS)
+            continue;
+        for (uint64_t at = 0; at < segment->size; at += SGX_PAGE, count++)
+            if (count < capacity)
+                offsets[count] = segment->offset + at;
+    }
+    return count;
+}
