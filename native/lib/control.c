@@ -11,21 +11,12 @@
 void control_key_init(struct control_key *key, const uint8_t control_key[16])
 {
     static const char label[TM_LABEL_SIZE] = TM_MACKEY_LABEL;
+    struct timespec now;
 
     memcpy(key->key, control_key, sizeof(key->key));
     hmac_sha256(key->key, sizeof(key->key), label, sizeof(label), key->mac_key);
-    key->sequence = 0;
-}
-
-uint64_t control_sequence(struct control_key *key)
-{
-    struct timespec now;
-    uint64_t ns;
-
     clock_gettime(CLOCK_MONOTONIC, &now);
-    ns = (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec;
-    key->sequence = ns > key->sequence ? ns : key->sequence + 1;
-    return key->sequence;
+    key->sequence = (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec;
 }
 
 static void control_mac(const struct control_key *key, const struct tm_control *control, uint8_t mac[32])
@@ -42,7 +33,7 @@ static void control_mac(const struct control_key *key, const struct tm_control *
 
 void control_sign(struct control_key *key, struct tm_control *control)
 {
-    control->sequence = control_sequence(key);
+    control->sequence = ++key->sequence;
     control_mac(key, control, control->mac);
 }
 

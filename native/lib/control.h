@@ -3,9 +3,12 @@
  * Entering with the control key: what the warden program and a process that is
  * the warden of its own private enclave have in common.
  *
- * Sequence numbers of MACed requests are CLOCK_MONOTONIC in nanoseconds (one
- * more than the last where that is larger): an enclave does not outlive a boot,
- * so who comes later, broker or warden, has the larger number without asking.
+ * Sequence numbers.  The broker's are CLOCK_MONOTONIC in nanoseconds when it makes a
+ * request: an enclave does not outlive a boot, so each worker's numbers are larger
+ * than those of the one before.  A warden's own begin with the clock at its START
+ * (the broker waits for the answer then) and go on with one more than the last that
+ * was seen: they fit between two requests of the broker, also between one that
+ * waits in the socket already and its predecessor.
  */
 #ifndef TEEMATE_CONTROL_H
 #define TEEMATE_CONTROL_H
@@ -18,11 +21,11 @@
 struct control_key {
     uint8_t key[16];
     uint8_t mac_key[32];
-    uint64_t sequence; /* the last one used */
+    uint64_t sequence; /* the last one used, or seen in a request that the enclave took */
 };
 
+/* The key to sign with, its MAC key, and the first sequence number. */
 void control_key_init(struct control_key *key, const uint8_t control_key[16]);
-uint64_t control_sequence(struct control_key *key);
 /* Fill in sequence and MAC of a request. */
 void control_sign(struct control_key *key, struct tm_control *control);
 /* The MAC that binds `identity` to a slot's generation. */

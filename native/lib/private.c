@@ -18,6 +18,7 @@
 
 #include "control.h"
 #include "crypto.h"
+#include "repair.h"
 #include "slot.h"
 
 #define TICK_NS 100000000ull
@@ -27,6 +28,7 @@ struct private_warden {
     size_t size;      /* of this mapping */
     pthread_mutex_t lock; /* control ECALLs */
     struct control_key key;
+    bool damaged; /* a control ECALL has faulted: repair before the next */
     struct tm_image_header header;
     _Atomic uint64_t ticked_at; /* CLOCK_MONOTONIC_COARSE, ns */
     uint64_t generation;
@@ -46,14 +48,54 @@ static uint64_t tcs_offset(const struct tm_image_header *header, uint64_t slot)
     return header->tcs_offset + slot * SGX_PAGE;
 }
 
+/*
+ * `resume` of struct repair: in this process, since whatever ERESUME might run
+ * could run here in any ECALL too.
+ */
+static int private_resume(struct repair *repair, uint64_t offset)
+{
+    struct sgx_enclave_run run = {0};
+    struct teemate_regs regs;
+    int outcome;
+
+    do {
+        memset(&regs, 0, sizeof(regs));
+        outcome = teemate_enter(repair->enclave, offset, &regs, SGX_ERESUME, 0, &run);
+    } while (outcome == TEEMATE_PAUSED);
+    return outcome < 0 ? outcome : outcome == TEEMATE_LANDED ? 0 : 1;
+}
+
+static int private_repair(struct teemate_enclave *enclave)
+{
+    struct private_warden *warden = enclave->warden;
+    const uint64_t tcs[TM_WARDEN_SLOTS] = {tcs_offset(&warden->header, 0), tcs_offset(&warden->header, 1)};
+    struct repair repair = {
+        .enclave = enclave,
+        .key = &warden->key,
+        .tcs = tcs,
+        .nssa = warden->header.nssa,
+        .resume = private_resume,
+    };
+    int result = repair_run(&repair, NULL);
+
+    warden->damaged = result < 0;
+    return result;
+}
+
 /* One control ECALL through TCS 0; the lock is held. */
 static void private_control(struct teemate_enclave *enclave, struct tm_control *control,
                             struct tm_control_result *result, struct control_exit *exit)
 {
     struct private_warden *warden = enclave->warden;
 
+    memset(exit, 0, sizeof(*exit));
+    if (warden->damaged)
+        exit->status = private_repair(enclave);
+    if (exit->status < 0)
+        return;
     control_sign(&warden->key, control);
     control_enter(enclave, tcs_offset(&warden->header, 0), &warden->key, control, result, exit);
+    warden->damaged = !exit->entered;
 }
 
 /* A step of the start: its failure ends the start. */
