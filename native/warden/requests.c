@@ -1,0 +1,341 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What a warden does for its broker; protocol.h tells what each request means. */
+#include <errno.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "crypto.h"
+#include "sim.h"
+#include "slot.h"
+#include "warden.h"
+
+/* How long START waits for the end of a thread that the last warden left behind. */
+#define HOLDER_PATIENCE_MS 2000
+
+static void __attribute__((format(printf, 3, 4))) refuse(struct warden_reply *reply, int status, const char *format, ...)
+{
+    va_list arguments;
+
+    reply->status = status;
+    va_start(arguments, format);
+    vsnprintf(reply->text, sizeof(reply->text), format, arguments);
+    va_end(arguments);
+}
+
+static void refuse_diag(struct warden_reply *reply, int status, const struct teemate_diag *diag)
+{
+    refuse(reply, status, "%.*s", (int)sizeof(reply->text) - 1, diag->text);
+}
+
+/* ---- start ------------------------------------------------------------------------- */
+
+static int start_open(struct warden *warden, const struct warden_request *request, struct warden_fds *fds,
+                      struct teemate_diag *diag)
+{
+    struct teemate_segment segments[WARDEN_SEGMENTS];
+    size_t count = request->body.start.segment_count;
+    int fd = fds->fd[0];
+    int result;
+
+    for (size_t i = 0; i < count; i++) {
+        const struct warden_segment *segment = &request->body.start.segments[i];
+
+        segments[i] = (struct teemate_segment){
+            .offset = segment->offset, .size = segment->size, .prot = segment->prot, .type = segment->type};
+    }
+    fds->fd[0] = -1; /* teemate_open takes it, also when it fails */
+    result = teemate_open((int)request->body.start.backend, fd, request->body.start.base,
+                          request->body.start.size, segments, count, &warden->enclave, diag);
+    if (result < 0) {
+        warden->enclave = NULL;
+        return result;
+    }
+    result = teemate_map(warden->enclave, diag);
+    if (result == 0)
+        result = teemate_map_arena(warden->enclave, fds->fd[1], diag);
+    if (result < 0)
+        return result;
+    warden->tcs_count = teemate_enclave_tcs(warden->enclave, NULL, 0);
+    if (warden->tcs_count < TM_WARDEN_SLOTS || warden->tcs_count > TM_MAX_SLOTS)
+        return diag_set(diag, -EINVAL, TEEMATE_STEP_MAP, 0, 0, "%zu TCSs: an SDK image has 2 to %u",
+                        warden->tcs_count, TM_MAX_SLOTS);
+    warden->tcs = calloc(warden->tcs_count, sizeof(*warden->tcs));
+    if (warden->tcs == NULL)
+        return diag_set(diag, -ENOMEM, TEEMATE_STEP_MAP, 0, 0, "no memory for the list of TCSs");
+    teemate_enclave_tcs(warden->enclave, warden->tcs, warden->tcs_count);
+    for (uint64_t slot = 0; result == 0 && slot < TM_WARDEN_SLOTS; slot++)
+        result = teemate_map_tcs(warden->enclave, warden->tcs[slot], diag);
+    return result;
+}
+
+/* The sim's word of a TCS, NULL when its table has none of that offset. */
+static struct sim_tcs *sim_tcs_of(const struct teemate_enclave *enclave, uint64_t offset)
+{
+    uint32_t count = atomic_load(&enclave->sim->header->tcs_count);
+
+    for (uint32_t i = 0; i < count && i < SIM_TCS_MAX; i++) {
+        if (enclave->sim->tcs[i].offset == offset)
+            return &enclave->sim->tcs[i];
+    }
+    return NULL;
+}
+
+/*
+ * The last warden is dead: the broker has reaped it.  But the child that it may
+ * have made for a resume ends a moment later, and only then is 'busy' the mark of
+ * a dead one.  The thread id stands in memory that clients can write, so this is
+ * bounded.
+ */
+static void start_await_holder(const struct teemate_enclave *enclave, uint64_t offset)
+{
+    const struct timespec pause = {.tv_nsec = 1000000};
+    struct sim_tcs *tcs = sim_tcs_of(enclave, offset);
+
+    for (int waited = 0; tcs != NULL && waited < HOLDER_PATIENCE_MS; waited++) {
+        uint64_t word = atomic_load(&tcs->word);
+        pid_t holder = (pid_t)SIM_TCS_HOLDER(word);
+
+        if ((word & SIM_TCS_BUSY) == 0 || holder <= 0 || (kill(holder, 0) != 0 && errno == ESRCH))
+            return;
+        clock_nanosleep(CLOCK_MONOTONIC, 0, &pause, NULL);
+    }
+}
+
+static int warden_repair(struct warden *warden, uint32_t nssa, uint32_t *frames, struct teemate_diag *diag)
+{
+    struct repair repair = {
+        .enclave = warden->enclave,
+        .key = warden->key,
+        .tcs = warden->tcs,
+        .nssa = nssa,
+        .resume = warden_resume,
+        .context = warden,
+    };
+    int result = repair_run(&repair, diag);
+
+    *frames += repair.frames;
+    return result;
+}
+
+/* SET_KEY through the first TCS that can be entered; both can in all but the worst case. */
+static int start_key(struct warden *warden, struct warden_reply *reply, struct teemate_diag *diag)
+{
+    struct tm_control set_key = {.op = TM_CTL_SET_KEY};
+    struct control_exit exit = {.status = -EBUSY};
+
+    for (uint64_t slot = 0; slot < TM_WARDEN_SLOTS && !exit.entered && exit.status == -EBUSY; slot++) {
+        control_sign(warden->key, &set_key);
+        control_enter(warden->enclave, warden->tcs[slot], warden->key, &set_key, &reply->result, &exit);
+    }
+    reply->entered = exit.entered;
+    reply->vector = exit.vector;
+    reply->status = exit.status;
+    if (!exit.entered)
+        return diag_set(diag, exit.status, TEEMATE_STEP_ENTER, (int)exit.vector - 1, 0,
+                        "the enclave cannot be entered: %s (exception %d)", strerror(-exit.status),
+                        (int)exit.vector - 1);
+    if (exit.status != TM_OK)
+        return diag_set(diag, -EACCES, TEEMATE_STEP_CONTROL, exit.status, 0,
+                        "the enclave does not take the control key: status %d", exit.status);
+    if (reply->result.length < sizeof(warden->header))
+        return diag_set(diag, -EBADMSG, TEEMATE_STEP_CONTROL, 0, 0, "SET_KEY did not bring the image header");
+    memcpy(&warden->header, reply->result.data, sizeof(warden->header));
+    if (warden->header.magic != TM_IMAGE_MAGIC || warden->header.abi_version != TM_ABI_VERSION ||
+        warden->header.nssa < 1 || warden->header.nssa > 0xffff)
+        return diag_set(diag, -EBADMSG, TEEMATE_STEP_CONTROL, 0, 0, "what SET_KEY brought is no image header");
+    return 0;
+}
+
+static void handle_start(struct warden *warden, const struct warden_request *request, struct warden_fds *fds,
+                         struct warden_reply *reply)
+{
+    struct teemate_diag diag = {0};
+    int result;
+
+    if (warden->enclave != NULL) {
+        refuse(reply, -EALREADY, "this warden has its enclave already");
+        return;
+    }
+    if (fds->count != 2 || request->body.start.segment_count < 1 ||
+        request->body.start.segment_count > WARDEN_SEGMENTS ||
+        (request->body.start.backend != TEEMATE_SIM && request->body.start.backend != TEEMATE_SGX)) {
+        refuse(reply, -EINVAL, "START: two fds, 1 to %u segments, backend sim or sgx", WARDEN_SEGMENTS);
+        return;
+    }
+    control_key_init(warden->key, request->body.start.control_key);
+    result = start_open(warden, request, fds, &diag);
+    if (result == 0 && warden->enclave->backend->id == TEEMATE_SIM) {
+        for (uint64_t slot = 0; result >= 0 && slot < TM_WARDEN_SLOTS; slot++) {
+            start_await_holder(warden->enclave, warden->tcs[slot]);
+            result = sim_tcs_bury(warden->enclave, warden->tcs[slot]);
+        }
+        result = result < 0 ? diag_set(&diag, result, TEEMATE_STEP_ENTER, 0, 0, "a TCS could not be buried") : 0;
+    }
+    if (result == 0)
+        result = start_key(warden, reply, &diag);
+    if (result == 0)
+        result = warden_repair(warden, warden->header.nssa, &reply->repaired, &diag);
+    if (result < 0) {
+        reply->entered = 0;
+        refuse_diag(reply, result, &diag);
+    }
+}
+
+/* ---- requests of a running warden ---------------------------------------------------- */
+
+/* Where did it fault?  Told by the other TCS; the frame is on top of `slot`'s. */
+static void tell_fault(struct warden *warden, uint64_t slot, struct warden_reply *reply)
+{
+    struct tm_control ask = {.op = TM_CTL_PROBE, .slot = slot};
+    struct tm_control_result result;
+    struct control_exit exit;
+
+    control_enter(warden->enclave, warden->tcs[slot], warden->key, &ask, &result, &exit);
+    if (!exit.entered || exit.status != TM_OK || result.cssa < 1)
+        return;
+    ask = (struct tm_control){.op = TM_CTL_SSA, .slot = slot, .argument = result.cssa - 1};
+    control_enter(warden->enclave, warden->tcs[1 - slot], warden->key, &ask, &result, &exit);
+    if (exit.entered && exit.status == TM_OK)
+        reply->result = result;
+}
+
+static void handle_control(struct warden *warden, const struct warden_request *request,
+                           struct warden_reply *reply)
+{
+    struct control_exit exit;
+
+    control_enter(warden->enclave, warden->tcs[0], warden->key, &request->body.control, &reply->result, &exit);
+    reply->status = exit.status;
+    reply->entered = exit.entered;
+    reply->vector = exit.vector;
+    if (request->body.control.sequence > warden->key->sequence &&
+        !(exit.entered && (exit.status == TM_E_MAC || exit.status == TM_E_STATE)))
+        warden->key->sequence = request->body.control.sequence;
+    if (exit.entered)
+        return;
+    warden->damaged = true;
+    refuse(reply, exit.status, "control ECALL %u: %s, exception %d", request->body.control.op,
+           exit.inside ? "the enclave faulted" : "the entry failed", (int)exit.vector - 1);
+    if (exit.inside)
+        tell_fault(warden, 0, reply);
+}
+
+static void handle_probe(struct warden *warden, const struct warden_request *request,
+                         struct warden_reply *reply)
+{
+    uint64_t slot = request->body.control.slot;
+    struct tm_control probe = {.op = TM_CTL_PROBE, .slot = slot};
+    bool own = slot < TM_WARDEN_SLOTS;
+    struct teemate_diag diag = {0};
+    struct control_exit exit;
+    int result;
+
+    if (slot >= warden->tcs_count) {
+        refuse(reply, -EINVAL, "PROBE: there are %zu slots", warden->tcs_count);
+        return;
+    }
+    result = own ? 0 : teemate_map_tcs(warden->enclave, warden->tcs[slot], &diag);
+    if (result < 0) {
+        refuse_diag(reply, result, &diag);
+        return;
+    }
+    control_enter(warden->enclave, warden->tcs[slot], warden->key, &probe, &reply->result, &exit);
+    if (!own)
+        teemate_unmap_tcs(warden->enclave, warden->tcs[slot]);
+    reply->status = exit.status;
+    reply->entered = exit.entered;
+    reply->vector = exit.vector;
+    if (!exit.entered)
+        refuse(reply, exit.status, "PROBE of slot %llu: %s, exception %d", (unsigned long long)slot,
+               strerror(-exit.status), (int)exit.vector - 1);
+}
+
+static void handle_dead(struct warden *warden, const struct warden_request *request, struct warden_reply *reply)
+{
+    uint64_t slot = request->body.dead.slot;
+    int result;
+
+    if (warden->enclave->backend->id != TEEMATE_SIM) {
+        refuse(reply, -ENOTSUP, "DEAD: hardware has done so by itself");
+        return;
+    }
+    if (slot >= warden->tcs_count) {
+        refuse(reply, -EINVAL, "DEAD: there are %zu slots", warden->tcs_count);
+        return;
+    }
+    result = sim_tcs_bury(warden->enclave, warden->tcs[slot]);
+    if (result < 0)
+        refuse(reply, result, "DEAD of slot %llu: %s", (unsigned long long)slot, strerror(-result));
+    else
+        reply->repaired = (uint32_t)result;
+}
+
+void warden_handle(struct warden *warden, const struct warden_request *request, struct warden_fds *fds,
+                   struct warden_reply *reply)
+{
+    struct teemate_diag diag = {0};
+
+    if (request->op != WARDEN_START && fds->count != 0) {
+        refuse(reply, -EINVAL, "only START brings descriptors");
+        return;
+    }
+    if (request->op == WARDEN_START) {
+        handle_start(warden, request, fds, reply);
+        return;
+    }
+    if (request->op == WARDEN_PING)
+        return;
+    if (warden->tcs == NULL || warden->header.magic == 0) {
+        refuse(reply, -ENOTCONN, "START comes first");
+        return;
+    }
+    if (warden->damaged) {
+        int result = warden_repair(warden, warden->header.nssa, &reply->repaired, &diag);
+
+        if (result < 0) {
+            refuse_diag(reply, result, &diag);
+            return;
+        }
+        warden->damaged = false;
+    }
+    switch (request->op) {
+    case WARDEN_CONTROL:
+        handle_control(warden, request, reply);
+        break;
+    case WARDEN_PROBE:
+        handle_probe(warden, request, reply);
+        break;
+    case WARDEN_DEAD:
+        handle_dead(warden, request, reply);
+        break;
+    default:
+        refuse(reply, -EOPNOTSUPP, "there is no operation %u", request->op);
+    }
+}
+
+/* ---- time ---------------------------------------------------------------------------- */
+
+bool warden_wants_time(const struct warden *warden)
+{
+    return warden->header.magic != 0 && (warden->header.flags & TM_IMAGE_TIME) != 0 && !warden->damaged;
+}
+
+void warden_tick(struct warden *warden)
+{
+    struct tm_control control = {.op = TM_CTL_TIME};
+    struct tm_control_result result;
+    struct control_exit exit;
+    struct timespec now;
+
+    clock_gettime(CLOCK_REALTIME, &now);
+    control.argument = (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec;
+    control_sign(warden->key, &control);
+    control_enter(warden->enclave, warden->tcs[0], warden->key, &control, &result, &exit);
+    if (!exit.entered)
+        warden->damaged = true;
+}

@@ -1,0 +1,249 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The sandbox of a warden.
+ *
+ * A control ECALL runs the image author's code, and on the sim that code runs
+ * with this process's rights and clients can write its memory.  So the process
+ * has no rights: whoever takes it over can call what is listed here, on the
+ * descriptors that it already holds, and nothing else.
+ */
+#include "sandbox.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/audit.h>
+#include <linux/capability.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sched.h>
+#include <signal.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "protocol.h"
+
+/* ---- system calls ---------------------------------------------------------------- */
+
+struct rule {
+    long number;
+    int argument; /* -1, or the argument that must have one of the values; */
+    int error;    /* 0: allowed; else the call fails with this errno */
+    uint64_t values[3];
+};
+
+#define ANY(name) {SYS_##name, -1, 0, {0, 0, 0}}
+#define ONLY(name, argument, ...) {SYS_##name, argument, 0, {__VA_ARGS__}}
+#define FAIL(name, error) {SYS_##name, -1, error, {0, 0, 0}}
+
+/* glibc 2.36: pthread_create and fork, both by clone(2) since clone3 says ENOSYS. */
+#define CLONE_PTHREAD                                                                           \
+    (CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SYSVSEM | CLONE_SIGHAND | CLONE_THREAD |         \
+     CLONE_SETTLS | CLONE_PARENT_SETTID | CLONE_CHILD_CLEARTID)
+#define CLONE_FORK (CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID | SIGCHLD)
+
+static const struct rule warden_rules[] = {
+    /* the socketpair */
+    ANY(recvmsg),
+    ANY(sendto),
+    ANY(poll),
+    ANY(ppoll),
+    ANY(close),
+    /* mapping the enclave and its TCSs; prot goes to what the file's seals and pages allow */
+    ANY(mmap),
+    ANY(munmap),
+    ANY(mprotect),
+    ANY(madvise),
+    ANY(mremap), /* realloc of glibc */
+    ANY(brk),
+    ANY(fstat), /* geometry of the fds that were handed over */
+    ANY(newfstatat),
+    ANY(pread64),
+    ANY(lseek), /* SEEK_DATA: blocks that the sim's file holds */
+    ONLY(fcntl, 1, F_GET_SEALS, F_DUPFD_CLOEXEC, F_GETFL),
+    /* entering: handlers, alternate stack, FS and GS base, the ticker thread */
+    ANY(rt_sigaction),
+    ANY(rt_sigprocmask),
+    ANY(rt_sigpending),
+    ANY(rt_sigreturn),
+    ANY(sigaltstack),
+    ANY(arch_prctl),
+    ANY(rseq),
+    ANY(set_robust_list),
+    ANY(set_tid_address),
+    ANY(futex),
+    ANY(clock_gettime),
+    ANY(clock_nanosleep),
+    ANY(gettid),
+    ANY(getpid),
+    ANY(getppid),
+    ANY(tgkill), /* ticks, and abort() */
+    ANY(rt_tgsigqueueinfo),
+    ANY(kill), /* is the last holder of a TCS still there? the disposable child's end */
+    ANY(sched_yield),
+    ANY(sched_getaffinity), /* pthread_getattr_np and friends of glibc */
+    ANY(prlimit64),
+    ANY(getrandom), /* malloc's tcache key */
+    ANY(membarrier),
+    ONLY(clone, 0, CLONE_PTHREAD, CLONE_FORK, CLONE_PTHREAD),
+    FAIL(clone3, ENOSYS), /* its flags lie in memory, out of a filter's sight */
+    ANY(wait4),
+    ANY(close_range), /* the disposable child */
+    ONLY(prctl, 0, PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_SECCOMP),
+    ANY(seccomp), /* the child's shorter list; a filter can only be narrowed */
+    ANY(restart_syscall),
+    ANY(write), /* stderr: what libteemate has to say before it aborts */
+    ANY(exit),
+    ANY(exit_group),
+};
+
+/* After the child has mapped the TCS it only enters, takes ticks, and ends. */
+static const struct rule child_rules[] = {
+    ANY(rt_sigreturn),   ANY(rt_sigprocmask), ANY(rt_sigaction), ANY(rt_sigpending), ANY(sigaltstack),
+    ANY(arch_prctl),     ANY(futex),          ANY(mmap),         ANY(munmap),        ANY(mprotect),
+    ANY(madvise),        ANY(brk),            ANY(gettid),       ANY(getpid),        ANY(tgkill),
+    ANY(rt_tgsigqueueinfo), ANY(clock_gettime), ANY(clock_nanosleep), ANY(rseq),     ANY(set_robust_list),
+    ANY(restart_syscall),   ANY(exit),          ANY(exit_group),
+    ONLY(clone, 0, CLONE_PTHREAD, CLONE_PTHREAD, CLONE_PTHREAD),
+    FAIL(clone3, ENOSYS),
+};
+
+static size_t emit(struct sock_filter *code, size_t at, uint16_t op, uint32_t k, uint8_t yes, uint8_t no)
+{
+    code[at] = (struct sock_filter){.code = op, .jt = yes, .jf = no, .k = k};
+    return at + 1;
+}
+
+/*
+ * One rule is a comparison and what follows when it is equal:
+ *   no condition    return
+ *   an argument     both halves of each value, then kill
+ * so that no jump is longer than a rule.
+ */
+static size_t emit_rule(struct sock_filter *code, size_t at, const struct rule *rule)
+{
+    uint32_t offset;
+
+    if (rule->argument < 0) {
+        uint32_t answer = rule->error != 0 ? SECCOMP_RET_ERRNO | (uint32_t)rule->error : SECCOMP_RET_ALLOW;
+
+        at = emit(code, at, BPF_JMP | BPF_JEQ | BPF_K, (uint32_t)rule->number, 0, 1);
+        return emit(code, at, BPF_RET | BPF_K, answer, 0, 0);
+    }
+    offset = (uint32_t)(offsetof(struct seccomp_data, args) + 8u * (uint32_t)rule->argument);
+    at = emit(code, at, BPF_JMP | BPF_JEQ | BPF_K, (uint32_t)rule->number, 0, 8);
+    at = emit(code, at, BPF_LD | BPF_W | BPF_ABS, offset + 4, 0, 0); /* high half */
+    at = emit(code, at, BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 5);
+    at = emit(code, at, BPF_LD | BPF_W | BPF_ABS, offset, 0, 0);
+    at = emit(code, at, BPF_JMP | BPF_JEQ | BPF_K, (uint32_t)rule->values[0], 2, 0);
+    at = emit(code, at, BPF_JMP | BPF_JEQ | BPF_K, (uint32_t)rule->values[1], 1, 0);
+    at = emit(code, at, BPF_JMP | BPF_JEQ | BPF_K, (uint32_t)rule->values[2], 0, 1);
+    at = emit(code, at, BPF_RET | BPF_K, SECCOMP_RET_ALLOW, 0, 0);
+    return emit(code, at, BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS, 0, 0);
+}
+
+static int install(const struct rule *rules, size_t count)
+{
+    struct sock_filter *code = calloc(count * 9 + 8, sizeof(*code));
+    struct sock_fprog program;
+    size_t at = 0;
+    int result = 0;
+
+    if (code == NULL)
+        return -ENOMEM;
+    at = emit(code, at, BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, arch), 0, 0);
+    at = emit(code, at, BPF_JMP | BPF_JEQ | BPF_K, AUDIT_ARCH_X86_64, 1, 0);
+    at = emit(code, at, BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS, 0, 0);
+    at = emit(code, at, BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr), 0, 0);
+    for (size_t i = 0; i < count; i++)
+        at = emit_rule(code, at, &rules[i]);
+    at = emit(code, at, BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS, 0, 0);
+    program.len = (unsigned short)at;
+    program.filter = code;
+    if (syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &program) != 0)
+        result = -errno;
+    free(code);
+    return result;
+}
+
+int sandbox_filter(void)
+{
+    return install(warden_rules, sizeof(warden_rules) / sizeof(warden_rules[0]));
+}
+
+int sandbox_filter_child(void)
+{
+    return install(child_rules, sizeof(child_rules) / sizeof(child_rules[0]));
+}
+
+/* ---- the rest ---------------------------------------------------------------------- */
+
+static int drop_capabilities(void)
+{
+    struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3, .pid = 0};
+    struct __user_cap_data_struct none[2] = {{0}};
+
+    /* Ambient ones first: they could come back with an exec, which the filter forbids anyway. */
+    if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) != 0)
+        return -errno;
+    for (unsigned long cap = 0; cap <= CAP_LAST_CAP; cap++) {
+        /* EINVAL: older kernel; EPERM: not ours to drop, and none to drop. */
+        if (prctl(PR_CAPBSET_DROP, cap, 0, 0, 0) != 0 && errno != EINVAL && errno != EPERM)
+            return -errno;
+    }
+    if (syscall(SYS_capset, &header, none) != 0)
+        return -errno;
+    return 0;
+}
+
+static int drop_descriptors(void)
+{
+    int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+
+    if (null < 0)
+        return -errno;
+    if (dup2(null, STDIN_FILENO) < 0 || dup2(null, STDOUT_FILENO) < 0)
+        return -errno;
+    if (fcntl(STDERR_FILENO, F_GETFD) < 0 && dup2(null, STDERR_FILENO) < 0)
+        return -errno;
+    if (close_range(4, ~0u, 0) != 0)
+        return -errno;
+    if (null == 3)
+        return -EBADF; /* there was no socketpair */
+    return 0;
+}
+
+static int set_limits(void)
+{
+    const struct rlimit none = {0, 0};
+    const struct rlimit files = {32, 32};
+
+    if (setrlimit(RLIMIT_CORE, &none) != 0 || setrlimit(RLIMIT_NOFILE, &files) != 0 ||
+        setrlimit(RLIMIT_MSGQUEUE, &none) != 0)
+        return -errno;
+    return 0;
+}
+
+int sandbox_enter(const char **step)
+{
+    int result;
+
+    *step = "prctl";
+    if (prctl(PR_SET_NAME, "teemate-warden", 0, 0, 0) != 0 || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0)
+        return -errno;
+    *step = "descriptors";
+    result = drop_descriptors();
+    if (result < 0)
+        return result;
+    *step = "capabilities";
+    result = drop_capabilities();
+    if (result < 0)
+        return result;
+    *step = "limits";
+    return set_limits();
+}

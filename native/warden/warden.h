@@ -1,0 +1,54 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A warden: one process that maps and enters one enclave for the broker.
+ *
+ *   main.c      start, the watching thread, receiving and answering
+ *   requests.c  what each request does
+ *   resume.c    the disposable child that resumes a rewritten SSA frame
+ *   sandbox.c   what the process gives up
+ */
+#ifndef TEEMATE_WARDEN_H
+#define TEEMATE_WARDEN_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "control.h"
+#include "enclave.h"
+#include "protocol.h"
+#include "repair.h"
+
+#define WARDEN_SOCKET 3
+#define WARDEN_TICK_MS 100
+
+struct warden {
+    struct teemate_enclave *enclave; /* NULL before START */
+    struct control_key *key;         /* owned, in memory that a child finds zeroed */
+    uint64_t *tcs;                   /* owned: offsets of all TCSs, ascending */
+    size_t tcs_count;
+    struct tm_image_header header;   /* as the enclave gave it */
+    bool damaged;                    /* a control ECALL has faulted: repair before the next */
+};
+
+/* fds that came with a request; whoever uses one sets it to -1. */
+struct warden_fds {
+    int fd[2];
+    size_t count;
+};
+
+/*
+ * Do what the request says and fill the reply (zeroed before).  Everything in
+ * the request is unchecked but its size and version.
+ */
+void warden_handle(struct warden *warden, const struct warden_request *request, struct warden_fds *fds,
+                   struct warden_reply *reply);
+
+/* Does the enclave want to be told the time? */
+bool warden_wants_time(const struct warden *warden);
+/* Tell it; a failure shows with the next request. */
+void warden_tick(struct warden *warden);
+
+/* `resume` of struct repair; context is the struct warden. */
+int warden_resume(struct repair *repair, uint64_t tcs_offset);
+
+#endif
