@@ -86,6 +86,9 @@ _Static_assert(sizeof(struct sim_tcs) == 64, "sim_tcs");
 #define SIM_EPCM_TYPE(word) ((uint32_t)((word) >> SIM_EPCM_TYPE_SHIFT) & 0xffu)
 #define SIM_EPCM_TCS_SHIFT 16 /* index into the TCS table when the type is TCS */
 #define SIM_EPCM_TCS(word) ((uint32_t)((word) >> SIM_EPCM_TCS_SHIFT) & 0xffffu)
+/* Not the EPCM's but the driver's: what the page was added with, R W X (vm_max_prot_bits). */
+#define SIM_EPCM_MAX_SHIFT 32
+#define SIM_EPCM_MAX(word) ((uint32_t)((word) >> SIM_EPCM_MAX_SHIFT) & 7u)
 
 #define SIM_TABLES_OFFSET(size) (size)
 #define SIM_TABLES_SIZE(size) \
@@ -164,11 +167,14 @@ int sim_page_fault(struct teemate_enclave *enclave, uint64_t addr, uint32_t erro
 
 /*
  * The EPCM's and this process's say in an access of a thread inside to [addr, addr + length),
- * inside one page of ELRANGE; `access` is SGX_PF_W, SGX_PF_I or 0.  Returns where it lies in
- * the view, or NULL with *fault filled (#PF, with the SGX bit when the EPCM refuses).
+ * which lies in one page; `access` is SGX_PF_W, SGX_PF_I or 0.  False with *fault filled (#PF,
+ * with the SGX bit when the EPCM refuses) when it is not allowed.  A page that is not there is
+ * added (EAUG) where the driver would.
  */
-void *sim_access(struct teemate_enclave *enclave, uint64_t addr, uint32_t length, uint32_t access,
-                 struct sim_fault *fault);
+bool sim_access(struct teemate_enclave *enclave, uint64_t addr, uint32_t length, uint32_t access,
+                struct sim_fault *fault);
+/* Where an address of ELRANGE lies in the view. */
+void *sim_at(const struct teemate_enclave *enclave, uint64_t addr);
 
 /* Before an entry: follow the epoch.  Maps of segments may start with any protection: the
  * first flush takes it away and page faults bring it back as the EPCM allows. */

@@ -170,10 +170,11 @@ bool sim_tcs_legal(const struct sgx_tcs *tcs)
 {
     static const uint8_t zero[sizeof(tcs->reserved)];
 
-    /* SDM, EADD: "Check TCS fields"; FLAGS.DBGOPTIN may be set by EDBGWR only. */
-    return !tcs->flags && !(tcs->ossa & 0xfff) && !(tcs->ofsbase & 0xfff) && !(tcs->ogsbase & 0xfff) &&
-           (tcs->fslimit & 0xfff) == 0xfff && (tcs->gslimit & 0xfff) == 0xfff && !tcs->ocetssa &&
-           !tcs->oprevssp && memcmp(tcs->reserved, zero, sizeof(zero)) == 0;
+    /*
+     * EADD and EACCEPT (SDM volume 3D) leave the alignment of OSSA, OFSBASE and OGSBASE to EENTER, and in
+     * 64-bit mode they do not look at the limits.  Without CET its two fields are reserved.
+     */
+    return !(tcs->flags & ~SGX_TCS_DBGOPTIN) && !tcs->ocetssa && !tcs->oprevssp && memcmp(tcs->reserved, zero, sizeof(zero)) == 0;
 }
 
 int sim_tcs_enlist(struct sim_mapping *sim, uint64_t offset, const struct sgx_tcs *tcs)
@@ -198,7 +199,7 @@ int sim_tcs_enlist(struct sim_mapping *sim, uint64_t offset, const struct sgx_tc
         slot = &sim->tcs[index];
     }
     slot->offset = offset;
-    slot->flags = tcs->flags;
+    slot->flags = 0; /* DBGOPTIN is for EDBGWR to set */
     slot->ossa = tcs->ossa;
     slot->oentry = tcs->oentry;
     slot->ofsbase = tcs->ofsbase;
@@ -231,7 +232,8 @@ int sim_add_pages(struct teemate_enclave *enclave, uint64_t offset, const void *
     static const struct sgx_tcs no_tcs;
     struct sim_mapping *sim = enclave->sim;
     uint64_t type = secinfo_flags >> 8, rwx = secinfo_flags & 7;
-    uint64_t word = SIM_EPCM_VALID | rwx << 1 | type << SIM_EPCM_TYPE_SHIFT;
+    uint64_t word = SIM_EPCM_VALID | rwx << 1 | type << SIM_EPCM_TYPE_SHIFT |
+                    (type == SGX_PT_TCS ? 3 : rwx) << SIM_EPCM_MAX_SHIFT;
     int error = 0;
 
     (void)measured; /* the loader measures; the model has no MRENCLAVE under construction */
@@ -278,8 +280,7 @@ int sim_add_pages(struct teemate_enclave *enclave, uint64_t offset, const void *
                 memcpy(&tcs, (const uint8_t *)data + (at - offset), sizeof(tcs));
             if (!sim_tcs_legal(&tcs))
                 return diag_set(diag, -EINVAL, TEEMATE_STEP_EADD, 0, at,
-                                "EADD of the TCS at offset %#llx: FLAGS, reserved bytes or an alignment is wrong "
-                                "(OSSA, OFSBASE and OGSBASE are page offsets, FSLIMIT and GSLIMIT end in FFFh)",
+                                "EADD of the TCS at offset %#llx: FLAGS and the reserved bytes must be zero",
                                 (unsigned long long)at);
             index = sim_tcs_enlist(sim, at, &tcs);
             if (index < 0)

@@ -1,0 +1,180 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The EPCM's say in accesses of enclave code, and the page table that follows it.
+ *
+ * A process's page table is a cache: everything starts without permission (sim_flush, once)
+ * and sim_page_fault gives runs of pages what the mapping and the EPCM both allow.  So
+ * attaching costs nothing per page, and taking a permission away is one count (the epoch)
+ * that every process compares before it enters.
+ *
+ * Called from signal handlers: no TLS, no locks, no libc but system calls and memory.
+ */
+#include "sim.h"
+
+#include <errno.h>
+#include <sys/mman.h>
+
+#include "enclave.h"
+#include "sim_check.h"
+
+/* Pages that one fault may bring in, in a window of this size and alignment. */
+#define WINDOW 1024u
+
+#define PRESENT_MASK \
+    (SIM_EPCM_VALID | SIM_EPCM_R | SIM_EPCM_W | SIM_EPCM_X | SIM_EPCM_PENDING | SIM_EPCM_MODIFIED | \
+     0xffull << SIM_EPCM_TYPE_SHIFT)
+
+void *sim_at(const struct teemate_enclave *enclave, uint64_t addr)
+{
+    return enclave->sim->view + (addr - enclave->base);
+}
+
+static const struct teemate_segment *segment_of(const struct teemate_enclave *enclave, uint64_t offset)
+{
+    for (size_t i = 0; i < enclave->segment_count; i++)
+        if (offset - enclave->segments[i].offset < enclave->segments[i].size)
+            return &enclave->segments[i];
+    return NULL;
+}
+
+static int prot_of(uint64_t word)
+{
+    return (word & SIM_EPCM_R ? PROT_READ : 0) | (word & SIM_EPCM_W ? PROT_WRITE : 0) |
+           (word & SIM_EPCM_X ? PROT_EXEC : 0);
+}
+
+static int prot_for(uint32_t access)
+{
+    return access & SGX_PF_W ? PROT_WRITE : access & SGX_PF_I ? PROT_EXEC : PROT_READ;
+}
+
+static bool refuse(struct sim_fault *fault, uint64_t addr, uint32_t access, uint32_t bits)
+{
+    fault->vector = SGX_VECTOR_PF;
+    fault->error = (access & (SGX_PF_W | SGX_PF_I)) | SGX_PF_U | bits;
+    fault->addr = addr;
+    return false;
+}
+
+/* SDM volume 3D, "Access-control Requirements": every access to a page of ELRANGE. */
+static bool epcm_allows(uint64_t word, uint32_t access)
+{
+    if (SIM_CHECK("EPCM.VALID", !(word & SIM_EPCM_VALID)))
+        return false;
+    if (SIM_CHECK("EPCM.TYPE", SIM_EPCM_TYPE(word) != SGX_PT_REG))
+        return false;
+    if (SIM_CHECK("EPCM.PENDING", word & SIM_EPCM_PENDING))
+        return false;
+    if (SIM_CHECK("EPCM.MODIFIED", word & SIM_EPCM_MODIFIED))
+        return false;
+    if (SIM_CHECK("EPCM.R", !(access & (SGX_PF_W | SGX_PF_I)) && !(word & SIM_EPCM_R)))
+        return false;
+    if (SIM_CHECK("EPCM.W", access & SGX_PF_W && !(word & SIM_EPCM_W)))
+        return false;
+    if (SIM_CHECK("EPCM.X", access & SGX_PF_I && !(word & SIM_EPCM_X)))
+        return false;
+    return true;
+}
+
+/* EAUG as the driver does it on a fault (sgx_encl_eaug_page): a zero page, pending. */
+static uint64_t add_on_demand(_Atomic uint64_t *entry)
+{
+    uint64_t none = 0, word = SIM_EPCM_VALID | SIM_EPCM_R | SIM_EPCM_W | SIM_EPCM_PENDING |
+                              (uint64_t)SGX_PT_REG << SIM_EPCM_TYPE_SHIFT | 7ull << SIM_EPCM_MAX_SHIFT;
+
+    return atomic_compare_exchange_strong(entry, &none, word) ? word : none;
+}
+
+bool sim_access(struct teemate_enclave *enclave, uint64_t addr, uint32_t length, uint32_t access,
+                struct sim_fault *fault)
+{
+    struct sim_mapping *sim = enclave->sim;
+    uint64_t offset = addr - enclave->base, word;
+    const struct teemate_segment *segment;
+
+    if (offset >= enclave->size || length > enclave->size - offset)
+        return refuse(fault, addr, access, 0);
+    /* Paging comes first: what this process has mapped, and how. */
+    segment = segment_of(enclave, offset);
+    if (!enclave->mapped || !segment)
+        return refuse(fault, addr, access, 0);
+    word = atomic_load(&sim->epcm[offset / SGX_PAGE]);
+    if (segment->type != SGX_PT_TCS && !(segment->prot & (uint32_t)prot_for(access)))
+        return refuse(fault, addr, access, word & SIM_EPCM_VALID ? SGX_PF_P : 0);
+    if (!(word & SIM_EPCM_VALID)) {
+        if (!sim->header->sgx2)
+            return refuse(fault, addr, access, 0);
+        word = add_on_demand(&sim->epcm[offset / SGX_PAGE]);
+    }
+    if (!epcm_allows(word, access))
+        return refuse(fault, addr, access, SGX_PF_P | SGX_PF_SGX);
+    return true;
+}
+
+/* The pages around `page` that the EPCM treats alike, within segment and window. */
+static void run_of(const struct teemate_enclave *enclave, const struct teemate_segment *segment, uint64_t page,
+                   uint64_t word, uint64_t *first, uint64_t *end)
+{
+    _Atomic uint64_t *epcm = enclave->sim->epcm;
+    uint64_t low = page / WINDOW * WINDOW, high = low + WINDOW;
+
+    if (low < segment->offset / SGX_PAGE)
+        low = segment->offset / SGX_PAGE;
+    if (high > (segment->offset + segment->size) / SGX_PAGE)
+        high = (segment->offset + segment->size) / SGX_PAGE;
+    *first = page;
+    *end = page + 1;
+    while (*first > low &&
+           !((atomic_load_explicit(&epcm[*first - 1], memory_order_relaxed) ^ word) & PRESENT_MASK))
+        --*first;
+    while (*end < high && !((atomic_load_explicit(&epcm[*end], memory_order_relaxed) ^ word) & PRESENT_MASK))
+        ++*end;
+}
+
+int sim_page_fault(struct teemate_enclave *enclave, uint64_t addr, uint32_t error, struct sim_fault *fault)
+{
+    uint64_t offset = addr - enclave->base, page = offset / SGX_PAGE, word, first, end, i;
+    const struct teemate_segment *segment;
+    _Atomic uint64_t *epcm;
+    uint8_t *start;
+
+    if (offset >= enclave->size) {
+        fault->vector = SGX_VECTOR_PF;
+        fault->error = error;
+        fault->addr = addr;
+        return 1;
+    }
+    if (!sim_access(enclave, addr, 1, error, fault))
+        return 1;
+    segment = segment_of(enclave, offset);
+    epcm = enclave->sim->epcm;
+    word = atomic_load(&epcm[page]);
+    run_of(enclave, segment, page, word, &first, &end);
+    start = (uint8_t *)(enclave->base + first * SGX_PAGE);
+    if (mprotect(start, (end - first) * SGX_PAGE, prot_of(word) & (int)segment->prot)) {
+        refuse(fault, addr, error, 0); /* somebody unmapped it behind our back */
+        return 1;
+    }
+    /* Did the EPCM change between our look and our change?  Then the flush that goes with
+     * the change may have come before it: take everything back and let it fault again. */
+    for (i = first; i < end; i++)
+        if ((atomic_load(&epcm[i]) ^ word) & PRESENT_MASK) {
+            mprotect(start, (end - first) * SGX_PAGE, PROT_NONE);
+            break;
+        }
+    return 0;
+}
+
+void sim_flush(struct teemate_enclave *enclave)
+{
+    struct sim_mapping *sim = enclave->sim;
+    uint32_t epoch = atomic_load(&sim->header->epoch);
+
+    if (atomic_load(&sim->epoch) == epoch || !enclave->mapped)
+        return;
+    for (size_t i = 0; i < enclave->segment_count; i++)
+        if (enclave->segments[i].type != SGX_PT_TCS)
+            mprotect((void *)(enclave->base + enclave->segments[i].offset), enclave->segments[i].size,
+                     PROT_NONE);
+    atomic_store(&sim->epoch, epoch);
+}

@@ -1,0 +1,131 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The driver's SGX2 calls on the sim, with its order of checks, errno, result and count
+ * (arch/x86/kernel/cpu/sgx/ioctl.c, Linux 6.1).
+ *
+ * ETRACK and the IPIs that go with it are the epoch: this process's page table is brought
+ * up to date at once, every other one before its next entry or resumption (a thread inside
+ * is interrupted by the tick, so that is a matter of milliseconds).
+ */
+#include "sim.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdint.h>
+
+#include "enclave.h"
+
+static int check_range(const struct teemate_enclave *enclave, uint64_t offset, uint64_t length)
+{
+    if (!enclave->sim->header->sgx2)
+        return -ENODEV;
+    if (!enclave->finished)
+        return -EINVAL;
+    if (offset % SGX_PAGE || !length || length % SGX_PAGE || offset + length < offset ||
+        offset + length - SGX_PAGE >= enclave->size)
+        return -EINVAL;
+    return 0;
+}
+
+static void track(struct teemate_enclave *enclave)
+{
+    atomic_fetch_add(&enclave->sim->header->epoch, 1);
+    sim_flush(enclave);
+}
+
+int sim_restrict_permissions(struct teemate_enclave *enclave, uint64_t offset, uint64_t length,
+                             uint64_t permissions, uint64_t *result, uint64_t *count)
+{
+    int error = check_range(enclave, offset, length);
+
+    *result = *count = 0;
+    if (error)
+        return error;
+    if (permissions & ~7ull || (permissions & SGX_SECINFO_W && !(permissions & SGX_SECINFO_R)))
+        return -EINVAL;
+    for (; *count < length && !error; *count += SGX_PAGE) {
+        _Atomic uint64_t *entry = &enclave->sim->epcm[(offset + *count) / SGX_PAGE];
+        uint64_t word = atomic_load(entry), next;
+
+        do {
+            error = !(word & SIM_EPCM_VALID)                ? -EFAULT
+                    : SIM_EPCM_TYPE(word) != SGX_PT_REG     ? -EINVAL
+                    : word & (SIM_EPCM_PENDING | SIM_EPCM_MODIFIED) ? -EFAULT
+                                                            : 0;
+            if (error == -EFAULT && word & SIM_EPCM_VALID)
+                *result = SGX_PAGE_NOT_MODIFIABLE;
+            next = (word & (~(SIM_EPCM_R | SIM_EPCM_W | SIM_EPCM_X) | permissions << 1)) | SIM_EPCM_PR;
+        } while (!error && !atomic_compare_exchange_weak(entry, &word, next));
+        if (error)
+            break;
+    }
+    track(enclave);
+    return error;
+}
+
+int sim_modify_types(struct teemate_enclave *enclave, uint64_t offset, uint64_t length, uint64_t type,
+                     uint64_t *result, uint64_t *count)
+{
+    int error = check_range(enclave, offset, length);
+
+    *result = *count = 0;
+    if (error)
+        return error;
+    if (type != SGX_PT_TCS && type != SGX_PT_TRIM)
+        return -EINVAL;
+    for (; *count < length; *count += SGX_PAGE) {
+        _Atomic uint64_t *entry = &enclave->sim->epcm[(offset + *count) / SGX_PAGE];
+        uint64_t word = atomic_load(entry), next;
+
+        do {
+            if (!(word & SIM_EPCM_VALID))
+                error = -EFAULT;
+            else if (SIM_EPCM_TYPE(word) != SGX_PT_REG &&
+                     !(SIM_EPCM_TYPE(word) == SGX_PT_TCS && type == SGX_PT_TRIM))
+                error = -EINVAL;
+            else if (type == SGX_PT_TCS && (SIM_EPCM_MAX(word) & 3) != 3)
+                error = -EPERM;
+            else if (word & (SIM_EPCM_PENDING | SIM_EPCM_MODIFIED)) {
+                *result = SGX_PAGE_NOT_MODIFIABLE;
+                error = -EFAULT;
+            }
+            next = SIM_EPCM_VALID | SIM_EPCM_MODIFIED | type << SIM_EPCM_TYPE_SHIFT |
+                   (type == SGX_PT_TCS ? 3ull : SIM_EPCM_MAX(word)) << SIM_EPCM_MAX_SHIFT;
+        } while (!error && !atomic_compare_exchange_weak(entry, &word, next));
+        if (error)
+            break;
+    }
+    track(enclave);
+    return error;
+}
+
+int sim_remove_pages(struct teemate_enclave *enclave, uint64_t offset, uint64_t length, uint64_t *count)
+{
+    int error = check_range(enclave, offset, length);
+
+    *count = 0;
+    if (error)
+        return error;
+    for (; *count < length; *count += SGX_PAGE) {
+        _Atomic uint64_t *entry = &enclave->sim->epcm[(offset + *count) / SGX_PAGE];
+        uint64_t word = atomic_load(entry);
+
+        if (!(word & SIM_EPCM_VALID)) {
+            error = -EFAULT;
+            break;
+        }
+        /* Only a trimmed page that the enclave has accepted. */
+        if (SIM_EPCM_TYPE(word) != SGX_PT_TRIM || word & SIM_EPCM_MODIFIED) {
+            error = -EPERM;
+            break;
+        }
+        /* Its memory first: once the entry is free, a new page may be there. */
+        if (fallocate(enclave->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(offset + *count), SGX_PAGE)) {
+            error = -errno;
+            break;
+        }
+        atomic_compare_exchange_strong(entry, &word, 0);
+    }
+    track(enclave);
+    return error;
+}
