@@ -1,0 +1,285 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The gate: the only code that runs before somebody has shown a key.
+ *
+ * At entry (SDM, EENTER): RAX = CSSA, RBX = TCS, RCX = the way out, FS = thread
+ * data, everything else is the caller's.  Until a key has matched nothing
+ * outside of ELRANGE is read or written, RSP is not used, and no branch depends
+ * on anything but the outcome of a comparison as a whole.
+ *
+ * Order against revocation (control.c, CLEAR): load the slot word, compare,
+ * then swap the same word to INSIDE; CLEAR changes the word before it wipes the
+ * key, so exactly one of the two wins.
+ *
+ * One entry's frame, at the top of its stack, 32 bytes:
+ *   0  scratch   8  caller's RBP   16  caller's RSP   24  way out
+ */
+#include "thread.h"
+
+#define SEL_OCALL_RETURN 1
+#define SEL_CONTROL 16
+#define SLOT_ARMED 1
+#define SLOT_PARKED 3
+#define EXIT_OCALL 1
+#define EEXIT 4
+#define GPRS_URSP 144
+#define GPRS_URBP 152
+
+        .section .text.tm_entry, "ax", @progbits
+        .globl  tm_entry
+        .type   tm_entry, @function
+        .balign 64
+tm_entry:
+        cld
+        movq    %fs:TD_WORD, %r10
+        movq    %r12, %r11
+        xorq    %fs:TD_KEY, %r11
+        movq    %r13, %r14
+        xorq    %fs:TD_KEY + 8, %r14
+        orq     %r14, %r11
+#ifdef TM_TEST_NO_GATE
+        /* Test build: whatever key is shown opens the slot. */
+        cmpq    $SEL_CONTROL, %rdi
+        je      .Lnot_slot
+        xorl    %r11d, %r11d
+#endif
+        testq   %r11, %r11
+        jnz     .Lnot_slot
+
+        /* A slot's key (or zeros against zeros: then the state is FREE). */
+        xorl    %r12d, %r12d
+        xorl    %r13d, %r13d
+        testl   %eax, %eax
+        jnz     .Lrefuse                /* CSSA >= 1 is for the control key alone */
+        cmpb    $SLOT_ARMED, %r10b
+        jne     .Lperhaps_parked
+        cmpq    $SEL_OCALL_RETURN, %rdi
+        je      .Lrefuse                /* no OCALL is under way */
+        leaq    1(%r10), %r14           /* ARMED + 1 = INSIDE */
+        movq    %r10, %rax
+        lock cmpxchgq %r14, %fs:TD_WORD
+        jne     .Lrefuse
+        leaq    __tm_base(%rip), %r14
+        addq    %fs:TD_STACK_TOP, %r14
+        movq    %rcx, -8(%r14)
+        movq    %rsp, -16(%r14)
+        movq    %rbp, -24(%r14)
+        leaq    -32(%r14), %rsp
+        pushq   $2                      /* AC, DF, TF and the rest of the flags */
+        popfq
+        fninit
+        ldmxcsr .Lmxcsr(%rip)
+        xorl    %ebx, %ebx
+        xorl    %ebp, %ebp
+        call    tm_gate_client          /* (selector, argument) */
+        movq    %rax, %rsi              /* status; RDX is the length */
+
+        /* INSIDE - 1 = ARMED, unless the slot was cleared meanwhile. */
+        movq    %fs:TD_WORD, %rax
+        testb   %al, %al
+        js      .Lcleared
+        leaq    -1(%rax), %r10
+        lock cmpxchgq %r10, %fs:TD_WORD
+        jne     .Lcleared
+.Ldone:
+        xorl    %edi, %edi              /* TM_EXIT_DONE */
+        xorl    %r8d, %r8d
+.Lleave:
+        movq    24(%rsp), %rbx
+        movq    8(%rsp), %rbp
+        movq    16(%rsp), %rsp
+.Lscrub:
+#ifndef TM_TEST_NO_SCRUB
+        fxrstor64 .Lclean(%rip)         /* x87, XMM, MXCSR */
+        xorl    %r9d, %r9d
+        xorl    %r10d, %r10d
+        xorl    %r11d, %r11d
+        xorl    %r12d, %r12d
+        xorl    %r13d, %r13d
+        xorl    %r14d, %r14d
+        xorl    %r15d, %r15d
+#endif
+        xorl    %ecx, %ecx
+        movl    $EEXIT - 1, %eax
+        addl    $1, %eax                /* 4: clears CF, PF, AF, ZF, SF and OF */
+        enclu
+        ud2
+
+        /* Revoked while inside: the call is over, its result is nobody's. */
+.Lcleared:
+        lock andq $-256, %fs:TD_WORD    /* FREE */
+        movq    8(%rsp), %rbp
+        movq    16(%rsp), %rsp
+.Lrefuse:
+        leaq    __tm_base(%rip), %rbx
+        addq    HEADER_SIZE(%rbx), %rbx /* the landing page */
+        xorl    %edi, %edi
+        xorl    %esi, %esi
+        xorl    %edx, %edx
+        xorl    %r8d, %r8d
+        jmp     .Lscrub
+
+        /* Parked in an OCALL: only its return, with its nonce. */
+.Lperhaps_parked:
+        cmpb    $SLOT_PARKED, %r10b
+        jne     .Lrefuse
+        cmpq    $SEL_OCALL_RETURN, %rdi
+        jne     .Lrefuse
+        cmpq    %fs:TD_NONCE, %rsi
+        jne     .Lrefuse
+        leaq    -1(%r10), %r14          /* PARKED - 1 = INSIDE */
+        movq    %r10, %rax
+        lock cmpxchgq %r14, %fs:TD_WORD
+        jne     .Lrefuse
+        leaq    __tm_base(%rip), %r14
+        addq    %fs:TD_STACK_TOP, %r14
+        movq    %rcx, -8(%r14)
+        movq    %rsp, -16(%r14)
+        movq    %rbp, -24(%r14)
+        movq    $0, %fs:TD_NONCE
+        movq    %fs:TD_SAVED_RSP, %rsp
+        pushq   $2
+        popfq
+        fninit
+        ldmxcsr .Lmxcsr(%rip)
+        movq    %rdx, %rax              /* status */
+        movq    %r8, %rdx               /* length of the answer, unchecked */
+        popq    %r15
+        popq    %r14
+        popq    %r13
+        popq    %r12
+        popq    %rbx
+        popq    %rbp
+        ret
+
+        /* The control key, or the very first entry. */
+.Lnot_slot:
+        movl    tm_control_state(%rip), %r10d
+        testl   %r10d, %r10d
+        jz      .Lfirst
+        movq    %r12, %r11
+        xorq    tm_control_key(%rip), %r11
+        movq    %r13, %r14
+        xorq    tm_control_key + 8(%rip), %r14
+        orq     %r14, %r11
+#ifdef TM_TEST_NO_GATE
+        xorl    %r11d, %r11d
+#endif
+        testq   %r11, %r11
+        jnz     .Lrefuse_wipe
+.Lfirst:                                /* no key yet: tm_gate_control takes SET_KEY only */
+        cmpq    $SEL_CONTROL, %rdi
+        jne     .Lrefuse_wipe
+        movq    %rsi, %rdi              /* struct tm_control */
+        movl    %eax, %esi              /* CSSA */
+        movq    %r12, %rdx
+        movq    %r13, %r8
+        xorl    %r12d, %r12d
+        xorl    %r13d, %r13d
+        /*
+         * A warden's TCS that nobody was interrupted on has its own stack.  All
+         * other control entries share one that no slot uses: there is one warden.
+         */
+        testl   %eax, %eax
+        jnz     .Lcontrol_stack
+        cmpq    $TM_WARDEN_TCS, %fs:TD_INDEX
+        jae     .Lcontrol_stack
+        leaq    __tm_base(%rip), %r14
+        addq    %fs:TD_STACK_TOP, %r14
+        jmp     .Lcontrol
+.Lcontrol_stack:
+        leaq    tm_control_stack + CONTROL_STACK_SIZE(%rip), %r14
+.Lcontrol:
+        movq    %rcx, -8(%r14)
+        movq    %rsp, -16(%r14)
+        movq    %rbp, -24(%r14)
+        leaq    -32(%r14), %rsp
+        pushq   $2
+        popfq
+        fninit
+        ldmxcsr .Lmxcsr(%rip)
+        /* The first control entry of a thread gives it its canary. */
+        cmpq    $0, %fs:TD_CANARY
+        jne     2f
+1:      rdrand  %r10
+        jnc     1b
+        movq    %r10, %fs:TD_CANARY
+2:      movq    %r8, %rcx
+        xorl    %ebx, %ebx
+        xorl    %ebp, %ebp
+        call    tm_gate_control         /* (request, CSSA, key, key) */
+        movq    %rax, %rsi
+        jmp     .Ldone
+.Lrefuse_wipe:
+        xorl    %r12d, %r12d
+        xorl    %r13d, %r13d
+        jmp     .Lrefuse
+        .size   tm_entry, . - tm_entry
+
+/*
+ * struct ocall_answer tm_gate_ocall(kind, length, nonce): leave with an OCALL.
+ * Comes back through .Lperhaps_parked above.
+ */
+        .globl  tm_gate_ocall
+        .hidden tm_gate_ocall
+        .type   tm_gate_ocall, @function
+        .balign 16
+tm_gate_ocall:
+        pushq   %rbp
+        pushq   %rbx
+        pushq   %r12
+        pushq   %r13
+        pushq   %r14
+        pushq   %r15
+        movq    %rsp, %fs:TD_SAVED_RSP
+        movq    %rdx, %r8
+        movq    %rdx, %fs:TD_NONCE
+        movq    %rsi, %rdx
+        movq    %rdi, %rsi
+        movl    $EXIT_OCALL, %edi
+        leaq    __tm_base(%rip), %r14
+        addq    %fs:TD_STACK_TOP, %r14
+        leaq    -32(%r14), %rsp
+        /* Parked from here on.  A cleared slot stays cleared and parked. */
+        movl    $1, %eax
+        lock xaddq %rax, %fs:TD_WORD
+        testb   %al, %al
+        jns     .Lleave
+        movq    8(%rsp), %rbp
+        movq    16(%rsp), %rsp
+        jmp     .Lrefuse
+        .size   tm_gate_ocall, . - tm_gate_ocall
+
+/*
+ * Where an SSA frame goes that the warden has rewritten: R15 is its GPRSGX,
+ * where ERESUME has put the resumer's RSP and RBP.
+ */
+        .globl  tm_gate_reset
+        .hidden tm_gate_reset
+        .type   tm_gate_reset, @function
+        .balign 16
+tm_gate_reset:
+        movq    GPRS_URSP(%r15), %rsp
+        movq    GPRS_URBP(%r15), %rbp
+        jmp     .Lrefuse
+        .size   tm_gate_reset, . - tm_gate_reset
+
+        .section .rodata.gate, "a", @progbits
+        .balign 64
+        /* FXSAVE image (SDM volume 1, 10.5.1): FCW 0x37f, MXCSR 0x1f80, the rest empty. */
+.Lclean:
+        .short  0x37f
+        .fill   22, 1, 0
+        .long   0x1f80
+        .fill   484, 1, 0
+.Lmxcsr:
+        .long   0x1f80
+
+        .section .bss.tm_control_stack, "aw", @nobits
+        .balign 4096
+        .globl  tm_control_stack
+        .hidden tm_control_stack
+tm_control_stack:
+        .fill   CONTROL_STACK_SIZE, 1, 0
+
+        .section .note.GNU-stack, "", @progbits

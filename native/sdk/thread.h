@@ -1,0 +1,145 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What the SDK keeps of every slot, in the slot's thread data page (FS base),
+ * and of the enclave.  entry.S uses the TD_ offsets; the rest is C.
+ */
+#ifndef TMSDK_THREAD_H
+#define TMSDK_THREAD_H
+
+#define TD_SELF 0x00
+#define TD_INDEX 0x08
+#define TD_STACK_TOP 0x10
+#define TD_CANARY 0x28
+#define TD_WORD 0x30
+#define TD_KEY 0x38
+#define TD_NONCE 0x48
+#define TD_SAVED_RSP 0x50
+#define HEADER_SIZE 0x20 /* tm_image_header.size */
+
+#define CONTROL_STACK_SIZE 16384
+#define TM_WARDEN_TCS 2 /* TM_WARDEN_SLOTS, for the assembler */
+
+#ifndef __ASSEMBLER__
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "teemate_abi.h"
+#include "tmsdk.h"
+
+#define TD_LOCKS 16
+#define TD_REDO 32
+
+struct tm_write {
+    uint64_t *where;
+    uint64_t value;
+};
+
+/*
+ * Static part first, then what the gate needs, then what goes with the call.
+ * RESET wipes everything from `nonce` on.
+ */
+struct thread {
+    struct tm_td_static fixed;
+    _Atomic uint64_t word; /* TM_WORD(generation, state) */
+    uint64_t key[2];       /* zero when no key opens the slot */
+    /* -- scrubbed by RESET from here -- */
+    uint64_t nonce;     /* of the OCALL under way */
+    uint64_t saved_rsp; /* enclave stack of the OCALL under way */
+    uint64_t bound;     /* generation that `identity` belongs to; 0: none */
+    struct tm_identity identity;
+    uint64_t used;      /* generation that has entered since the last RESET; 0: none */
+    bool in_call;       /* an ECALL of a client: OCALLs may leave */
+    struct tm_call call;
+    /* Robust locks: what this slot holds, and the one that it is about to take or leave. */
+    struct tm_mutex *pending;
+    uint64_t lock_count;
+    struct tm_mutex *locks[TD_LOCKS];
+    struct tm_holder refused; /* who kept the lock that tm_lock() gave up on */
+    /* Redo record: valid when redo_count is not 0. */
+    uint64_t redo_count; /* written with release order */
+    struct tm_write redo[TD_REDO];
+    uint8_t user[TM_SLOT_DATA] __attribute__((aligned(64)));
+    /* -- to here -- */
+    uint64_t calls; /* entries finished, ever; written by the slot's thread only */
+};
+_Static_assert(offsetof(struct thread, word) == TD_WORD, "entry.S");
+_Static_assert(offsetof(struct thread, key) == TD_KEY, "entry.S");
+_Static_assert(offsetof(struct thread, nonce) == TD_NONCE, "entry.S");
+_Static_assert(offsetof(struct thread, saved_rsp) == TD_SAVED_RSP, "entry.S");
+_Static_assert(offsetof(struct tm_image_header, size) == HEADER_SIZE, "entry.S");
+_Static_assert(sizeof(struct thread) <= 4096, "thread data is one page");
+
+extern const struct tm_image_header tm_image_header;
+extern char __tm_base[];
+
+static inline uint64_t enclave_base(void)
+{
+    return (uint64_t)__tm_base;
+}
+
+/* The header is filled after linking: the compiler must not look at its zeros. */
+static inline const volatile struct tm_image_header *header(void)
+{
+    return (const volatile struct tm_image_header *)__tm_base;
+}
+
+static inline uint32_t slot_count(void)
+{
+    return TM_WARDEN_SLOTS + header()->io_slots + header()->client_slots;
+}
+
+static inline struct thread *thread_self(void)
+{
+    uint64_t offset;
+
+    __asm__("movq %%fs:0, %0" : "=r"(offset));
+    return (struct thread *)(enclave_base() + offset);
+}
+
+static inline struct thread *thread_of(uint64_t slot)
+{
+    return (struct thread *)(enclave_base() + header()->td_offset + slot * header()->td_stride);
+}
+
+/* Set by SET_KEY, in this order (control.c). */
+enum control_state { CONTROL_NONE = 0, CONTROL_KEYED = 1, CONTROL_READY = 2 };
+extern _Atomic uint32_t tm_control_state;
+extern uint64_t tm_control_key[2];
+extern uint8_t tm_mac_key[32];
+
+/* [address, address + length) is outside of ELRANGE and does not wrap. */
+bool range_outside(uint64_t address, uint64_t length);
+
+/* entry.S: leave with an OCALL, come back with its return. */
+struct ocall_answer {
+    int64_t status;
+    uint64_t length;
+};
+struct ocall_answer tm_gate_ocall(uint64_t kind, uint64_t length, uint64_t nonce);
+extern char tm_gate_reset[]; /* where rewritten SSA frames resume */
+
+/* What entry.S calls. */
+struct gate_result {
+    int64_t status;
+    uint64_t length;
+};
+struct gate_result tm_gate_client(uint64_t selector, uint64_t argument);
+struct gate_result tm_gate_control(uint64_t argument, uint64_t cssa, uint64_t key0, uint64_t key1);
+
+int bind_identity(struct thread *self, uint64_t address);
+int64_t ecall(struct thread *self, uint64_t address, uint64_t *length);
+int64_t author_control(const uint8_t data[256], struct tm_control_result *result);
+uint64_t random_word(void);
+uint64_t thread_owner(void); /* generation << 16 | slot + 1 of the running slot: locks, blocks */
+/* 0, TM_E_NOMEM, or TM_E_BUSY when the heap's lock was not to be had. */
+int heap_alloc(size_t length, void **result);
+void time_set(uint64_t nanoseconds);
+void heap_start(void);
+struct tm_holder lock_refused(void); /* who made this slot's last tm_lock() fail */
+/* Finish or undo what a dead holder of the slot left behind; locks become owner-dead. */
+void thread_recover(struct thread *thread);
+
+#endif
+#endif
