@@ -9,7 +9,7 @@ from ..errors import ImageError
 from ..image.info import ImageInfo, SegmentInfo, TcsInfo, read_sigstruct
 from ..image.layout import WARDEN_SLOTS, ImageHeader
 from ..image.sigstruct import Sigstruct, attribute_names, verify
-from ..image.sizes import format_size
+from ..image.sizes import about_size, format_size
 
 __all__ = ["describe", "show"]
 
@@ -122,17 +122,14 @@ def show(facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False)
     _show_summary(facts, console)
     segments = Table(box=None, pad_edge=False, header_style="bold")
-    for name, justify in (
-        ("OFFSET", "right"),
-        ("SIZE", "right"),
-        ("TYPE", "left"),
-        ("MEASURED", "right"),
-        ("WHAT", "left"),
-    ):
-        segments.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for name in ("OFFSET", "SIZE"):
+        segments.add_column(name, justify="right", no_wrap=True)
+    segments.add_column("TYPE", no_wrap=True)
+    segments.add_column("MEASURED", justify="right", no_wrap=True)
+    segments.add_column("WHAT", overflow="fold")  # the one that may wrap in a narrow terminal
     for row in _folded(facts["segments"]):
         segments.add_row(*row)
     console.print()
@@ -152,7 +149,7 @@ def _show_summary(facts: dict[str, Any], console: Any) -> None:
 
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
-    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     sdk = facts["sdk"]
     table.add_row("Image", Text(facts["image"]))
     table.add_row("MRENCLAVE", facts["mrenclave"])
@@ -166,8 +163,8 @@ def _show_summary(facts: dict[str, Any], console: Any) -> None:
     pages = facts["pages"]
     table.add_row(
         "Pages",
-        f"{pages} ({format_size(pages * 4096)}), {format_size(facts['measured_bytes'])} measured, "
-        f"file {format_size(facts['file_bytes'])}",
+        f"{pages} ({about_size(pages * 4096)}), {about_size(facts['measured_bytes'])} measured, "
+        f"file {about_size(facts['file_bytes'])}",
     )
     if sdk is None:
         table.add_row("SDK", "no: an image with an entry of its own, it has no gate")
@@ -219,7 +216,7 @@ def _folded(segments: list[dict[str, Any]]) -> list[tuple[str, str, str, str, st
             continue
         if stacks and segment is stacks[0] and len(stacks) > 1:
             stride = stacks[1]["offset"] - stacks[0]["offset"]
-            use = f"stack 0 of {len(stacks)}, {format_size(stride)} apart, a guard page below each"
+            use = f"stack 0 of {len(stacks)}, every {format_size(stride)}"
         kind = segment["type"] if segment["type"] == "TCS" else segment["permissions"]
         rows.append((f"{segment['offset']:#x}", format_size(segment["size"]), kind, _measured(segment), use))
     return rows

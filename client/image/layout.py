@@ -56,7 +56,7 @@ MAX_NSSA = 64
 # XFRM = 3: 576 bytes of XSAVE area, EXINFO and GPRSGX fit in one page (SDM 3D, "SSA frame").
 SSA_FRAME = PAGE
 
-_HEADER = struct.Struct("<QIIIIIIQQQQQQQQQQQ")
+_HEADER = struct.Struct("<Q6I12Q")
 HEADER_SIZE = _HEADER.size
 _TD = struct.Struct("<QQQ16xQ")
 # struct sgx_tcs: state, flags, OSSA, CSSA, NSSA, OENTRY, AEP, OFSBASE, OGSBASE, FSLIMIT, GSLIMIT.
