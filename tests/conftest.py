@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 from images import Images
+from running_broker import RunningBroker, run_broker
 
 
 def _test_build() -> str:
@@ -20,3 +25,14 @@ def _test_build() -> str:
 def images(tmp_path_factory: pytest.TempPathFactory) -> Images:
     """Signed test images, built once per run: ``images.vault``, ``images.faults``, ``images.bare``."""
     return Images(tmp_path_factory.mktemp("images"), test_build=_test_build())
+
+
+@pytest.fixture
+def broker() -> Iterator[Callable[..., RunningBroker]]:
+    """Start real ``teemate-broker`` processes: call it with a policy's text (see running_broker.py)."""
+    with contextlib.ExitStack() as running:
+
+        def start(policy: str, **options: Any) -> RunningBroker:
+            return running.enter_context(run_broker(policy, **options))
+
+        yield start

@@ -1,0 +1,97 @@
+"""The broker's log: one record per line, for people or for programs.
+
+Audit records say who got what, who was refused by which missing rule, and what was taken back.
+No record ever holds a key, a MAC or a client's data; what clients sent is not repeated, except
+names that were validated.  While all goes well, only audit records and clients that misbehave
+are logged, so that the log of a busy host stays readable and writing it costs little.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TextIO
+
+import structlog
+from structlog.typing import FilteringBoundLogger, Processor
+
+from teemate.broker.identity import Identity
+
+__all__ = ["Audit", "configure_log"]
+
+
+def configure_log(style: str, file: TextIO | None = None) -> FilteringBoundLogger:
+    """Return the logger; `style` is "json" or "text"."""
+    out = file or sys.stderr
+    renderer: Processor
+    if style == "json":
+        renderer = structlog.processors.JSONRenderer()
+    else:
+        renderer = structlog.dev.ConsoleRenderer(colors=out.isatty())
+    processors: list[Processor] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.ExceptionRenderer(
+            structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        )
+        if style == "json"
+        else structlog.processors.format_exc_info,
+        renderer,
+    ]
+    logger: FilteringBoundLogger = structlog.wrap_logger(
+        structlog.WriteLogger(out),
+        processors=processors,
+        wrapper_class=structlog.make_filtering_bound_logger(20),
+        context_class=dict,
+    ).bind()
+    return logger
+
+
+class Audit:
+    """Records of decisions; every record has ``audit`` and says whom it is about."""
+
+    def __init__(self, log: FilteringBoundLogger) -> None:
+        self._log = log
+        self.granted_count = 0
+        self.denied_count = 0
+        self.revoked_count = 0
+
+    def granted(self, identity: Identity, *, client: int, enclave: str, grant: int, slots: list[int]) -> None:
+        """Slots were handed out, with a new grant or for an old one."""
+        self.granted_count += 1
+        self._log.info(
+            "granted", audit="grant", client=client, pid=identity.pid, uid=identity.uid, gid=identity.gid,
+            cgroup=identity.cgroup, enclave=enclave, grant=grant, slots=slots,
+        )  # fmt: skip
+
+    def ended(self, identity: Identity, *, client: int, enclave: str, grant: int, why: str) -> None:
+        """A grant is over."""
+        self._log.info(
+            "grant ended", audit="end", client=client, pid=identity.pid, uid=identity.uid, enclave=enclave,
+            grant=grant, why=why,
+        )  # fmt: skip
+
+    def denied(self, identity: Identity, *, client: int, operation: str, rule: str) -> None:
+        """The policy has no rule that allows it; `rule` is the one that is missing."""
+        self.denied_count += 1
+        self._log.warning(
+            "denied", audit="denial", client=client, pid=identity.pid, uid=identity.uid, gid=identity.gid,
+            groups=sorted(identity.groups), label=identity.label, cgroup=identity.cgroup,
+            operation=operation, missing_rule=rule,
+        )  # fmt: skip
+
+    def revoked(
+        self, identity: Identity, *, client: int, enclave: str, grant: int, by: str, why: str
+    ) -> None:
+        """A grant was taken back."""
+        self.revoked_count += 1
+        self._log.warning(
+            "revoked", audit="revocation", client=client, pid=identity.pid, uid=identity.uid, enclave=enclave,
+            grant=grant, by=by, why=why,
+        )  # fmt: skip
+
+    def changed(self, identity: Identity, *, client: int, operation: str, enclave: str) -> None:
+        """An administrator made or destroyed an enclave."""
+        self._log.info(
+            "changed", audit="change", client=client, pid=identity.pid, uid=identity.uid, operation=operation,
+            enclave=enclave,
+        )  # fmt: skip

@@ -1,0 +1,281 @@
+"""One connected process: its requests in, its replies and events out.
+
+Reading.  One task per connection reads, in this order: wait while replies are still queued,
+ask the user's bucket of tokens, receive one message.  So a client that does not read its
+replies, or asks faster than it may, fills its own socket buffer and nothing here.  A request that
+can be answered at once is answered in this task; one that has to wait gets a task of its own,
+charged to the user as a request in flight.
+
+Writing.  A message goes straight into the socket.  What does not fit is queued, charged to
+the user, and sent by a task when the client reads again; a client that lets events pile up beyond
+the limit is disconnected.
+
+Errors.  A message that breaks the protocol is answered and the connection is closed.  A request
+that fails is answered with its error and the connection lives on, also after a bug of ours:
+that one is logged with its traceback, and the client is told only that it happened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import socket
+from collections import deque
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, final
+
+import trio
+
+from teemate import errors, wire
+from teemate.broker.limits import Account, Charge, Resource
+from teemate.broker.operations import Answer, Request, find_method, parse_request
+
+if TYPE_CHECKING:
+    from teemate.broker.grants import Grant
+    from teemate.broker.identity import Identity, Peer
+    from teemate.broker.service import Service
+
+__all__ = ["Client", "ClientStatistics"]
+
+_MESSAGES_PER_TURN = 16
+"""Requests of one client that are answered before other tasks get their turn."""
+_DRAIN_PACKETS = 256
+"""Packets thrown away before a connection is closed, so that its last reply is read before the reset."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientStatistics:
+    """One connection at this moment; `waiting` counts requests that have no reply yet."""
+
+    client: int
+    requests: int
+    waiting: int
+    queued_messages: int
+    queued_bytes: int
+
+
+class _Queued(NamedTuple):
+    data: bytes
+    fds: tuple[int, ...]  # duplicates, ours: the enclave may be gone before the client reads
+    charge: Charge
+
+
+@final
+class Client:
+    """A connection, and the process that holds it."""
+
+    def __init__(
+        self, service: Service, sock: socket.socket, number: int, peer: Peer, account: Account
+    ) -> None:
+        self.service = service
+        self.number = number
+        self.identity: Identity = peer.identity
+        self.pidfd = peer.pidfd
+        self.account = account
+        self.name = ""
+        self.greeted = False
+        self.connected_at = trio.current_time()
+        self.requests = 0
+        self.grants: dict[int, Grant] = {}
+        self._sock = sock
+        self._nursery: trio.Nursery | None = None
+        self._waiting = 0
+        self._queue: deque[_Queued] = deque()
+        self._queued_bytes = 0
+        self._drained = trio.Event()
+        self._closing = False
+
+    # -- reading ---------------------------------------------------------------
+
+    async def serve(self) -> str:
+        """Answer requests until the connection ends; returns why it did.  The socket stays the caller's."""
+        why = "closed by the client"
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                try:
+                    await self._read_requests(nursery)
+                except errors.ProtocolError as error:
+                    why = f"broke the protocol: {error.message}"
+                    self._reply_error(None, error)
+                except OSError as error:
+                    why = f"connection failed: {error.strerror}"
+                nursery.cancel_scope.cancel()
+        finally:
+            self._closing = True
+            self._nursery = None
+            while self._queue:
+                self._discard(self._queue.popleft())
+            self._drain_input()
+        return why
+
+    async def _read_requests(self, nursery: trio.Nursery) -> None:
+        bucket = self.account.bucket
+        answered = 0
+        while True:
+            if self._queue:
+                await self._drained.wait()
+            delay = bucket.take()
+            if delay:
+                await trio.sleep(delay)
+            while True:
+                try:
+                    packet = wire.receive(self._sock)
+                    break
+                except BlockingIOError:
+                    answered = 0
+                    await trio.lowlevel.wait_readable(self._sock)
+            if not packet.data:
+                wire.close_all(packet.fds)
+                return
+            if len(packet.data) > 4096:
+                bucket.take(len(packet.data) / 4096)
+            self._handle(packet, nursery)
+            if self._closing:
+                return
+            answered += 1
+            if answered == _MESSAGES_PER_TURN:
+                answered = 0
+                await trio.lowlevel.checkpoint()
+
+    def _handle(self, packet: wire.Packet, nursery: trio.Nursery) -> None:
+        """Answer one message, or start the task that will.  Closes the packet's descriptors or passes them on."""
+        untrusted_fds = packet.fds
+        self.requests += 1
+        request: Request | None = None
+        try:
+            request = parse_request(wire.decode(packet.data))
+            method = find_method(request.operation)
+            if len(untrusted_fds) != (method.fds if method else 0):
+                raise errors.ProtocolError(
+                    f"{len(untrusted_fds)} descriptors came with {request.operation!r},"
+                    f" which takes {method.fds if method else 0}"
+                )
+            if not self.greeted and request.operation != "hello":
+                raise errors.ProtocolError("the first message on a connection is hello")
+        except errors.ProtocolError:
+            wire.close_all(untrusted_fds)
+            raise
+        try:
+            if method is None:
+                raise errors.Unsupported(f"this broker knows no operation {request.operation[:64]!r}")
+            result = method.run(self, request.untrusted_args, untrusted_fds)
+            if isinstance(result, Answer):
+                self._reply(request.id, result)
+                return
+            try:
+                charge = self.account.charge(Resource.REQUESTS)
+            except errors.LimitReached:
+                if inspect.iscoroutine(result):
+                    result.close()
+                raise
+            self._waiting += 1
+            nursery.start_soon(self._finish, request, result, charge)
+        except Exception as error:
+            self._reply_failure(request, error)
+
+    async def _finish(self, request: Request, result: Awaitable[Answer], charge: Charge) -> None:
+        with charge:
+            try:
+                self._reply(request.id, await result)
+            except Exception as error:
+                self._reply_failure(request, error)
+            finally:
+                self._waiting -= 1
+
+    # -- writing ---------------------------------------------------------------
+
+    def _reply(self, number: int, answer: Answer) -> None:
+        self.send({"id": number, "ok": answer.ok}, answer.fds)
+
+    def _reply_failure(self, request: Request, error: Exception) -> None:
+        if not isinstance(error, errors.Error) or isinstance(error, errors.InternalError):
+            self.service.log.error(
+                "internal error", operation=request.operation, client=self.number, exc_info=error
+            )
+            error = errors.InternalError("the broker has a bug, which its log describes; other clients go on")
+        self._reply_error(request.id, error)
+
+    def _reply_error(self, number: int | None, error: errors.Error) -> None:
+        body: dict[str, object] = {"code": error.code, "message": error.message}
+        if error.detail:
+            body["detail"] = error.detail
+        self.send({"id": number, "error": body})
+
+    def send(self, message: Mapping[str, object], fds: tuple[int, ...] = ()) -> None:
+        """Send one message, now or when the client reads again; `fds` stay the caller's."""
+        if self._closing:
+            return
+        data = wire.encode(message)
+        if not self._queue:
+            try:
+                wire.send(self._sock, data, fds)
+                return
+            except BlockingIOError:
+                pass
+            except OSError:  # the other side is gone: the reader finds out by itself
+                return
+        self._enqueue(data, fds)
+
+    def _enqueue(self, data: bytes, fds: tuple[int, ...]) -> None:
+        try:
+            charge = self.account.charge(Resource.QUEUED_BYTES, len(data))
+        except errors.LimitReached as error:
+            self.service.log.warning(
+                "client does not read", client=self.number, uid=self.identity.uid, reason=error.message
+            )
+            self.close()
+            return
+        first = not self._queue
+        self._queue.append(_Queued(data, tuple(os.dup(fd) for fd in fds), charge))
+        self._queued_bytes += len(data)
+        if first and self._nursery is not None:
+            self._drained = trio.Event()
+            self._nursery.start_soon(self._write_queue)
+
+    async def _write_queue(self) -> None:
+        while self._queue:
+            head = self._queue[0]
+            try:
+                wire.send(self._sock, head.data, head.fds)
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self._sock)
+                continue
+            except OSError:  # gone: nobody will read the rest
+                self.close()
+                break
+            self._discard(self._queue.popleft())
+        self._drained.set()
+
+    def _discard(self, queued: _Queued) -> None:
+        self._queued_bytes -= len(queued.data)
+        wire.close_all(queued.fds)
+        queued.charge.release()
+
+    # -- ending ----------------------------------------------------------------
+
+    def close(self) -> None:
+        """End the connection; its task notices and cleans up."""
+        self._closing = True
+        if self._nursery is not None:
+            self._nursery.cancel_scope.cancel()
+
+    def _drain_input(self) -> None:
+        """Throw away what the client still sent: closing over it would destroy our last reply."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RD)
+            for _ in range(_DRAIN_PACKETS):
+                if not self._sock.recv(1, socket.MSG_DONTWAIT):
+                    break
+
+    def statistics(self) -> ClientStatistics:
+        """This connection at this moment."""
+        return ClientStatistics(
+            client=self.number,
+            requests=self.requests,
+            waiting=self._waiting,
+            queued_messages=len(self._queue),
+            queued_bytes=self._queued_bytes,
+        )

@@ -1,0 +1,153 @@
+"""Who is at the other end of a connection, as the kernel tells it.
+
+Everything but the process's cgroup and start time was fixed by the kernel when the connection
+was made (SO_PEERCRED, SO_PEERGROUPS, SO_PEERSEC).  Those two are read from /proc by number,
+and a number can be given to another process in between.  Hence the order: take the
+pidfd, read, then confirm through the pidfd that the process still lives; if it does, its
+number was never free and what was read is its own.  If not, nothing of it is used.
+
+SO_PEERPIDFD (Linux 6.5) is the process that connected.  On older kernels pidfd_open(pid)
+may already open a successor (fork, exit, reuse of the number), so there cgroups are believed
+only with ``trust_pid = true``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import struct
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256
+from typing import final
+
+from teemate.broker.cgroups import CgroupTree
+from teemate.errors import ConnectionLost
+
+__all__ = ["Identity", "Peer", "identify", "process_ended", "start_time"]
+
+# asm-generic/socket.h; Python's socket module has none of them yet.
+_SO_PEERSEC = 31
+_SO_PEERGROUPS = 59
+_SO_PEERPIDFD = 77
+_UCRED = struct.Struct("iII")
+_GROUPS_GUESS = 64 * 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """One process: what rules are matched against and what audit records name."""
+
+    pid: int
+    start_time: int
+    """Clock ticks since boot, field 22 of /proc/PID/stat: with `pid`, unique until reboot."""
+    uid: int
+    gid: int
+    groups: frozenset[int]
+    label: str
+    """LSM label, empty when no security module gives one."""
+    cgroup: str
+    """Path in the hierarchy that the policy reads; empty when it may not be believed."""
+
+    def principal_text(self, *, with_cgroup: bool, tree: CgroupTree) -> str:
+        """Return the canonical text whose SHA-256 the enclave knows this client by."""
+        if not with_cgroup:
+            return f"uid={self.uid}"
+        return f"uid={self.uid}\ncgroup={tree.trusted(self.cgroup) or ''}"
+
+
+@lru_cache(maxsize=4096)
+def principal(text: str) -> bytes:
+    """Return the SHA-256 of a principal's canonical text (struct tm_identity)."""
+    return sha256(text.encode()).digest()
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """A process's identity and the pidfd that stands for it; the holder closes `pidfd`."""
+
+    identity: Identity
+    pidfd: int
+
+
+def _pidfd(sock: socket.socket, pid: int) -> tuple[int, bool]:
+    try:
+        fd = struct.unpack("i", sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4))[0]
+    except OSError:
+        return os.pidfd_open(pid), False
+    return fd, True
+
+
+def _groups(sock: socket.socket) -> frozenset[int]:
+    try:
+        raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_GUESS)
+    except OSError:  # ERANGE: more groups than expected; NGROUPS_MAX is 65536
+        raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 1 << 18)
+    return frozenset(struct.unpack(f"{len(raw) // 4}I", raw))
+
+
+def _label(sock: socket.socket) -> str:
+    try:
+        raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERSEC, 1024)
+    except OSError:  # no security module gives labels
+        return ""
+    return raw.rstrip(b"\0").decode("utf-8", "replace")
+
+
+def _read(path: str) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 16384)
+    finally:
+        os.close(fd)
+
+
+def start_time(stat: bytes) -> int:
+    """Return field 22 of /proc/PID/stat; the second field may contain anything, even parentheses."""
+    return int(stat[stat.rindex(b")") + 2 :].split()[19])
+
+
+def process_ended(pidfd: int) -> bool:
+    """Whether the process has ended, be it reaped or not: a pidfd is readable from then on."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def identify(sock: socket.socket, tree: CgroupTree, *, trust_pid: bool = False) -> Peer:
+    """Return who connected `sock`; the caller owns the pidfd in the result.
+
+    Raises
+    ------
+    ConnectionLost
+        The process ended before it was known: whatever it sent is not answered.
+
+    """
+    pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    try:
+        pidfd, certain = _pidfd(sock, pid)
+    except OSError as error:  # ESRCH, EINVAL: gone already
+        raise ConnectionLost(f"process {pid} ended before it was identified") from error
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(os.close, pidfd)
+        try:
+            started = start_time(_read(f"/proc/{pid}/stat"))
+            membership = _read(f"/proc/{pid}/cgroup")
+        except OSError as error:
+            raise ConnectionLost(f"process {pid} ended before it was identified") from error
+        if process_ended(pidfd):
+            raise ConnectionLost(f"process {pid} ended before it was identified")
+        identity = Identity(
+            pid=pid,
+            start_time=started,
+            uid=uid,
+            gid=gid,
+            groups=_groups(sock),
+            label=_label(sock),
+            cgroup=tree.path_of(membership) if certain or trust_pid else "",
+        )
+        cleanup.pop_all()
+    return Peer(identity=identity, pidfd=pidfd)

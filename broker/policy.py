@@ -1,0 +1,305 @@
+"""What the administrator allows: the TOML file as frozen types, and the decisions over them.
+
+Everything that no rule allows is denied.  A decision returns the name of the rule that is
+missing, for the log; the client hears only that it may not.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import final
+
+from teemate.broker.cgroups import CgroupTree, glob_to_regex
+from teemate.broker.identity import Identity
+from teemate.broker.limits import Limits
+from teemate.broker.toml_reader import PolicyError, Table, read_toml
+
+__all__ = [
+    "Administrators",
+    "BrokerSettings",
+    "CreateRule",
+    "EnclavePolicy",
+    "Policy",
+    "PolicyError",
+    "Rule",
+    "load_policy",
+]
+
+DEFAULT_SOCKET = "/run/teemate/broker.sock"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """Processes that all of the given conditions hold for; None is a condition that is not made."""
+
+    uids: frozenset[int] | None = None
+    any_uid: bool = False
+    gids: frozenset[int] | None = None
+    cgroups: tuple[str, ...] | None = None
+
+    def matches(self, identity: Identity, tree: CgroupTree) -> bool:
+        """Whether every condition holds; a group counts as primary or supplementary."""
+        if not self.any_uid and self.uids is not None and identity.uid not in self.uids:
+            return False
+        if self.gids is not None and identity.gid not in self.gids and not self.gids & identity.groups:
+            return False
+        return self.cgroups is None or tree.matches(self.cgroups, identity.cgroup)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnclavePolicy:
+    """One ``[[enclave]]``, or what an enclave made by `create` gets."""
+
+    name: str
+    image: Path | None = None
+    sigstruct: Path | None = None
+    owner: int
+    start: str = "boot"
+    debug: bool = False
+    require_sdk: bool = True
+    attach: tuple[Rule, ...] = ()
+    slots_per_client: int = 16
+    clients_per_uid: int = 1024
+    wait: float = 30.0
+    with_cgroup: bool = False
+    share: bool = False
+    """Processes of other uids than the owner's may attach (``share_between_owners`` / the sim's)."""
+    revoke_grace: float = 5.0
+    revoke_kill: bool = False
+
+    def missing_for_attach(self, identity: Identity, tree: CgroupTree, *, backend: str) -> str | None:
+        """Return the rule that is missing for `identity` to attach, None when it may."""
+        if identity.uid != self.owner:
+            if self.debug:
+                return f"enclave {self.name}: debug enclaves are never shared between owners"
+            if not self.share:
+                setting = (
+                    "insecure_sim_sharing = true" if backend == "sim" else 'share_between_owners = "unfenced"'
+                )
+                return f"enclave {self.name}: uid {identity.uid} is not the owner {self.owner} and {setting} is not set"
+        if any(rule.matches(identity, tree) for rule in self.attach):
+            return None
+        return f"enclave {self.name}: no [[enclave.attach]] matches"
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreateRule:
+    """One ``[[create]]``: who may make which enclaves."""
+
+    who: Rule
+    mrsigner: frozenset[bytes] | None = None
+    mrenclave: frozenset[bytes] | None = None
+    min_isvsvn: int = 0
+    debug: bool = False
+    require_sdk: bool = True
+    pages: int = 1 << 20
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Administrators:
+    """Who may use the operations that are not for every client."""
+
+    uids: frozenset[int] = frozenset()
+    gids: frozenset[int] = frozenset()
+
+    def includes(self, identity: Identity) -> bool:
+        """Whether `identity` is one."""
+        return identity.uid in self.uids or identity.gid in self.gids or bool(self.gids & identity.groups)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrokerSettings:
+    """``[broker]``."""
+
+    socket: str = DEFAULT_SOCKET
+    socket_mode: int = 0o666
+    socket_gid: int | None = None
+    backend: str = "auto"
+    warden_deadline: float = 2.0
+    warden_failures: int = 5
+    cgroup_hierarchy: str = "auto"
+    trust_pid: bool = False
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """The whole file."""
+
+    source: str = "built-in defaults"
+    broker: BrokerSettings = field(default_factory=BrokerSettings)
+    limits: Limits = field(default_factory=Limits)
+    enclaves: tuple[EnclavePolicy, ...] = ()
+    create: tuple[CreateRule, ...] = ()
+    administrators: Administrators = field(default_factory=Administrators)
+
+
+def _broker(table: Table) -> BrokerSettings:
+    gids = table.gids("socket_group")
+    if gids is not None and len(gids) != 1:
+        raise table.error("socket_group", "expected one group")
+    settings = BrokerSettings(
+        socket=table.text("socket", DEFAULT_SOCKET),
+        socket_mode=table.octal("socket_mode", 0o666),
+        socket_gid=next(iter(gids)) if gids else None,
+        backend=table.choice("backend", "auto", ("auto", "sim", "sgx")),
+        warden_deadline=table.number("warden_deadline", 2.0, 0.01, 600.0),
+        warden_failures=table.whole("warden_failures", 5, 1, 1000),
+        cgroup_hierarchy=table.text("cgroup_hierarchy", "auto"),
+        trust_pid=table.flag("trust_pid", False),
+    )
+    table.finish()
+    return settings
+
+
+def _limits(table: Table) -> Limits:
+    default = Limits()
+    limits = Limits(
+        connections=table.whole("connections", default.connections, 1),
+        requests=table.whole("requests", default.requests, 1),
+        queued_bytes=table.whole("queued_bytes", default.queued_bytes, 65536),
+        grants=table.whole("grants", default.grants),
+        slots=table.whole("slots", default.slots),
+        pages=table.whole("pages", default.pages),
+        requests_per_second=table.number("requests_per_second", default.requests_per_second, 1.0),
+        burst=table.whole("burst", default.burst, 1),
+    )
+    table.finish()
+    return limits
+
+
+def _rule(table: Table) -> Rule:
+    conditions = [key for key in ("uid", "gid", "cgroup") if table.has(key)]
+    if not conditions:
+        raise table.error("uid", 'a rule names a uid, gid or cgroup; everybody is uid = "*"')
+    any_uid = table.has("uid") and table.texts("uid") == ("*",) if _is_text(table, "uid") else False
+    cgroups = table.texts("cgroup")
+    for glob in cgroups or ():
+        try:
+            glob_to_regex(glob)
+        except ValueError as error:
+            raise table.error("cgroup", str(error)) from None
+    return Rule(
+        uids=None if any_uid else table.uids("uid"),
+        any_uid=any_uid,
+        gids=table.gids("gid"),
+        cgroups=cgroups,
+    )
+
+
+def _is_text(table: Table, key: str) -> bool:
+    try:
+        return table.texts(key) is not None
+    except PolicyError:
+        return False
+
+
+def _name(table: Table) -> str:
+    name = table.text("name")
+    if not _NAME.fullmatch(name):
+        raise table.error("name", f"{name!r}: 1 to 64 letters, digits, dots, dashes and underscores")
+    return name
+
+
+def _enclave(table: Table, base: Path, default_owner: int) -> EnclavePolicy:
+    start = table.choice("start", "boot", ("boot", "create"))
+    image = table.text("image", "")
+    if start == "boot" and not image:
+        raise table.error("image", 'is missing; an enclave whose image comes later has start = "create"')
+    sigstruct = table.text("sigstruct", "") or (str(Path(image).with_suffix(".sig")) if image else "")
+    owners = table.uids("owner") or frozenset({default_owner})
+    if len(owners) != 1:
+        raise table.error("owner", "expected one user")
+    unfenced = table.has("share_between_owners")
+    if unfenced:
+        table.choice("share_between_owners", "", ("unfenced",))
+    rules = []
+    for attach in table.tables("attach"):
+        rules.append(_rule(attach))
+        attach.finish()
+    policy = EnclavePolicy(
+        name=_name(table),
+        image=base / image if image else None,
+        sigstruct=base / sigstruct if sigstruct else None,
+        owner=next(iter(owners)),
+        start=start,
+        debug=table.flag("debug", False),
+        require_sdk=table.flag("require_sdk", True),
+        attach=tuple(rules),
+        slots_per_client=table.whole("slots_per_client", 16, 0, 4096),
+        clients_per_uid=table.whole("clients_per_uid", 1024, 1),
+        wait=table.number("wait", 30.0, 0.0, 86400.0),
+        with_cgroup=table.choice("identity", "uid", ("uid", "uid+cgroup")) == "uid+cgroup",
+        share=table.flag("insecure_sim_sharing", False) or unfenced,
+        revoke_grace=table.number("revoke_grace", 5.0, 0.0, 3600.0),
+        revoke_kill=table.flag("revoke_kill", False),
+    )
+    if policy.share and policy.debug:
+        raise table.error(
+            "debug", "a debug enclave is never shared between owners: its memory is open to all of them"
+        )
+    table.finish()
+    return policy
+
+
+def _hashes(table: Table, key: str) -> frozenset[bytes] | None:
+    texts = table.texts(key)
+    if texts is None:
+        return None
+    for text in texts:
+        if not re.fullmatch("[0-9a-fA-F]{64}", text):
+            raise table.error(key, f"expected 64 hexadecimal digits, not {text!r}")
+    return frozenset(bytes.fromhex(text) for text in texts)
+
+
+def _create(table: Table) -> CreateRule:
+    rule = CreateRule(
+        who=_rule(table),
+        mrsigner=_hashes(table, "mrsigner"),
+        mrenclave=_hashes(table, "mrenclave"),
+        min_isvsvn=table.whole("min_isvsvn", 0, 0, 65535),
+        debug=table.flag("debug", False),
+        require_sdk=table.flag("require_sdk", True),
+        pages=table.whole("pages", 1 << 20, 1),
+    )
+    table.finish()
+    return rule
+
+
+def load_policy(path: Path, *, default_owner: int) -> Policy:
+    """Read the policy file; relative paths in it count from the file's folder.
+
+    Raises
+    ------
+    PolicyError
+        With file, line and key.
+
+    """
+    top = read_toml(path)
+    administrators = top.table("administrators")
+    policy = Policy(
+        source=str(path),
+        broker=_broker(top.table("broker")),
+        limits=_limits(top.table("limits")),
+        enclaves=tuple(_enclave(table, path.parent, default_owner) for table in top.tables("enclave")),
+        create=tuple(_create(table) for table in top.tables("create")),
+        administrators=Administrators(
+            uids=administrators.uids("uids") or frozenset(), gids=administrators.gids("gids") or frozenset()
+        ),
+    )
+    administrators.finish()
+    top.finish()
+    seen: set[str] = set()
+    for index, enclave in enumerate(policy.enclaves):
+        if enclave.name in seen:
+            raise top.tables("enclave")[index].error("name", f"{enclave.name!r} is defined twice")
+        seen.add(enclave.name)
+    return policy

@@ -1,0 +1,161 @@
+"""Accepts connections on the broker's socket and keeps one client's trouble from the others."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+from dataclasses import dataclass
+from typing import final
+
+import trio
+
+from teemate import errors, wire
+from teemate.broker.connection import Client
+from teemate.broker.identity import identify
+from teemate.broker.limits import Resource
+from teemate.broker.service import Service
+
+__all__ = ["Server", "ServerStatistics", "bind"]
+
+_BACKLOG = 1024
+_ACCEPT_PAUSE = 0.1
+"""Seconds to wait when the kernel has no descriptor or memory for another connection."""
+_SCARCE = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+def bind(path: str, *, mode: int, gid: int | None) -> socket.socket:
+    """Return a listening socket at `path`; a socket that nobody listens on is replaced.
+
+    Raises
+    ------
+    OSError
+        EADDRINUSE when another broker answers there, or what is there is no socket.
+
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(os.lstat(path).st_mode) or _somebody_listens(path):
+                raise OSError(errno.EADDRINUSE, "another broker listens, or a file lies, at", path)
+            os.unlink(path)
+        mask = os.umask(0o777)  # until the mode is set, nobody connects
+        try:
+            sock.bind(path)
+        finally:
+            os.umask(mask)
+        if gid is not None:
+            os.chown(path, -1, gid)
+        os.chmod(path, mode)
+        sock.listen(_BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _somebody_listens(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except BlockingIOError:  # its backlog is full: somebody does
+            return True
+        except OSError:
+            return False
+        return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerStatistics:
+    """Connections that were accepted, refused before they became clients, and ended by a breach."""
+
+    accepted: int
+    refused: int
+    breaches: int
+
+
+@final
+class Server:
+    """Listens until it is cancelled."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._accepted = 0
+        self._refused = 0
+        self._breaches = 0
+
+    async def run(self, listeners: list[socket.socket]) -> None:
+        """Serve every client of `listeners`, which stay the caller's."""
+        async with trio.open_nursery() as nursery:
+            for listener in listeners:
+                listener.setblocking(False)
+                nursery.start_soon(self._accept_all, listener, nursery)
+
+    async def _accept_all(self, listener: socket.socket, nursery: trio.Nursery) -> None:
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(listener)
+                continue
+            except OSError as error:
+                if error.errno in _SCARCE:
+                    self._service.log.warning("cannot accept", reason=error.strerror)
+                    await trio.sleep(_ACCEPT_PAUSE)
+                continue
+            self._accepted += 1
+            nursery.start_soon(self._serve, sock)
+
+    async def _serve(self, sock: socket.socket) -> None:
+        """Serve one client from its identity to its end; no error leaves this function."""
+        service = self._service
+        with sock:
+            sock.setblocking(False)
+            try:
+                peer = identify(sock, service.cgroup_tree, trust_pid=service.policy.broker.trust_pid)
+            except (errors.ConnectionLost, OSError) as error:
+                self._refused += 1
+                service.log.warning("client was gone before it was identified", reason=str(error))
+                return
+            try:
+                account = service.ledger.account(peer.identity.uid)
+                try:
+                    charge = account.charge(Resource.CONNECTIONS)
+                except errors.LimitReached as error:
+                    self._refused += 1
+                    service.log.warning("connection refused", uid=peer.identity.uid, reason=error.message)
+                    body = {"code": error.code, "message": error.message, "detail": error.detail}
+                    with contextlib.suppress(OSError):
+                        wire.send(sock, wire.encode({"id": None, "error": body}))
+                    return
+                with charge:
+                    client = Client(service, sock, service.next_client(), peer, account)
+                    await self._serve_client(client)
+            finally:
+                service.release_pidfd(peer.pidfd)
+
+    async def _serve_client(self, client: Client) -> None:
+        service = self._service
+        service.clients[client.number] = client
+        why = "the broker ends"
+        try:
+            why = await client.serve()
+        except Exception as error:
+            why = "internal error"
+            service.log.error("internal error", client=client.number, exc_info=error)
+        finally:
+            del service.clients[client.number]
+            service.client_left(client, why)
+        if why.startswith("broke"):
+            self._breaches += 1
+            service.log.warning(
+                "client broke the protocol", client=client.number, pid=client.identity.pid,
+                uid=client.identity.uid, reason=why,
+            )  # fmt: skip
+
+    def statistics(self) -> ServerStatistics:
+        """What came in so far."""
+        return ServerStatistics(accepted=self._accepted, refused=self._refused, breaches=self._breaches)

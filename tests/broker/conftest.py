@@ -1,0 +1,1 @@
+"""Fixtures of the broker's tests."""
