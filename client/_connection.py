@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -253,7 +254,16 @@ class Connection:
         try:
             packet = wire.receive(self._socket)
         except OSError as error:
-            self._end(ConnectionLost(f"the connection to {self.path} broke: {error.strerror}"))
+            broken = ConnectionLost(
+                f"the connection to {self.path} broke: {error.strerror}",
+                {"socket": self.path, "errno": error.errno},
+            )
+            if error.errno == errno.ECONNRESET:
+                # The broker closed without having read everything; what it said before is
+                # still to be read (the kernel reports the reset first, once).
+                self._farewell = self._farewell or broken
+            else:
+                self._end(broken)
             return
         except ProtocolError as error:
             self._end(error)
@@ -339,7 +349,7 @@ class Connection:
         # Signals are for the program's own threads.
         signal.pthread_sigmask(
             signal.SIG_BLOCK,
-            set(range(1, signal.NSIG))
+            signal.valid_signals()
             - {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP},
         )
         try:

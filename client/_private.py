@@ -124,9 +124,13 @@ def locate(elf: Path | None, offset: int) -> str:
     """Return ``function (file:line)`` of an offset from the base, or "" when the ELF is not at hand."""
     if elf is None:
         return ""
-    from teemate.image import elf as image_elf  # late: parsing ELF is for those who have a fault
+    from teemate.image.elf import Symbols  # late: parsing ELF is for those who have a fault
 
-    return str(image_elf.locate(elf, offset))
+    try:
+        place = Symbols(elf).at(offset)
+    except (ImageError, OSError):
+        return ""  # the fault is the news, not that its name is not known
+    return str(place) if place.function or place.file else ""
 
 
 def _sdk_slots(native: Any, info: Any) -> list[SlotGrant]:

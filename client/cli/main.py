@@ -22,6 +22,9 @@ __all__ = ["COMMANDS", "cli", "main"]
 
 # Name -> where the click command is, and its line in `teemate --help`, which must import none of them.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "status": ("teemate.cli.status:status", "Show the broker's enclaves, their slots and clients."),
+    "call": ("teemate.cli.call:call", "Do one call into an enclave."),
+    "revoke": ("teemate.cli.revoke:revoke", "Take grants back."),
     "image": ("teemate.cli.image:image", "Build, sign, verify and look at enclave images."),
 }
 

@@ -1,0 +1,52 @@
+"""`teemate revoke`: take slots back from their holders."""
+
+from __future__ import annotations
+
+import click
+
+from ._output import json_option, print_json
+from ._socket import socket_option
+
+__all__ = ["revoke"]
+
+
+@click.command()
+@click.option("--grant", type=click.IntRange(min=0), help="One grant; `teemate status` shows the numbers.")
+@click.option("--client", type=click.IntRange(min=0), help="Everything that one client holds.")
+@click.option("--enclave", help="Every grant on one enclave.")
+@click.option("--grace", type=click.FloatRange(min=0), help="Seconds that the holders get to acknowledge.")
+@click.option("--reason", help="For the audit record.")
+@socket_option
+@json_option
+def revoke(
+    grant: int | None,
+    client: int | None,
+    enclave: str | None,
+    grace: float | None,
+    reason: str | None,
+    path: str | None,
+    as_json: bool,
+) -> None:
+    """Take grants back: exactly one of --grant, --client, --enclave says which.
+
+    The keys are cleared before this returns. Slots in which a call was left are quarantined; slots
+    whose holder did not acknowledge in time are withheld, and counted as leaked.
+    """
+    from .. import connect
+
+    if sum(value is not None for value in (grant, client, enclave)) != 1:
+        raise click.UsageError("give exactly one of --grant, --client and --enclave")
+    with connect(path, client="teemate revoke") as broker:
+        done = broker.revoke(grant=grant, client=client, enclave=enclave, grace=grace, reason=reason)
+    if as_json:
+        print_json(done._asdict())
+        return
+    click.echo(
+        f"revoked {done.grants} grant{'s' * (done.grants != 1)}: {done.cleared} slots cleared, "
+        f"{done.quarantined} quarantined, {done.leaked} leaked"
+    )
+    if done.leaked:
+        click.echo(
+            "A leaked slot stays withheld until its holder ends or acknowledges that it unmapped it.",
+            err=True,
+        )

@@ -1,0 +1,109 @@
+"""`teemate status`: what the broker owns, and who uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from .._types import ClientInfo, EnclaveInfo
+from ..errors import Denied
+from ..image.sizes import format_size
+from ._output import json_option, print_json
+from ._socket import socket_option
+
+__all__ = ["status"]
+
+SIM_WARNING = (
+    "backend sim: a model of SGX in ordinary memory. It protects nothing: "
+    "no confidentiality, no isolation between clients. Do not put secrets into it."
+)
+
+
+@click.command()
+@socket_option
+@json_option
+def status(path: str | None, as_json: bool) -> None:
+    """Show the enclaves, their slots, and (for administrators) the clients."""
+    from .. import connect
+
+    with connect(path, client="teemate status") as broker:
+        enclaves = broker.enclaves()
+        clients: list[ClientInfo] | None
+        try:
+            clients = broker.clients()
+        except Denied:
+            clients = None  # only administrators see who else is there
+    if as_json:
+        print_json(_as_json(broker.path, enclaves, clients))
+    else:
+        _show(broker.path, enclaves, clients)
+
+
+def _as_json(
+    path: str, enclaves: Sequence[EnclaveInfo], clients: Sequence[ClientInfo] | None
+) -> dict[str, object]:
+    listed = [
+        {
+            **info._asdict(),
+            "mrenclave": info.mrenclave.hex(),
+            "mrsigner": info.mrsigner.hex(),
+            "slots": info.slots._asdict(),
+        }
+        for info in enclaves
+    ]
+    result: dict[str, object] = {"socket": path, "enclaves": listed}
+    if any(info.backend == "sim" for info in enclaves):
+        result["warning"] = SIM_WARNING
+    if clients is not None:
+        result["clients"] = [
+            {**client._asdict(), "grants": [grant._asdict() for grant in client.grants]} for client in clients
+        ]
+    return result
+
+
+def _show(path: str, enclaves: Sequence[EnclaveInfo], clients: Sequence[ClientInfo] | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    if not enclaves:
+        console.print(f"The broker at {path} has no enclaves that you may see.", markup=False)
+    else:
+        table = Table(title=f"Enclaves of {path}", title_justify="left")
+        for heading in ("enclave", "state", "backend", "isolation", "size", "MRENCLAVE"):
+            table.add_column(heading)
+        for heading in ("slots", "free", "waiting", "out of use", "clients"):
+            table.add_column(heading, justify="right")
+        for info in enclaves:
+            slots = info.slots
+            state = info.state if info.reason is None else f"{info.state}: {info.reason}"
+            table.add_row(
+                Text(info.name),
+                Text(state, style="green" if info.state == "ready" else "red"),
+                Text(info.backend, style="yellow" if info.backend == "sim" else ""),
+                info.isolation,
+                format_size(info.size),
+                info.mrenclave.hex()[:16] + "…",
+                str(slots.total),
+                str(slots.free),
+                str(slots.waiting),
+                str(slots.withheld + slots.quarantined),
+                str(info.clients),
+            )
+        console.print(table)
+    if clients:
+        table = Table(title="Clients", title_justify="left")
+        for heading in ("client", "name", "pid", "uid", "cgroup", "grants"):
+            table.add_column(heading)
+        for client in clients:
+            grants = ", ".join(
+                f"{grant.enclave} (grant {grant.grant}, slots {', '.join(map(str, grant.slots))})"
+                for grant in client.grants
+            )
+            row = (str(client.client), client.name, str(client.pid), str(client.uid), client.cgroup, grants)
+            table.add_row(*map(Text, row))
+        console.print(table)
+    if any(info.backend == "sim" for info in enclaves):
+        console.print(f"Warning: {SIM_WARNING}", style="bold yellow", markup=False)
