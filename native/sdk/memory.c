@@ -91,6 +91,11 @@ bool range_outside(uint64_t address, uint64_t length)
     return end <= base || address >= base + header()->size;
 }
 
+const void *tm_enclave_base(void)
+{
+    return __tm_base;
+}
+
 bool tm_is_outside(const void *address, size_t length)
 {
     return range_outside((uint64_t)address, length);

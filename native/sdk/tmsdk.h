@@ -252,6 +252,9 @@ void tm_sha256(const void *data, size_t length, uint8_t digest[32]);
 #define tm_panic() __builtin_trap()
 #define tm_assert(condition) ((condition) ? (void)0 : tm_panic())
 
+/* The first byte of ELRANGE: struct tm_image_header lies there. */
+const void *tm_enclave_base(void);
+
 /* Is [address, address + length) in the host's memory, without overflow? */
 bool tm_is_outside(const void *address, size_t length);
 

@@ -1,0 +1,368 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "table.h"
+
+#define SHARDS 64u
+#define BUCKETS_MIN 16u   /* per shard */
+#define BUCKETS_MAX 4096u /* per shard */
+
+struct entry {
+    struct entry *next;
+    uint64_t hash;
+    uint64_t version;
+    uint64_t expires;
+    uint32_t value_length;
+    uint16_t key_length;
+    uint8_t space;
+    uint8_t reserved;
+    uint8_t principal[32];
+    uint8_t bytes[]; /* key, value */
+};
+
+struct shard {
+    struct tm_mutex mutex;
+    uint64_t version; /* the last one given out */
+} __attribute__((aligned(64)));
+
+static struct {
+    struct shard shards[SHARDS];
+    uint64_t seed[2];  /* nobody outside can make keys collide */
+    uint64_t buckets;  /* per shard, a power of two */
+    struct entry **heads;
+} table;
+
+static uint64_t rotate(uint64_t x, int bits)
+{
+    return x << bits | x >> (64 - bits);
+}
+
+struct sip {
+    uint64_t a, b, c, d;
+};
+
+static void sip_round(struct sip *s)
+{
+    s->a += s->b;
+    s->c += s->d;
+    s->b = rotate(s->b, 13) ^ s->a;
+    s->d = rotate(s->d, 16) ^ s->c;
+    s->a = rotate(s->a, 32);
+    s->c += s->b;
+    s->a += s->d;
+    s->b = rotate(s->b, 17) ^ s->c;
+    s->d = rotate(s->d, 21) ^ s->a;
+    s->c = rotate(s->c, 32);
+}
+
+static void sip_update(struct sip *s, const uint8_t *bytes, size_t length)
+{
+    while (length) {
+        uint64_t word = 0;
+        size_t some = length < 8 ? length : 8;
+
+        for (size_t i = 0; i < some; i++)
+            word |= (uint64_t)bytes[i] << (8 * i);
+        s->d ^= word;
+        sip_round(s);
+        sip_round(s);
+        s->a ^= word;
+        bytes += some;
+        length -= some;
+    }
+}
+
+/* SipHash-2-4 (Aumasson, Bernstein 2012) over principal, space and length, and the key. */
+static uint64_t hash_of(const struct place *place)
+{
+    struct sip s = {table.seed[0] ^ 0x736f6d6570736575ull, table.seed[1] ^ 0x646f72616e646f6dull,
+                    table.seed[0] ^ 0x6c7967656e657261ull, table.seed[1] ^ 0x7465646279746573ull};
+    uint64_t tail = (uint64_t)place->space << 16 | place->key_length;
+
+    sip_update(&s, place->principal, sizeof(place->principal));
+    sip_update(&s, place->key, place->key_length);
+    sip_update(&s, (const uint8_t *)&tail, sizeof(tail));
+    s.c ^= 0xff;
+    for (int i = 0; i < 4; i++)
+        sip_round(&s);
+    return s.a ^ s.b ^ s.c ^ s.d;
+}
+
+int table_start(void)
+{
+    const struct tm_image_header *image = (const void *)tm_enclave_base();
+    struct entry **heads;
+    struct tm_txn txn;
+    uint64_t buckets = BUCKETS_MIN;
+
+    if (table.heads)
+        return 0; /* a warden died after this and tm_on_start() came again */
+    /* A bucket for 8 KiB of heap: chains stay short, the table stays below a thousandth. */
+    while (buckets < BUCKETS_MAX && buckets * SHARDS * 8192 < image->heap_size)
+        buckets *= 2;
+    heads = tm_alloc(buckets * SHARDS * sizeof(*heads));
+    if (!heads)
+        return TM_E_NOMEM;
+    tm_random(table.seed, sizeof(table.seed));
+    table.buckets = buckets;
+    tm_txn_begin(&txn);
+    tm_txn_keep(&txn, heads);
+    tm_txn_set_ptr(&txn, &table.heads, heads);
+    tm_txn_commit(&txn);
+    return 0;
+}
+
+static struct shard *shard_of(uint64_t hash)
+{
+    return &table.shards[hash % SHARDS];
+}
+
+/* Buckets of one shard lie side by side. */
+static struct entry **bucket_of(uint64_t hash)
+{
+    return &table.heads[hash % SHARDS * table.buckets + (hash / SHARDS & (table.buckets - 1))];
+}
+
+static int shard_lock(struct shard *shard)
+{
+    int status = tm_lock(&shard->mutex);
+
+    /* All changes are whole transactions: nothing to put right. */
+    if (status == TM_E_OWNERDEAD) {
+        tm_mutex_consistent(&shard->mutex);
+        status = 0;
+    }
+    return status;
+}
+
+static bool is_at(const struct entry *entry, const struct place *place)
+{
+    return entry->space == place->space && !memcmp(entry->principal, place->principal, sizeof(entry->principal));
+}
+
+static bool is_over(const struct entry *entry)
+{
+    return entry->expires && entry->expires <= tm_time();
+}
+
+/* The link that points to the key's entry, or to where the chain ends. */
+static struct entry **find(uint64_t hash, const struct place *place)
+{
+    struct entry **link = bucket_of(hash);
+
+    for (; *link; link = &(*link)->next)
+        if ((*link)->hash == hash && (*link)->key_length == place->key_length && is_at(*link, place) &&
+            !memcmp((*link)->bytes, place->key, place->key_length))
+            break;
+    return link;
+}
+
+int table_get(const struct place *place, struct value *value, void *small, size_t room, void **block)
+{
+    uint64_t hash = hash_of(place);
+    struct shard *shard = shard_of(hash);
+
+    *block = NULL;
+    for (;;) {
+        size_t have = *block ? tm_block_size(*block) : room;
+        uint8_t *target = *block ? *block : small;
+        struct entry *entry;
+        int status = shard_lock(shard);
+
+        if (status)
+            goto fail;
+        entry = *find(hash, place);
+        if (!entry || is_over(entry)) {
+            tm_unlock(&shard->mutex);
+            status = VAULT_NOT_FOUND;
+        } else {
+            value->version = entry->version;
+            value->expires = entry->expires;
+            value->length = entry->value_length;
+            value->bytes = target;
+            if (entry->value_length <= have)
+                memcpy(target, entry->bytes + entry->key_length, entry->value_length);
+            tm_unlock(&shard->mutex);
+            if (value->length <= have)
+                return 0;
+            status = 0;
+        }
+    fail:
+        tm_free(*block);
+        *block = NULL;
+        if (status)
+            return status;
+        *block = tm_alloc(value->length);
+        if (!*block)
+            return TM_E_NOMEM;
+    }
+}
+
+/* Under the lock: put `fresh` (or nothing) where *link points, tell what was there. */
+static void exchange(struct shard *shard, struct entry **link, struct entry *fresh)
+{
+    struct entry *old = *link;
+    struct tm_txn txn;
+
+    tm_txn_begin(&txn);
+    if (fresh) {
+        fresh->next = old ? old->next : NULL;
+        fresh->version = shard->version + 1;
+        tm_txn_set(&txn, &shard->version, fresh->version);
+        tm_txn_keep(&txn, fresh);
+        tm_txn_set_ptr(&txn, link, fresh);
+    } else {
+        tm_txn_set_ptr(&txn, link, old->next);
+    }
+    if (old)
+        tm_txn_own(&txn, old);
+    tm_txn_commit(&txn);
+}
+
+int table_put(const struct place *place, struct value *value, uint64_t *compare)
+{
+    uint64_t hash = hash_of(place);
+    struct shard *shard = shard_of(hash);
+    struct entry *fresh, *old, **link;
+    int status;
+
+    fresh = tm_alloc(sizeof(*fresh) + place->key_length + value->length);
+    if (!fresh)
+        return TM_E_NOMEM;
+    fresh->hash = hash;
+    fresh->expires = value->expires;
+    fresh->value_length = value->length;
+    fresh->key_length = place->key_length;
+    fresh->space = place->space;
+    memcpy(fresh->principal, place->principal, sizeof(fresh->principal));
+    memcpy(fresh->bytes, place->key, place->key_length);
+    memcpy(fresh->bytes + place->key_length, value->bytes, value->length);
+    status = shard_lock(shard);
+    if (status) {
+        tm_free(fresh);
+        return status;
+    }
+    link = find(hash, place);
+    old = *link;
+    if (compare) {
+        uint64_t present = old && !is_over(old) ? old->version : 0;
+
+        if (present != *compare) {
+            tm_unlock(&shard->mutex);
+            tm_free(fresh);
+            *compare = present;
+            return VAULT_CHANGED;
+        }
+    }
+    exchange(shard, link, fresh);
+    value->version = fresh->version;
+    tm_unlock(&shard->mutex);
+    tm_free(old);
+    return 0;
+}
+
+int table_delete(const struct place *place)
+{
+    uint64_t hash = hash_of(place);
+    struct shard *shard = shard_of(hash);
+    struct entry *old, **link;
+    bool over;
+    int status = shard_lock(shard);
+
+    if (status)
+        return status;
+    link = find(hash, place);
+    old = *link;
+    over = !old || is_over(old);
+    if (old)
+        exchange(shard, link, NULL);
+    tm_unlock(&shard->mutex);
+    tm_free(old);
+    return over ? VAULT_NOT_FOUND : 0;
+}
+
+static bool is_listed(const struct entry *entry, const struct place *prefix)
+{
+    return is_at(entry, prefix) && !is_over(entry) && entry->key_length >= prefix->key_length &&
+           !memcmp(entry->bytes, prefix->key, prefix->key_length);
+}
+
+static size_t record_size(const struct entry *entry, bool with_values)
+{
+    return sizeof(struct vault_record) + entry->key_length + (with_values ? entry->value_length : 0);
+}
+
+/* Bytes that the bucket's records take; the first `room` of them are written. */
+static size_t scan_bucket(struct entry *entry, const struct place *prefix, bool with_values, uint8_t *out,
+                          size_t room, uint32_t *count)
+{
+    size_t length = 0;
+
+    for (; entry; entry = entry->next) {
+        struct vault_record record = {
+            .key_length = entry->key_length,
+            .value_length = entry->value_length,
+            .version = entry->version,
+            .expires = entry->expires,
+        };
+        size_t size = record_size(entry, with_values);
+
+        if (!is_listed(entry, prefix))
+            continue;
+        if (length + size <= room) {
+            memcpy(out + length, &record, sizeof(record));
+            memcpy(out + length + sizeof(record), entry->bytes, size - sizeof(record));
+        }
+        length += size;
+        ++*count;
+    }
+    return length;
+}
+
+int table_scan(const struct place *prefix, bool with_values, size_t room, uint64_t cursor, uint8_t **block,
+               size_t *length, uint32_t *count, uint64_t *next)
+{
+    uint64_t buckets = table.buckets * SHARDS;
+    uint8_t *out = tm_alloc(room);
+    int status = 0;
+
+    *block = NULL;
+    *length = 0;
+    *count = 0;
+    if (!out)
+        return TM_E_NOMEM;
+    while (cursor < buckets) {
+        struct shard *shard = &table.shards[cursor / table.buckets];
+        uint64_t end = (cursor / table.buckets + 1) * table.buckets;
+        bool full = false;
+
+        status = shard_lock(shard);
+        if (status)
+            break;
+        /* A few at a time: others wait for this lock. */
+        for (unsigned n = 0; cursor < end && n < 256; cursor++, n++) {
+            uint32_t some = 0;
+            size_t size = scan_bucket(table.heads[cursor], prefix, with_values, out + *length,
+                                      room - *length, &some);
+
+            if (size > room - *length) {
+                full = true;
+                if (!*length) {
+                    *length = size;
+                    status = TM_E_SPACE;
+                }
+                break;
+            }
+            *length += size;
+            *count += some;
+        }
+        tm_unlock(&shard->mutex);
+        if (full)
+            break;
+    }
+    if (status) {
+        tm_free(out);
+        return status;
+    }
+    *next = cursor < buckets ? cursor : 0;
+    *block = out;
+    return 0;
+}
