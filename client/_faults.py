@@ -104,11 +104,14 @@ def native_error(error: int, diag: Any, doing: str) -> Error:
     return InternalError(message, detail)
 
 
-def status_error(status: int, enclave: str, name: str, length: int) -> Error:
-    """Return the error for a status other than 0 that a call of `name` gave (enum tm_status)."""
+def status_error(status: int, enclave: str, name: str, length: int, reply: bytes) -> Error:
+    """Return the error for a status other than 0 that a call of `name` gave (enum tm_status).
+
+    `length`: of its output, of which `reply` is what fitted.
+    """
     where = f"{enclave}: call {name!r}"
     if status > 0:
-        return CallFailed(f"{where} answered status {status}: see the image's documentation", status)
+        return CallFailed(f"{where} answered status {status}: see the image's documentation", status, reply)
     detail: dict[str, object] = {"status": status, "call": name}
     if status == -2:
         return NotFound(f"{where}: the image has no ECALL of that name", detail)
@@ -120,7 +123,11 @@ def status_error(status: int, enclave: str, name: str, length: int) -> Error:
             {**detail, "needed": length},
         )
     if status == -8:
-        return Busy(f"{where}: a lock inside the enclave was not free within its patience: try again", detail)
+        text = f"{where}: a lock inside the enclave was not free within its patience"
+        if len(reply) == 16:  # struct tm_holder
+            detail["holder"] = holder = int.from_bytes(reply[:4], "little")
+            text += f" (slot {holder} has it)"
+        return Busy(f"{text}: try again", detail)
     if status in (-3, -4):
         return Denied(
             f"{where}: the enclave does not accept this slot's identity (status {status}): "
@@ -135,7 +142,7 @@ def status_error(status: int, enclave: str, name: str, length: int) -> Error:
         -11: "the enclave has not been started yet",
     }
     reason = reasons.get(status, f"status {status}")
-    return CallFailed(f"{where}: {reason}", status, {"call": name})
+    return CallFailed(f"{where}: {reason}", status, reply, {"call": name})
 
 
 def vector_name(vector: int) -> str:

@@ -166,9 +166,11 @@ class Slot:
             if error:
                 raise self._refused(error, f"call {name!r}")
             self._enclave._calls += 1
+            length = call.out_length
+            reply = bytes(ffi.buffer(self._out, min(length, max_reply)))
             if call.status:
-                raise status_error(call.status, self._enclave.name, name, call.out_length)
-            return bytes(ffi.buffer(self._out, call.out_length))
+                raise status_error(call.status, self._enclave.name, name, length, reply)
+            return reply
         finally:
             self._busy.release()
 

@@ -118,14 +118,17 @@ class CallTimeout(Error):
 class CallFailed(Error):
     """The enclave answered with a status other than 0: ``status`` has it, positive ones are the image's own.
 
-    Never on the wire, since the broker takes no part in calls.
+    ``reply`` is the output that came with it.  Never on the wire, since the broker takes no part in calls.
     """
 
     code = "call-failed"
 
-    def __init__(self, message: str, status: int, detail: Mapping[str, object] | None = None) -> None:
+    def __init__(
+        self, message: str, status: int, reply: bytes = b"", detail: Mapping[str, object] | None = None
+    ) -> None:
         super().__init__(message, {**(detail or {}), "status": status})
         self.status = status
+        self.reply = reply
 
 
 class ProtocolError(Error):
