@@ -58,25 +58,32 @@ static int read_put(const struct tm_request *rq, struct place *place, struct val
     return 0;
 }
 
-/* Head and value, copied out of the table before the caller's memory is touched. */
-TM_ECALL(get)
+/* vault_value and the value, copied out before the caller's memory is touched. */
+static int reply_value(struct tm_request *rq, const struct place *place, int status_found)
 {
     uint8_t small[SMALL_VALUE];
+    struct value value = {0};
     struct vault_value head;
-    struct place place;
-    struct value value;
     void *block;
-    int status = read_name(rq, &place) ? 0 : TM_E_ARGUMENT;
+    int status = table_get(place, &value, small, sizeof(small), &block);
 
-    if (!status)
-        status = table_get(&place, &value, small, sizeof(small), &block);
+    if (status == VAULT_NOT_FOUND && status_found == VAULT_CHANGED)
+        status = 0; /* it was there, or not, and now it is not */
     if (status)
         return status;
     head = (struct vault_value){.version = value.version, .expires = value.expires};
-    tm_reply(rq, &head, sizeof(head));
-    status = tm_reply(rq, value.bytes, value.length);
+    status = tm_reply(rq, &head, sizeof(head));
+    if (value.length)
+        status = tm_reply(rq, value.bytes, value.length);
     tm_free(block);
-    return status;
+    return status ? status : status_found;
+}
+
+TM_ECALL(get)
+{
+    struct place place;
+
+    return read_name(rq, &place) ? reply_value(rq, &place, 0) : TM_E_ARGUMENT;
 }
 
 TM_ECALL(put)
@@ -101,30 +108,9 @@ TM_ECALL(put)
     return tm_reply(rq, &version, sizeof(version));
 }
 
-/* Not swapped: what is there now, so that the caller can try again at once. */
-static int reply_present(struct tm_request *rq, const struct place *place)
-{
-    uint8_t small[SMALL_VALUE];
-    struct value value = {0};
-    struct vault_swap head = {0};
-    void *block;
-    int status = table_get(place, &value, small, sizeof(small), &block);
-
-    if (status == VAULT_NOT_FOUND)
-        return tm_reply(rq, &head, sizeof(head));
-    if (status)
-        return status;
-    head.version = value.version;
-    head.expires = value.expires;
-    tm_reply(rq, &head, sizeof(head));
-    status = tm_reply(rq, value.bytes, value.length);
-    tm_free(block);
-    return status;
-}
-
 TM_ECALL(compare_and_swap)
 {
-    struct vault_swap swap = {.swapped = 1};
+    struct vault_version version;
     struct place place;
     struct value value;
     uint64_t expected;
@@ -132,16 +118,15 @@ TM_ECALL(compare_and_swap)
 
     if (status)
         return status;
-    if (tm_reply_room(rq) < sizeof(swap))
-        return tm_reply(rq, &swap, sizeof(swap));
+    if (tm_reply_room(rq) < sizeof(version))
+        return tm_reply(rq, &(struct vault_version){0}, sizeof(version));
     status = table_put(&place, &value, &expected);
     if (status == VAULT_CHANGED)
-        return reply_present(rq, &place);
+        return reply_value(rq, &place, VAULT_CHANGED);
     if (status)
         return status;
-    swap.version = value.version;
-    swap.expires = value.expires;
-    return tm_reply(rq, &swap, sizeof(swap));
+    version.version = value.version;
+    return tm_reply(rq, &version, sizeof(version));
 }
 
 TM_ECALL(delete)

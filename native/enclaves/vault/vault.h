@@ -12,8 +12,8 @@
  *   get               vault_name, key                       vault_value, value
  *   delete            vault_name, key                       -
  *   compare_and_swap  vault_put (with `expected`), key, value
- *                                                           vault_swap; when nothing was swapped, the
- *                                                           value as it is now
+ *                                                           vault_version, or VAULT_CHANGED with
+ *                                                           vault_value, value as they are now
  *   list              vault_scan, prefix                    vault_page, then vault_record, key for each
  *   export            vault_scan, prefix                    vault_page, then a sealed blob
  *   import            vault_import, sealed blob             vault_page (`count` entries were written)
@@ -48,7 +48,7 @@ enum vault_space {
 
 enum vault_status {
     VAULT_NOT_FOUND = 1, /* no such key (any more) */
-    VAULT_CHANGED = 2,   /* inside only: compare_and_swap tells it in vault_swap */
+    VAULT_CHANGED = 2,   /* compare_and_swap: the version is not the expected one */
 };
 
 /* Followed by the key. */
@@ -77,20 +77,10 @@ struct vault_version {
 
 /* Followed by the value. */
 struct vault_value {
-    uint64_t version;
+    uint64_t version; /* VAULT_CHANGED: 0 when there is none */
     uint64_t expires; /* ns of CLOCK_REALTIME; 0: never */
 };
 _Static_assert(sizeof(struct vault_value) == 16, "vault_value");
-
-/* swapped: `version` is the new one.  Else `version` and `expires` are those of the
- * value that follows; version 0: there is none. */
-struct vault_swap {
-    uint32_t swapped; /* 0 or 1 */
-    uint32_t reserved; /* 0 */
-    uint64_t version;
-    uint64_t expires;
-};
-_Static_assert(sizeof(struct vault_swap) == 24, "vault_swap");
 
 /*
  * Followed by a prefix; keys that begin with it are told.  `cursor` is 0 at first,
