@@ -35,6 +35,7 @@ struct teemate_enclave {
     bool mapped;
     bool arena_mapped;
     bool finished; /* EINIT has been done */
+    uint64_t process; /* fork_process() of who made this; a child of fork may only free it */
     pthread_mutex_t lock; /* mapping and unmapping */
     struct teemate_enclave_info info;
     struct sim_mapping *sim; /* owned by the sim backend: its own view of the file's tables */
@@ -87,6 +88,20 @@ int enclave_new(int backend, struct teemate_enclave **enclave, struct teemate_di
 
 /* map.c: take away all that was mapped for the enclave (also nothing); called by teemate_close. */
 void enclave_unmap(struct teemate_enclave *enclave);
+
+/*
+ * fork.c: a number for this process, never 0, that a child of fork (or of a bare
+ * clone) does not share.  Costs a load.
+ */
+uint64_t fork_process(void);
+/* Was this made by this process?  If not, nothing of it is mapped here: MADV_DONTFORK. */
+static inline bool enclave_is_ours(const struct teemate_enclave *enclave)
+{
+    return enclave->process == fork_process();
+}
+
+/* landing.c: the landing page's code at its place; 0 or a negative errno. */
+int landing_map(uint64_t address);
 
 /* diag.c: fill and return `error`; diag may be NULL. */
 int diag_set(struct teemate_diag *diag, int error, enum teemate_step step, int code, uint64_t offset,

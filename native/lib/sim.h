@@ -109,6 +109,8 @@ struct sim_mapping {
      */
     uint8_t *view;
     _Atomic uint32_t epoch; /* that our page permissions follow; 0: none cached yet */
+    /* By index: does this process map the TCS page?  Entering through another is a page fault. */
+    _Atomic uint8_t tcs_mapped[SIM_TCS_MAX];
 };
 
 struct teemate_enclave;
