@@ -1,0 +1,225 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * An enclave's place in the address space: 2 x size, reserved at once.
+ *
+ *   [base, base + size)      ELRANGE; segments, and TCS pages one by one
+ *   base + size              landing page
+ *   base + size + 1 page     arena
+ *
+ * The cost depends on the number of segments, never on the size: attaching to a big
+ * enclave takes as long as attaching to a small one.
+ */
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "enclave.h"
+#include "teemate_abi.h"
+
+#define RESERVE_FLAGS (MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
+
+/* Name what lies in [start, end): "/usr/lib/libfoo.so (7f.. - 7f..)". */
+static void name_mapping(uint64_t start, uint64_t end, char *text, size_t size)
+{
+    char line[512], path[256];
+    FILE *maps = fopen("/proc/self/maps", "re");
+
+    snprintf(text, size, "another mapping");
+    if (!maps)
+        return;
+    while (fgets(line, sizeof(line), maps)) {
+        uint64_t from, to;
+
+        path[0] = 0;
+        if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %*s %*s %*s %*s %255[^\n]", &from, &to, path) < 2)
+            continue;
+        if (from >= end || to <= start)
+            continue;
+        snprintf(text, size, "%s at %#" PRIx64 "-%#" PRIx64, path[0] ? path : "an anonymous mapping", from, to);
+        break;
+    }
+    fclose(maps);
+}
+
+/* Put the reservation back over a part of it. */
+static int unreserve_part(uint64_t address, uint64_t size)
+{
+    void *at = mmap((void *)address, size, PROT_NONE, RESERVE_FLAGS | MAP_FIXED, -1, 0);
+
+    if (at == MAP_FAILED || madvise(at, size, MADV_DONTFORK))
+        return -errno;
+    return 0;
+}
+
+static int reserve(struct teemate_enclave *enclave, struct teemate_diag *diag)
+{
+    uint64_t size = 2 * enclave->size;
+    void *wanted = (void *)enclave->base;
+    void *at = mmap(wanted, size, PROT_NONE, RESERVE_FLAGS | MAP_FIXED_NOREPLACE, -1, 0);
+    int error = at == MAP_FAILED ? errno : 0;
+
+    if (!error && at != wanted) { /* a kernel before 4.17 takes the address as a hint */
+        munmap(at, size);
+        error = EEXIST;
+    }
+    if (error == EEXIST) {
+        char text[160];
+
+        name_mapping(enclave->base, enclave->base + size, text, sizeof(text));
+        return diag_set(diag, -EEXIST, TEEMATE_STEP_MAP, 0, 0,
+                        "the enclave's address range %#" PRIx64 "-%#" PRIx64 " is taken by %s: attach before it is mapped,"
+                        " or keep 0x400000000000-0x40ffffffffff free",
+                        enclave->base, enclave->base + size, text);
+    }
+    if (error)
+        return diag_set(diag, -error, TEEMATE_STEP_MAP, 0, 0,
+                        "cannot reserve %" PRIu64 " MiB of address space at %#" PRIx64 ": %s; look at RLIMIT_AS (ulimit -v)",
+                        size >> 20, enclave->base, strerror(error));
+    if (madvise(at, size, MADV_DONTFORK)) {
+        error = errno;
+        munmap(at, size);
+        return diag_set(diag, -error, TEEMATE_STEP_MAP, 0, 0, "cannot keep the enclave out of fork: %s", strerror(error));
+    }
+    return 0;
+}
+
+/* Their shadow memory has no place for our window: a plain message instead of a crash. */
+static const char *hostile_runtime(void)
+{
+    if (dlsym(RTLD_DEFAULT, "__tsan_init"))
+        return "ThreadSanitizer";
+    if (dlsym(RTLD_DEFAULT, "__msan_init"))
+        return "MemorySanitizer";
+    return NULL;
+}
+
+int teemate_map(struct teemate_enclave *enclave, struct teemate_diag *diag)
+{
+    const char *runtime = hostile_runtime();
+    int error = 0;
+
+    if (!enclave_is_ours(enclave))
+        return diag_set(diag, -ENOTCONN, TEEMATE_STEP_MAP, 0, 0,
+                        "this enclave was opened before fork(): the child has to attach itself");
+    if (runtime)
+        return diag_set(diag, -ENOTSUP, TEEMATE_STEP_MAP, 0, 0,
+                        "a program built with %s cannot hold an enclave: its runtime owns the address window", runtime);
+    if (!enclave->finished)
+        return diag_set(diag, -EINVAL, TEEMATE_STEP_MAP, 0, 0, "an enclave is mapped after EINIT");
+    pthread_mutex_lock(&enclave->lock);
+    if (enclave->mapped) {
+        pthread_mutex_unlock(&enclave->lock);
+        return 0;
+    }
+    error = reserve(enclave, diag);
+    if (error) {
+        pthread_mutex_unlock(&enclave->lock);
+        return error;
+    }
+    for (size_t i = 0; i < enclave->segment_count && !error; i++)
+        if (enclave->segments[i].type != SGX_PT_TCS)
+            error = enclave->backend->map(enclave, &enclave->segments[i], diag);
+    if (!error) {
+        error = landing_map(TM_LANDING(enclave->base, enclave->size));
+        if (error)
+            diag_set(diag, error, TEEMATE_STEP_MAP, 0, 0, "cannot make the landing page: %s", strerror(-error));
+    }
+    if (error)
+        munmap((void *)enclave->base, 2 * enclave->size);
+    else
+        enclave->mapped = true;
+    pthread_mutex_unlock(&enclave->lock);
+    return error;
+}
+
+void enclave_unmap(struct teemate_enclave *enclave)
+{
+    if (!enclave_is_ours(enclave))
+        return; /* whatever is at that address now is not this mapping */
+    pthread_mutex_lock(&enclave->lock);
+    if (enclave->mapped)
+        munmap((void *)enclave->base, 2 * enclave->size);
+    enclave->mapped = false;
+    enclave->arena_mapped = false;
+    pthread_mutex_unlock(&enclave->lock);
+}
+
+int teemate_map_tcs(struct teemate_enclave *enclave, uint64_t offset, struct teemate_diag *diag)
+{
+    int error;
+
+    if (!enclave_is_ours(enclave))
+        return diag_set(diag, -ENOTCONN, TEEMATE_STEP_MAP, 0, offset,
+                        "this enclave was mapped before fork(): the child has to attach itself");
+    if (offset % SGX_PAGE || offset >= enclave->size)
+        return diag_set(diag, -EINVAL, TEEMATE_STEP_MAP, 0, offset, "%#" PRIx64 " is not a page of the enclave", offset);
+    pthread_mutex_lock(&enclave->lock);
+    error = enclave->mapped ? enclave->backend->map_tcs(enclave, offset, diag)
+                            : diag_set(diag, -EINVAL, TEEMATE_STEP_MAP, 0, offset, "teemate_map comes first");
+    pthread_mutex_unlock(&enclave->lock);
+    return error;
+}
+
+int teemate_unmap_tcs(struct teemate_enclave *enclave, uint64_t offset)
+{
+    int error = -EINVAL;
+
+    if (!enclave_is_ours(enclave))
+        return -ENOTCONN;
+    if (offset % SGX_PAGE || offset >= enclave->size)
+        return -EINVAL;
+    pthread_mutex_lock(&enclave->lock);
+    if (enclave->mapped) {
+        error = enclave->backend->unmap_tcs(enclave, offset);
+        if (!error)
+            error = unreserve_part(enclave->base + offset, SGX_PAGE);
+    }
+    pthread_mutex_unlock(&enclave->lock);
+    return error;
+}
+
+int teemate_map_arena(struct teemate_enclave *enclave, int fd, struct teemate_diag *diag)
+{
+    void *place = (void *)TM_ARENA(enclave->base, enclave->size);
+    int seals = fcntl(fd, F_GET_SEALS), wanted = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL, error = 0;
+
+    if (!enclave_is_ours(enclave))
+        return diag_set(diag, -ENOTCONN, TEEMATE_STEP_MAP, 0, 0,
+                        "this enclave was mapped before fork(): the child has to attach itself");
+    /* One that can shrink would end the waiters in SIGBUS. */
+    if (seals < 0 || (seals & wanted) != wanted || lseek(fd, 0, SEEK_END) != TM_ARENA_SIZE)
+        return diag_set(diag, -EINVAL, TEEMATE_STEP_MAP, 0, 0,
+                        "the arena is not a memfd of %u bytes with the seals SHRINK, GROW and SEAL", TM_ARENA_SIZE);
+    pthread_mutex_lock(&enclave->lock);
+    if (!enclave->mapped)
+        error = diag_set(diag, -EINVAL, TEEMATE_STEP_MAP, 0, 0, "teemate_map comes first");
+    else if (mmap(place, TM_ARENA_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED ||
+             madvise(place, TM_ARENA_SIZE, MADV_DONTFORK)) {
+        error = -errno;
+        diag_set(diag, error, TEEMATE_STEP_MAP, 0, 0, "cannot map the arena: %s", strerror(-error));
+    } else {
+        enclave->arena_mapped = true;
+    }
+    pthread_mutex_unlock(&enclave->lock);
+    return error;
+}
+
+int teemate_arena_create(void)
+{
+    int fd = memfd_create("teemate-arena", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    int error;
+
+    if (fd < 0)
+        return -errno;
+    if (ftruncate(fd, TM_ARENA_SIZE) || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)) {
+        error = -errno;
+        close(fd);
+        return error;
+    }
+    return fd;
+}
