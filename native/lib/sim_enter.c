@@ -1,0 +1,350 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * EENTER and ERESUME: the checks in the order of the SDM's pseudo-code (volume 3D), then
+ * one compare-and-swap on the TCS word.  sim_entry.S does what follows it.
+ */
+#include <errno.h>
+#include <signal.h>
+#include <stddef.h>
+#include <sys/syscall.h>
+#include <time.h>
+
+#include "enclave.h"
+#include "sim_check.h"
+#include "sim_enclu.h"
+#include "sim_thread.h"
+
+#define CHECK_OFFSET(struct_, field, number) _Static_assert(offsetof(struct struct_, field) == (number), #field)
+CHECK_OFFSET(sim_thread, inside, THREAD_INSIDE);
+CHECK_OFFSET(sim_thread, no_fsgsbase, THREAD_NO_FSGSBASE);
+CHECK_OFFSET(sim_thread, enclave_fs, THREAD_FS);
+CHECK_OFFSET(sim_thread, enclave_gs, THREAD_GS);
+CHECK_OFFSET(sim_thread, tcs_addr, THREAD_TCS);
+CHECK_OFFSET(sim_thread, cssa, THREAD_CSSA);
+CHECK_OFFSET(sim_thread, xfrm, THREAD_XFRM);
+CHECK_OFFSET(sim_thread, xsave, THREAD_XSAVE);
+CHECK_OFFSET(sim_thread, frame, THREAD_FRAME);
+CHECK_OFFSET(sim_thread, gprs, THREAD_GPRS);
+CHECK_OFFSET(sim_entry, rsp, ENTRY_RSP);
+CHECK_OFFSET(sim_entry, rbp, ENTRY_RBP);
+CHECK_OFFSET(sim_entry, regs, ENTRY_REGS);
+CHECK_OFFSET(sim_entry, run, ENTRY_RUN);
+CHECK_OFFSET(sim_entry, target, ENTRY_TARGET);
+CHECK_OFFSET(sim_entry, function, ENTRY_FUNCTION);
+CHECK_OFFSET(sim_entry, error, ENTRY_ERROR);
+CHECK_OFFSET(sim_entry, vector, ENTRY_VECTOR);
+CHECK_OFFSET(sim_entry, addr, ENTRY_ADDR);
+
+#define RFLAGS_FIXED 0x202u /* bit 1 and IF */
+#define RFLAGS_TF 0x100u
+/* CF PF AF ZF SF DF OF RF AC ID and TF: what ERESUME loads (SDM, ERESUME). */
+#define RFLAGS_RESUMED (0x250cd5u | RFLAGS_TF)
+#define MXCSR_RESERVED 0xffff0000u
+
+/* While inside: everything waits but the synchronous signals and the tick. */
+static uint64_t inside_mask(void)
+{
+    return ~(SIM_MASK(SIGILL) | SIM_MASK(SIGSEGV) | SIM_MASK(SIGFPE) | SIM_MASK(SIGBUS) | SIM_MASK(SIGTRAP) |
+             SIM_MASK(sim_tick_signal()));
+}
+
+bool sim_canonical(uint64_t address)
+{
+    return (uint64_t)((int64_t)(address << 16) >> 16) == address;
+}
+
+static uint64_t xcr0(void)
+{
+    uint32_t a, d;
+
+    __asm__ volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+    return (uint64_t)d << 32 | a;
+}
+
+static bool fault_gp(struct sim_fault *fault)
+{
+    sim_gp(fault);
+    return false;
+}
+
+static bool fault_pf(struct sim_fault *fault, uint32_t error, uint64_t addr)
+{
+    *fault = (struct sim_fault){.vector = SGX_VECTOR_PF, .error = error, .addr = addr};
+    return false;
+}
+
+/* The TCS that RBX names, or NULL with the fault. */
+static struct sim_tcs *find_tcs(struct teemate_enclave *enclave, uint64_t addr, struct sim_fault *fault)
+{
+    struct sim_mapping *sim = enclave->sim;
+    uint64_t offset = addr - enclave->base, entry;
+    uint32_t index;
+
+    if (SIM_CHECK("EENTER.TCS.ALIGN", addr & (SGX_PAGE - 1))) {
+        fault_gp(fault);
+        return NULL;
+    }
+    if (offset >= enclave->size) {
+        fault_pf(fault, SGX_PF_W | SGX_PF_U, addr);
+        return NULL;
+    }
+    entry = atomic_load(&sim->epcm[offset / SGX_PAGE]);
+    index = SIM_EPCM_TCS(entry);
+    if (!(entry & SIM_EPCM_VALID)) {
+        fault_pf(fault, SGX_PF_W | SGX_PF_U, addr);
+        return NULL;
+    }
+    if (SIM_CHECK("EENTER.TCS.TYPE", SIM_EPCM_TYPE(entry) != SGX_PT_TCS) || index >= SIM_TCS_MAX ||
+        SIM_CHECK("EENTER.TCS.PENDING", entry & SIM_EPCM_PENDING) ||
+        SIM_CHECK("EENTER.TCS.MODIFIED", entry & SIM_EPCM_MODIFIED)) {
+        fault_pf(fault, SGX_PF_SGX | SGX_PF_P | SGX_PF_U, addr);
+        return NULL;
+    }
+    /* The page table's say: this process did not map the page. */
+    if (SIM_CHECK("EENTER.TCS.MAPPED", !atomic_load(&sim->tcs_mapped[index]))) {
+        fault_pf(fault, SGX_PF_W | SGX_PF_U, addr);
+        return NULL;
+    }
+    return &sim->tcs[index];
+}
+
+/* Where frame `index` lies; every page of it must be readable and writable. */
+static uint8_t *find_frame(struct teemate_enclave *enclave, const struct sim_tcs *tcs, uint32_t index,
+                           struct sim_fault *fault)
+{
+    uint64_t size = (uint64_t)enclave->info.ssa_frame_pages * SGX_PAGE;
+    uint64_t addr = enclave->base + tcs->ossa + index * size;
+
+    for (uint64_t at = addr; at < addr + size; at += SGX_PAGE)
+        if (!sim_access(enclave, at, SGX_PAGE, SGX_PF_W, fault) && SIM_STEP("EENTER.SSA"))
+            return NULL;
+    return sim_at(enclave, addr);
+}
+
+static struct sgx_gprs *frame_gprs(const struct sim_thread *thread)
+{
+    return (struct sgx_gprs *)(thread->ssa + thread->ssa_size - sizeof(struct sgx_gprs));
+}
+
+/* What EENTER and ERESUME check alike. */
+static bool enter_checks(struct teemate_enclave *enclave, struct sim_thread *thread, struct sim_entry *entry,
+                         struct sim_fault *fault)
+{
+    const struct sim_header *header = enclave->sim->header;
+
+    thread->tcs = find_tcs(enclave, entry->run->tcs, fault);
+    if (!thread->tcs)
+        return false;
+    if (SIM_CHECK("EENTER.SECS.INIT", !(header->attributes.flags & SGX_ATTR_INIT)))
+        return fault_gp(fault);
+    if (SIM_CHECK("EENTER.XFRM", enclave->info.xfrm & ~xcr0()))
+        return fault_gp(fault);
+    thread->word = atomic_load(&thread->tcs->word);
+    if (SIM_CHECK("EENTER.TCS.BUSY", thread->word & SIM_TCS_BUSY))
+        return fault_gp(fault);
+    return true;
+}
+
+/* idle -> busy at frame `cssa`; false when somebody else was faster. */
+static bool commit(struct sim_thread *thread, uint32_t cssa, struct sim_fault *fault)
+{
+    uint64_t busy = SIM_TCS_WORD(thread->tid, cssa, SIM_TCS_BUSY);
+
+    if (!atomic_compare_exchange_strong(&thread->tcs->word, &thread->word, busy))
+        return fault_gp(fault); /* now busy, or of another CSSA: as if it had been so before */
+    thread->word = busy;
+    thread->cssa = cssa;
+    return true;
+}
+
+/* The host's stack pointers, for AEX and for code that wants the untrusted stack. */
+static void keep_stack_pointers(struct sim_thread *thread, const struct sim_entry *entry)
+{
+    struct sgx_gprs *gprs = frame_gprs(thread);
+
+    if (SIM_STEP("EENTER.URSP")) {
+        gprs->ursp = entry->rsp;
+        gprs->urbp = entry->rbp;
+    }
+}
+
+static bool eenter(struct teemate_enclave *enclave, struct sim_thread *thread, struct sim_entry *entry,
+                   struct sim_fault *fault)
+{
+    const struct sim_tcs *tcs;
+    uint32_t cssa;
+
+    if (!enter_checks(enclave, thread, entry, fault))
+        return false;
+    tcs = thread->tcs;
+    cssa = SIM_TCS_CSSA(thread->word);
+    if (SIM_CHECK("EENTER.CSSA", cssa >= tcs->nssa))
+        return fault_gp(fault);
+    entry->target = enclave->base + tcs->oentry;
+    thread->enclave_fs = enclave->base + tcs->ofsbase;
+    thread->enclave_gs = enclave->base + tcs->ogsbase;
+    if (SIM_CHECK("EENTER.CANONICAL", !sim_canonical(entry->target) || !sim_canonical(thread->enclave_fs) ||
+                                          !sim_canonical(thread->enclave_gs)))
+        return fault_gp(fault);
+    thread->ssa = find_frame(enclave, tcs, cssa, fault);
+    if (!thread->ssa || !commit(thread, cssa, fault))
+        return false;
+    keep_stack_pointers(thread, entry);
+    return true;
+}
+
+/* XRSTOR's checks of what it will load, on our copy. */
+static bool xsave_legal(const uint8_t *area, const uint8_t *frame, uint64_t xfrm)
+{
+    const volatile uint64_t *header = (const volatile uint64_t *)(frame + 512);
+    uint32_t mxcsr = *(const uint32_t *)(area + 24);
+
+    if (SIM_CHECK("ERESUME.XSTATE_BV", header[0] & ~xfrm))
+        return false;
+    if (SIM_CHECK("ERESUME.XCOMP_BV", header[1] | header[2]))
+        return false;
+    return !SIM_CHECK("ERESUME.MXCSR", mxcsr & MXCSR_RESERVED);
+}
+
+static bool eresume(struct teemate_enclave *enclave, struct sim_thread *thread, struct sim_entry *entry,
+                    struct sim_fault *fault)
+{
+    struct sgx_gprs *gprs = &thread->gprs;
+    uint64_t flags, before;
+    uint16_t cs, ss;
+    uint32_t cssa;
+
+    if (!enter_checks(enclave, thread, entry, fault))
+        return false;
+    cssa = SIM_TCS_CSSA(thread->word);
+    if (SIM_CHECK("ERESUME.CSSA", cssa == 0))
+        return fault_gp(fault);
+    thread->ssa = find_frame(enclave, thread->tcs, cssa - 1, fault);
+    before = thread->word;
+    if (!thread->ssa || !commit(thread, cssa - 1, fault))
+        return false;
+    /* Ours now.  Others may still write the frame, so look at a copy. */
+    *gprs = *frame_gprs(thread);
+    sim_xsave_copy((uint8_t *)(uintptr_t)thread->xsave, thread->ssa, enclave->info.xfrm);
+    if (!xsave_legal((uint8_t *)(uintptr_t)thread->xsave, thread->ssa, enclave->info.xfrm) ||
+        SIM_CHECK("ERESUME.CANONICAL",
+                  !sim_canonical(gprs->rip) || !sim_canonical(gprs->fsbase) || !sim_canonical(gprs->gsbase))) {
+        atomic_store(&thread->tcs->word, before);
+        return fault_gp(fault);
+    }
+    keep_stack_pointers(thread, entry);
+    thread->enclave_fs = gprs->fsbase;
+    thread->enclave_gs = gprs->gsbase;
+    flags = (gprs->rflags & RFLAGS_RESUMED) | RFLAGS_FIXED;
+    if (SIM_STEP("ERESUME.TF"))
+        flags &= ~(uint64_t)RFLAGS_TF;
+    __asm__("mov %%cs, %0" : "=r"(cs));
+    __asm__("mov %%ss, %0" : "=r"(ss));
+    thread->frame[0] = gprs->rip;
+    thread->frame[1] = cs;
+    thread->frame[2] = flags;
+    thread->frame[3] = gprs->rsp;
+    thread->frame[4] = ss;
+    return true;
+}
+
+static bool reserved_clear(const struct sgx_enclave_run *run)
+{
+    const uint64_t *word = (const uint64_t *)(const void *)run->reserved;
+    uint64_t all = 0;
+
+    for (size_t i = 0; i < sizeof(run->reserved) / sizeof(*word); i++)
+        all |= word[i];
+    return all == 0;
+}
+
+static void back_to_host(const struct sim_thread *thread)
+{
+    sim_syscall(SYS_sigaltstack, (long)&thread->host.stack, 0, 0, 0);
+    sim_syscall(SYS_rt_sigprocmask, SIG_SETMASK, (long)&thread->host.mask, 0, 8);
+}
+
+/* Called by sim_trampoline for each ENCLU: the first, the AEP's, a user handler's. */
+int sim_go(struct sim_thread *thread, struct sim_entry *entry)
+{
+    struct teemate_enclave *enclave = entry->enclave;
+    stack_t stack = {.ss_sp = (uint8_t *)thread + SIM_HEADER_PAGES * SGX_PAGE, .ss_size = SIM_STACK_SIZE};
+    uint64_t mask = inside_mask(), flags;
+    struct sim_fault fault = {0};
+    bool entered;
+    int error;
+
+    if (entry->function != SGX_EENTER && entry->function != SGX_ERESUME)
+        return -EINVAL;
+    if (!reserved_clear(entry->run))
+        return -EINVAL;
+    if (atomic_load_explicit(&thread->inside, memory_order_relaxed))
+        return -EDEADLK;
+    error = sim_signals_recheck();
+    if (error)
+        return error;
+    sim_flush(enclave);
+
+    sim_syscall(SYS_rt_sigprocmask, SIG_SETMASK, (long)&mask, (long)&thread->host.mask, 8);
+    if (sim_syscall(SYS_sigaltstack, (long)&stack, (long)&thread->host.stack, 0, 0)) {
+        sim_syscall(SYS_rt_sigprocmask, SIG_SETMASK, (long)&thread->host.mask, 0, 8);
+        return -EDEADLK; /* on an alternate stack: in a signal handler */
+    }
+    if (!thread->no_fsgsbase) {
+        __asm__ volatile("rdfsbase %0" : "=r"(thread->host_fs));
+        __asm__ volatile("rdgsbase %0" : "=r"(thread->host_gs));
+    }
+    __asm__ volatile("pushfq; pop %0" : "=r"(flags));
+    thread->host_tf = flags & RFLAGS_TF;
+    thread->enclave = enclave;
+    thread->entry = entry;
+    thread->xfrm = enclave->info.xfrm;
+    thread->ssa_size = enclave->info.ssa_frame_pages * SGX_PAGE;
+    entered = entry->function == SGX_EENTER ? eenter(enclave, thread, entry, &fault)
+                                            : eresume(enclave, thread, entry, &fault);
+    if (!entered) {
+        back_to_host(thread);
+        entry->vector = fault.vector;
+        entry->error = fault.error;
+        entry->addr = fault.addr;
+        return SIM_GO_FAULT;
+    }
+    thread->tcs_addr = entry->run->tcs;
+    atomic_store_explicit(&thread->sequence, thread->sequence + 1, memory_order_relaxed);
+    atomic_store(&thread->tick_state, SIM_TICK_INSIDE); /* a full barrier: see ticker.c */
+    if (atomic_load_explicit(&sim_ticker_asleep, memory_order_relaxed))
+        sim_ticker_wake();
+    return entry->function == SGX_EENTER ? SIM_GO_EENTER : SIM_GO_ERESUME;
+}
+
+int sim_enter(struct teemate_enclave *enclave, uint64_t tcs_offset, struct teemate_regs *regs, uint32_t function,
+              uint64_t pause_after_ns, struct sgx_enclave_run *run)
+{
+    struct sim_thread *thread = sim_thread_get();
+    struct sim_entry entry = {.regs = regs,
+                              .run = run,
+                              .function = function,
+                              .enclave = enclave,
+                              .thread = thread,
+                              .pause_after_ns = pause_after_ns,
+                              .outer = sim_current};
+    struct timespec now;
+    int result;
+
+    (void)tcs_offset; /* in run->tcs: a user handler may change it */
+    if (!thread)
+        return -ENOMEM;
+    result = sim_signals_install();
+    if (!result)
+        result = sim_ticker_start();
+    if (result)
+        return result;
+    if (pause_after_ns) {
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        entry.started_ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+    }
+    sim_current = &entry;
+    result = sim_trampoline(thread, &entry);
+    sim_current = entry.outer;
+    return result;
+}

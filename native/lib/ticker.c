@@ -1,0 +1,177 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The sim's timer interrupt: one thread per process that ticks threads which have been
+ * inside for longer than about 5 ms.
+ *
+ * It compares each thread's entry count with what it saw one period ago, so an entry tells
+ * it nothing but the count.  With nobody inside for a while it sleeps; the next entry
+ * finds the flag and wakes it, and a steady caller never does.
+ *
+ * TEEMATE_SIM_TICK="20us-200us": tick whoever is inside at random intervals of that
+ * length, so that short calls are interrupted too (tests).
+ */
+#include <errno.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "enclave.h"
+#include "sim_thread.h"
+
+#define PERIOD_NS 5000000u
+#define IDLE_ROUNDS 40u
+
+_Atomic uint32_t sim_ticker_asleep;
+
+static struct {
+    pthread_mutex_t lock;
+    _Atomic bool running;
+    uint64_t least_ns, most_ns; /* 0: the usual period */
+    uint64_t random;
+} ticker = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+/* One thread that is inside; the ticker's lock on the list keeps its block alive. */
+static void send_tick(struct sim_thread *thread)
+{
+    uint32_t inside = SIM_TICK_INSIDE;
+    siginfo_t info;
+
+    if (!atomic_compare_exchange_strong(&thread->tick_state, &inside, SIM_TICK_SENDING))
+        return;
+    memset(&info, 0, sizeof(info));
+    info.si_signo = sim_tick_signal();
+    info.si_code = SI_QUEUE;
+    info.si_pid = getpid();
+    info.si_uid = getuid();
+    info.si_value.sival_ptr = (void *)(uintptr_t)sim_tick_cookie();
+    syscall(SYS_rt_tgsigqueueinfo, getpid(), thread->tid, info.si_signo, &info);
+    atomic_store(&thread->tick_state, SIM_TICK_INSIDE);
+}
+
+/* Returns whether anybody has been inside since the last round. */
+static bool tick_round(bool always)
+{
+    bool busy = false;
+
+    sim_threads_lock();
+    for (struct sim_thread *thread = sim_threads_first(); thread; thread = thread->next) {
+        uint64_t sequence = atomic_load(&thread->sequence);
+        bool inside = atomic_load(&thread->tick_state) != SIM_TICK_OUTSIDE;
+
+        if (inside && (always || sequence == thread->seen))
+            send_tick(thread);
+        busy |= inside || sequence != thread->seen;
+        thread->seen = sequence;
+    }
+    sim_threads_unlock();
+    return busy;
+}
+
+static uint64_t interval(void)
+{
+    if (!ticker.most_ns)
+        return PERIOD_NS;
+    ticker.random = ticker.random * 6364136223846793005u + 1442695040888963407u;
+    return ticker.least_ns + (ticker.random >> 33) % (ticker.most_ns - ticker.least_ns + 1);
+}
+
+static void *tick_loop(void *unused)
+{
+    unsigned idle = 0;
+
+    (void)unused;
+    pthread_setname_np(pthread_self(), "teemate-ticker");
+    for (;;) {
+        uint64_t ns = interval();
+        struct timespec pause = {.tv_sec = (time_t)(ns / 1000000000u), .tv_nsec = (long)(ns % 1000000000u)};
+
+        clock_nanosleep(CLOCK_MONOTONIC, 0, &pause, NULL);
+        if (tick_round(ticker.most_ns != 0)) {
+            idle = 0;
+            continue;
+        }
+        if (++idle < IDLE_ROUNDS)
+            continue;
+        /* Who enters after this store sees it, who entered before is seen by the round: both are
+         * full barriers. */
+        atomic_store(&sim_ticker_asleep, 1);
+        if (tick_round(false)) {
+            atomic_store(&sim_ticker_asleep, 0);
+        } else {
+            while (atomic_load(&sim_ticker_asleep))
+                syscall(SYS_futex, &sim_ticker_asleep, FUTEX_WAIT_PRIVATE, 1, NULL, NULL, 0);
+        }
+        idle = 0;
+    }
+    return NULL;
+}
+
+void sim_ticker_wake(void)
+{
+    atomic_store(&sim_ticker_asleep, 0);
+    sim_syscall(SYS_futex, (long)&sim_ticker_asleep, FUTEX_WAKE_PRIVATE, 1, 0);
+}
+
+/* "20us-200us" */
+static bool parse_tick(const char *text, uint64_t *least, uint64_t *most)
+{
+    unsigned long low, high;
+    char rest;
+
+    if (sscanf(text, "%luus-%luus%c", &low, &high, &rest) != 2 || low == 0 || high < low || high > 1000000)
+        return false;
+    *least = (uint64_t)low * 1000;
+    *most = (uint64_t)high * 1000;
+    return true;
+}
+
+int sim_ticker_start(void)
+{
+    const char *text;
+    pthread_attr_t attr;
+    pthread_t thread;
+    sigset_t all, old;
+    int error = 0;
+
+    if (__builtin_expect(atomic_load_explicit(&ticker.running, memory_order_acquire), 1))
+        return 0;
+    pthread_mutex_lock(&ticker.lock);
+    if (atomic_load(&ticker.running)) {
+        pthread_mutex_unlock(&ticker.lock);
+        return 0;
+    }
+    text = secure_getenv("TEEMATE_SIM_TICK");
+    if (text && !parse_tick(text, &ticker.least_ns, &ticker.most_ns)) {
+        fprintf(stderr, "teemate: TEEMATE_SIM_TICK=%s: expected \"20us-200us\", two lengths of time up to 1000000us\n",
+                text);
+        pthread_mutex_unlock(&ticker.lock);
+        return -EINVAL;
+    }
+    ticker.random = (uint64_t)getpid() * 0x9e3779b97f4a7c15u ^ (uint64_t)time(NULL);
+    sigfillset(&all);
+    pthread_attr_init(&attr);
+    pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
+    pthread_attr_setstacksize(&attr, 128u * 1024u);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    error = -pthread_create(&thread, &attr, tick_loop, NULL);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    pthread_attr_destroy(&attr);
+    if (!error)
+        atomic_store_explicit(&ticker.running, true, memory_order_release);
+    pthread_mutex_unlock(&ticker.lock);
+    return error;
+}
+
+/* In a child of fork there is no ticker; the next entry starts one. */
+void sim_ticker_forked(void)
+{
+    ticker.lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+    atomic_store(&ticker.running, false);
+    atomic_store(&sim_ticker_asleep, 0);
+}
