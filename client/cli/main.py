@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "call": ("teemate.cli.call:call", "Do one call into an enclave."),
     "revoke": ("teemate.cli.revoke:revoke", "Take grants back."),
     "image": ("teemate.cli.image:image", "Build, sign, verify and look at enclave images."),
+    "enclave": ("teemate.cli.enclave:enclave", "Start writing an enclave of your own."),
 }
 
 EXIT_STATUS: tuple[tuple[type[Error], int], ...] = (

@@ -9,13 +9,14 @@ without it is a *bare* one, which gets no header.
 from __future__ import annotations
 
 import bisect
+import io
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# pyelftools has no type hints: what it returns is converted here, once.
+# What pyelftools returns is converted here, once.
 from elftools.common.exceptions import DWARFError, ELFError
 from elftools.construct import ConstructError
 from elftools.elf.elffile import ELFFile
@@ -30,6 +31,22 @@ HEADER_SYMBOL = "tm_image_header"
 _R_X86_64_RELATIVE = 8
 _RELA_SIZE = 24
 _PF_X, _PF_W, _PF_R = 1, 2, 4
+# Far more than any enclave's code and static data, and little enough to be laid out at once.
+_MAX_LOADED = 1 << 30
+
+# What pyelftools lets through when a file is damaged: it checks few of the numbers that it follows.
+_UNREADABLE = (
+    ELFError,
+    DWARFError,
+    ConstructError,
+    ValueError,
+    OverflowError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    MemoryError,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,11 +103,11 @@ def load_elf(path: Path) -> Elf:
     Raises :class:`~teemate.errors.ImageError` (step ``elf``) that says what an enclave cannot
     have: an interpreter, shared libraries, thread-local storage, text relocations.
     """
-    with path.open("rb") as file:
-        try:
-            return _load(ELFFile(file), path)
-        except (ELFError, ConstructError, UnicodeDecodeError, OverflowError) as exc:
-            raise problem("elf", f"{path} is no ELF file that can be read: {exc}", file=str(path)) from exc
+    data = path.read_bytes()
+    try:
+        return _load(ELFFile(io.BytesIO(data)), path)
+    except _UNREADABLE as exc:
+        raise problem("elf", f"{path} is no ELF file that can be read: {exc}", file=str(path)) from exc
 
 
 def _load(elf: Any, path: Path) -> Elf:
@@ -121,6 +138,10 @@ def _load(elf: Any, path: Path) -> Elf:
     segments.sort(key=lambda segment: segment.offset)
     if not segments:
         raise problem("elf", f"{path} has nothing to load", file=name)
+    if segments[-1].end > _MAX_LOADED:
+        raise problem(
+            "elf", f"{path} wants {segments[-1].end:#x} bytes, {_MAX_LOADED:#x} is the most", file=name
+        )
     for before, after in itertools.pairwise(segments):
         if after.start < before.end:
             raise problem(
@@ -256,13 +277,13 @@ class Symbols:
         return next((low for low, _, found in self._functions or [] if found == name), None)
 
     def _load(self) -> None:
-        with self._path.open("rb") as file:
-            try:
-                elf = ELFFile(file)
-                self._lines = sorted(_lines(elf))
-                self._functions = sorted(_functions(elf))
-            except (ELFError, DWARFError, ConstructError, UnicodeDecodeError) as exc:
-                raise problem("elf", f"{self._path} cannot be read: {exc}", file=str(self._path)) from exc
+        data = self._path.read_bytes()
+        try:
+            elf = ELFFile(io.BytesIO(data))
+            self._lines = sorted(_lines(elf))
+            self._functions = sorted(_functions(elf))
+        except _UNREADABLE as exc:
+            raise problem("elf", f"{self._path} cannot be read: {exc}", file=str(self._path)) from exc
 
 
 def _covering(ranges: list[tuple[int, int]], offset: int) -> int | None:
@@ -278,7 +299,8 @@ def _functions(elf: Any) -> Iterator[tuple[int, int, str]]:
     for symbol in table.iter_symbols():
         if symbol["st_info"]["type"] == "STT_FUNC" and symbol["st_shndx"] != "SHN_UNDEF":
             start = symbol["st_value"]
-            yield start, start + max(symbol["st_size"], 1), symbol.name
+            # gcc's clones are called divide.isra.0 and the like; the author knows divide.
+            yield start, start + max(symbol["st_size"], 1), symbol.name.partition(".")[0]
 
 
 def _lines(elf: Any) -> Iterator[tuple[int, int, str, int]]:
@@ -292,11 +314,15 @@ def _lines(elf: Any) -> Iterator[tuple[int, int, str, int]]:
         # DWARF 5 counts files from 0, earlier versions from 1 (DWARF 5, section 6.2.4).
         base = 0 if program["version"] >= 5 else 1
         previous: Any = None
+        dropped = False
         for entry in program.get_entries():
             state = entry.state
             if state is None:
                 continue
-            if previous is not None and state.address > previous.address:
+            if previous is None:
+                # The linker moves the lines of functions that it dropped to 0, where no code is.
+                dropped = state.address == 0
+            elif state.address > previous.address and not dropped:
                 yield (
                     previous.address,
                     state.address,

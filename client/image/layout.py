@@ -289,13 +289,11 @@ def _flags(segment: Segment) -> int:
 
 
 def _segment_pages(layout: Layout, segment: Segment) -> Iterator[bytes]:
-    data = bytearray(segment.end - segment.start)
-    inside = segment.offset - segment.start
-    data[inside : inside + len(segment.data)] = segment.data
+    data = bytearray(segment.offset - segment.start) + segment.data
     if layout.elf.sdk and segment.start == 0:
         data[:HEADER_SIZE] = layout.header.to_bytes()
-    for start in range(0, len(data), PAGE):
-        yield bytes(data[start : start + PAGE])
+    for start in range(0, segment.end - segment.start, PAGE):
+        yield bytes(data[start : start + PAGE]).ljust(PAGE, b"\0")
 
 
 def _thread_data(layout: Layout) -> Iterator[bytes]:
