@@ -63,12 +63,13 @@ static int run(const struct tm_ecall_entry *entry, struct tm_request *rq)
 {
     int status = entry->function(rq);
 
-    if (status == TM_E_BUSY && !rq->out_len) {
+    if (status == TM_E_BUSY && !rq->out_len && rq->out_cap >= sizeof(struct tm_holder)) {
         struct tm_holder holder = lock_refused();
 
         tm_reply(rq, &holder, sizeof(holder));
     }
-    return status;
+    /* An answer that did not fit is none, whatever the author made of it. */
+    return rq->out_len > rq->out_cap ? TM_E_SPACE : status;
 }
 
 /* Apart, so that only calls with an input pay for the room. */
