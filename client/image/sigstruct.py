@@ -118,7 +118,7 @@ class Sigstruct:
     miscselect: int = 0
     miscmask: int = 0xFFFFFFFF
     cet_attributes: int = 0
-    cet_attributes_mask: int = 0xFF
+    cet_attributes_mask: int = 0
     isvfamilyid: bytes = bytes(16)
     attributes: int = ATTR_MODE64BIT
     xfrm: int = XFRM_LEGACY
