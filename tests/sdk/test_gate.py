@@ -54,12 +54,6 @@ def test_a_forged_key_is_refused_at_the_landing_page(holder: Holder, bit: int) -
     assert holder.call(b"echo", b"still there") == (OK, b"still there")
 
 
-def test_a_refused_entry_tells_nothing(holder: Holder) -> None:
-    left = holder.gate.enter(holder.slot, os.urandom(16), 1, 2, 3, 4)
-    assert left.landed
-    assert (left.rdi, left.status, left.length, left.nonce, left.r9) == (0, 0, 0, 0, 0)
-
-
 def test_a_refused_entry_reads_nothing_of_its_caller(holder: Holder) -> None:
     assert holder.gate.enter(holder.slot, os.urandom(16), ECALL, 16).landed
     assert holder.gate.enter(holder.slot, os.urandom(16), CONTROL, 16).landed
