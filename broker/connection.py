@@ -18,7 +18,6 @@ that one is logged with its traceback, and the client is told only that it happe
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 import socket
 from collections import deque
@@ -30,7 +29,7 @@ import trio
 
 from teemate import errors, wire
 from teemate.broker.limits import Account, Charge, Resource
-from teemate.broker.operations import Answer, Request, find_method, parse_request
+from teemate.broker.operations import Answer, Method, Request, find_method, parse_request
 
 if TYPE_CHECKING:
     from teemate.broker.grants import Grant
@@ -76,6 +75,7 @@ class Client:
         self.account = account
         self.name = ""
         self.greeted = False
+        self.watched = False
         self.connected_at = trio.current_time()
         self.requests = 0
         self.grants: dict[int, Grant] = {}
@@ -159,22 +159,33 @@ class Client:
             wire.close_all(untrusted_fds)
             raise
         try:
-            if method is None:
-                raise errors.Unsupported(f"this broker knows no operation {request.operation[:64]!r}")
-            result = method.run(self, request.untrusted_args, untrusted_fds)
-            if isinstance(result, Answer):
-                self._reply(request.id, result)
-                return
-            try:
-                charge = self.account.charge(Resource.REQUESTS)
-            except errors.LimitReached:
-                if inspect.iscoroutine(result):
-                    result.close()
-                raise
-            self._waiting += 1
-            nursery.start_soon(self._finish, request, result, charge)
+            self._start(request, method, untrusted_fds, nursery)
         except Exception as error:
             self._reply_failure(request, error)
+
+    def _start(
+        self, request: Request, method: Method[object] | None, fds: tuple[int, ...], nursery: trio.Nursery
+    ) -> None:
+        """Answer the request, or start the task that will; `fds` go to the handler."""
+        if method is None:
+            raise errors.Unsupported(f"this broker knows no operation {request.operation[:64]!r}")
+        try:
+            charge = self.account.charge(Resource.REQUESTS)
+        except errors.LimitReached:
+            wire.close_all(fds)
+            raise
+        waits = False
+        try:
+            result = method.run(self, request.untrusted_args, fds)
+            if isinstance(result, Answer):
+                self._reply(request.id, result)
+            else:
+                waits = True
+                self._waiting += 1
+                nursery.start_soon(self._finish, request, result, charge)
+        finally:
+            if not waits:
+                charge.release()
 
     async def _finish(self, request: Request, result: Awaitable[Answer], charge: Charge) -> None:
         with charge:

@@ -15,6 +15,7 @@ import click
 import trio
 from structlog.typing import FilteringBoundLogger
 
+from teemate import errors
 from teemate.broker.audit import configure_log
 from teemate.broker.policy import Policy, PolicyError, load_policy
 from teemate.broker.server import Server, bind
@@ -39,8 +40,13 @@ async def run(policy: Policy, log: FilteringBoundLogger, listeners: list[socket.
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_stop_on_signal, nursery.cancel_scope, log)
         service = Service(policy, log)
-        await nursery.start(service.run)
         nursery.start_soon(Server(service).run, listeners)
+        if service.backend == "sim":
+            log.warning(
+                "the sim backend protects nothing: its enclaves are ordinary memory that root, their owner and"
+                " every client can read; use it to develop and test, never for secrets"
+            )
+        await nursery.start(service.run)
         log.info(
             "ready", policy=policy.source, backend=service.backend,
             sockets=[str(listener.getsockname()) for listener in listeners],
@@ -92,7 +98,7 @@ def main(config: Path | None, socket_path: str | None, backend: str | None, log_
             cleanup.callback(_unlink, settings.socket)
         try:
             trio.run(run, policy, log, listeners)
-        except* PolicyError as group:
+        except* errors.Unsupported as group:
             raise click.ClickException("; ".join(str(error) for error in group.exceptions)) from None
     sys.exit(0)
 

@@ -72,10 +72,12 @@ class EnclavePolicy:
     revoke_grace: float = 5.0
     revoke_kill: bool = False
 
-    def missing_for_attach(self, identity: Identity, tree: CgroupTree, *, backend: str) -> str | None:
+    def missing_for_attach(
+        self, identity: Identity, tree: CgroupTree, *, backend: str, debug: bool
+    ) -> str | None:
         """Return the rule that is missing for `identity` to attach, None when it may."""
         if identity.uid != self.owner:
-            if self.debug:
+            if debug:
                 return f"enclave {self.name}: debug enclaves are never shared between owners"
             if not self.share:
                 setting = (

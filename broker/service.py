@@ -1,37 +1,68 @@
-"""What the broker holds together: policy, clients, enclaves, grants."""
+"""What the broker holds together, and the operations of ordinary clients over it.
+
+Nothing on the path of `attach` waits for a warden, a thread or a file: slots are armed ahead,
+so an attach that finds slots free is answered in the task that received it.
+"""
 
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import trio
 from structlog.typing import FilteringBoundLogger
 
 from teemate import errors
+from teemate.broker import operations
+from teemate.broker.addresses import Addresses
+from teemate.broker.administration import Administration
 from teemate.broker.audit import Audit
 from teemate.broker.cgroups import find_tree
-from teemate.broker.limits import Ledger
+from teemate.broker.enclaves import Enclave, EnclaveState, choose_backend
+from teemate.broker.grants import Grant, Waiter
+from teemate.broker.identity import principal
+from teemate.broker.limits import Charge, Ledger, Resource
+from teemate.broker.operations import Answer
 from teemate.broker.policy import Policy
 from teemate.broker.processes import Processes
+from teemate.broker.reclaim import Reclaimer
+from teemate.broker.slots import SlotState, Ticket
 
 if TYPE_CHECKING:
     from teemate.broker.connection import Client
 
+__all__ = ["Service"]
+
 
 class Service:
-    """The broker's state; everything runs in trio's one thread."""
+    """The broker's state; everything runs in trio's one thread.
+
+    Raises
+    ------
+    Unsupported
+        The policy wants a backend that this host does not have.
+
+    """
 
     def __init__(self, policy: Policy, log: FilteringBoundLogger) -> None:
         self.policy = policy
         self.log = log
+        self.backend = choose_backend(policy.broker.backend)
         self.audit = Audit(log)
         self.ledger = Ledger(policy.limits)
         self.cgroup_tree = find_tree(policy.broker.cgroup_hierarchy)
+        self.addresses = Addresses()
         self.processes = Processes()
+        self.reclaimer = Reclaimer(self.processes, log)
+        self.administration = Administration(self)
         self.clients: dict[int, Client] = {}
-        self.backend = policy.broker.backend
+        self.enclaves: dict[str, Enclave] = {}
+        self.grants: dict[int, Grant] = {}
         self._last_client = 0
+        self._last_grant = 0
+
+    # -- clients ---------------------------------------------------------------
 
     def next_client(self) -> int:
         """Return the number of a new connection."""
@@ -44,24 +75,359 @@ class Service:
         os.close(pidfd)
 
     def client_left(self, client: Client, why: str) -> None:
-        """The connection is over: end its grants."""
+        """The connection is over: end its grants.
+
+        The process may live on (it closed the connection, or another program runs in it now): until it
+        ends its slots are withheld.  In the common case it is ending, and they are back soon.
+        """
+        held: list[Grant] = []
+        for grant in list(client.grants.values()):
+            indices = [index for index in grant.slots if self._state(grant, index) is SlotState.ASSIGNED]
+            if indices:
+                self.reclaimer.withhold(grant, indices, f"the connection ended ({why}), its process has not")
+            self._end(grant, why)
+            if grant.charges:
+                held.append(grant)
+        if held:
+            self.reclaimer.take_back_at_end(client, held)
 
     def require_administrator(self, client: Client, operation: str) -> None:
         """Raise Denied unless the client is an administrator."""
         if not self.policy.administrators.includes(client.identity):
-            self.audit.denied(
-                client.identity,
-                client=client.number,
-                operation=operation,
-                rule="[administrators] uids or gids",
-            )
-            raise errors.Denied(f"{operation} is for administrators: the broker's log names the missing rule")
+            raise self.denied(client, operation, "[administrators] uids or gids")
+
+    def denied(self, client: Client, operation: str, rule: str) -> errors.Denied:
+        """Return the error for a denial, recorded: the log names the rule, the client hears nothing of it."""
+        self.audit.denied(client.identity, client=client.number, operation=operation, rule=rule)
+        return errors.Denied(
+            f"the policy does not allow {operation} to uid {client.identity.uid}: the broker's log names the rule"
+        )
+
+    # -- enclaves --------------------------------------------------------------
+
+    def enclave(self, name: str) -> Enclave:
+        """Return the enclave of that name.
+
+        Raises
+        ------
+        NotFound
+
+        """
+        enclave = self.enclaves.get(name)
+        if enclave is None:
+            raise errors.NotFound(f"there is no enclave {name!r}: `teemate status` lists those that are")
+        return enclave
 
     def list_enclaves(self, client: Client) -> list[dict[str, object]]:
-        """Return what the client may see."""
-        return []
+        """Return what the client may attach to, owns, or administers."""
+        everything = self.policy.administrators.includes(client.identity)
+        return [
+            enclave.info()
+            for enclave in self.enclaves.values()
+            if everything
+            or enclave.policy.owner == client.identity.uid
+            or self._missing_rule(client, enclave) is None
+        ]
+
+    def _missing_rule(self, client: Client, enclave: Enclave) -> str | None:
+        return enclave.policy.missing_for_attach(
+            client.identity, self.cgroup_tree, backend=enclave.backend, debug=enclave.built.debug
+        )
+
+    # -- attach and acquire ------------------------------------------------------
+
+    def attach(self, client: Client, args: operations.Attach) -> operations.Result:
+        """Give a grant with `args.slots` slots, now or when they are free."""
+        enclave = self.enclave(args.enclave)
+        missing = self._missing_rule(client, enclave)
+        if missing is not None:
+            raise self.denied(client, "attach", missing)
+        self._require_ready(enclave)
+        policy = enclave.policy
+        uid = client.identity.uid
+        first = not any(grant.enclave is enclave for grant in client.grants.values())
+        if first and enclave.clients_by_uid.get(uid, 0) >= policy.clients_per_uid:
+            raise errors.LimitReached(
+                f"uid {uid} has {policy.clients_per_uid} clients on enclave {enclave.name!r}:"
+                f" the policy sets this in [[enclave]] clients_per_uid",
+                {"limit": "clients_per_uid", "maximum": policy.clients_per_uid},
+            )
+        self._require_possible(client, enclave, args.slots)
+        charge = client.account.charge(Resource.GRANTS)
+        self._last_grant += 1
+        grant = Grant(self._last_grant, client, enclave, charge)
+        try:
+            ticket = self._request_slots(grant, args.slots)
+        except BaseException:
+            charge.release()
+            raise
+        # From here on the grant counts, so that two attaches cannot both pass the limits above.
+        client.grants[grant.number] = grant
+        self.grants[grant.number] = grant
+        if not client.watched:  # a child of fork() may hold the connection open beyond the process's end
+            client.watched = True
+            self.processes.watch(client.pidfd, client.close)
+        enclave.grants.add(grant.number)
+        if first:
+            enclave.clients_by_uid[uid] = enclave.clients_by_uid.get(uid, 0) + 1
+        if ticket.slots is not None:
+            return self._attached(grant, ticket.slots)
+        return self._attach_later(grant, ticket, args.wait)
+
+    async def _attach_later(self, grant: Grant, ticket: Ticket, wait: float | None) -> Answer:
+        try:
+            return self._attached(grant, await self._wait(grant, ticket, wait))
+        except BaseException:
+            if not grant.over:
+                self._end(grant, "no slots")
+            raise
+
+    def _attached(self, grant: Grant, slots: tuple[int, ...]) -> Answer:
+        enclave = grant.enclave
+        built = enclave.built
+        enclave.attaches += 1
+        ok = {
+            "grant": grant.number,
+            "enclave": enclave.info(),
+            "segments": enclave.segments,
+            "arena": built.base + built.size + 4096,
+            "slots": self._hand_out(grant, slots),
+        }
+        return Answer(ok, (built.fd, built.arena))
+
+    def acquire(self, client: Client, args: operations.Acquire) -> operations.Result:
+        """Give a grant more slots, now or when they are free."""
+        grant = self._grant(client, args.grant)
+        if grant.revoked:
+            raise errors.Revoked(f"grant {grant.number} was taken back: detach it, then attach again")
+        self._require_ready(grant.enclave)
+        self._require_possible(client, grant.enclave, args.count)
+        ticket = self._request_slots(grant, args.count)
+        if ticket.slots is not None:
+            return Answer({"slots": self._hand_out(grant, ticket.slots)})
+        return self._acquire_later(grant, ticket, args.wait)
+
+    async def _acquire_later(self, grant: Grant, ticket: Ticket, wait: float | None) -> Answer:
+        return Answer({"slots": self._hand_out(grant, await self._wait(grant, ticket, wait))})
+
+    @staticmethod
+    def _require_ready(enclave: Enclave) -> None:
+        name, state = enclave.name, enclave.state
+        if state is EnclaveState.BUILDING:
+            raise errors.Busy(f"enclave {name!r} is still being built: try again")
+        if state is EnclaveState.DRAINING:
+            raise errors.Draining(f"enclave {name!r} takes no new clients")
+        if state is not EnclaveState.READY:
+            raise errors.EnclaveLost(f"enclave {name!r} is {state.value}: {enclave.reason}")
+
+    @staticmethod
+    def _require_possible(client: Client, enclave: Enclave, count: int) -> None:
+        """Refuse at once what waiting could not help."""
+        allowed = enclave.policy.slots_per_client
+        held = sum(len(grant.charges) for grant in client.grants.values() if grant.enclave is enclave)
+        if held + count > allowed:
+            raise errors.Busy(
+                f"a client gets at most {allowed} slots of enclave {enclave.name!r}, this one has {held} and asked"
+                f" for {count}: the policy sets this in [[enclave]] slots_per_client",
+                {"limit": "slots_per_client", "maximum": allowed, "held": held, "asked": count},
+            )
+        usable = enclave.slots.usable
+        if count > usable:
+            raise errors.Busy(
+                f"enclave {enclave.name!r} has {usable} usable slots, {count} were asked for:"
+                f" `teemate image build --slots` makes an image with more",
+                {"limit": "slots of the image", "maximum": usable, "asked": count},
+            )
+
+    def _request_slots(self, grant: Grant, count: int) -> Ticket:
+        """Charge the user for the slots and queue for them; while the request waits, the ticket has the charges."""
+        account = grant.client.account
+        charges: list[Charge] = []
+        try:
+            charges.extend(account.charge(Resource.SLOTS) for _ in range(count))
+        except errors.LimitReached:
+            for charge in charges:
+                charge.release()
+            raise
+        ticket = grant.enclave.slots.request(grant.client.identity.uid, grant.number, count)
+        if ticket.slots is None:
+            self.reclaimer.waiters[ticket] = Waiter(charges)
+        else:
+            grant.charges.update(zip(ticket.slots, charges, strict=True))
+        return ticket
+
+    async def _wait(self, grant: Grant, ticket: Ticket, wait: float | None) -> tuple[int, ...]:
+        """Return the ticket's slots when it is served; gives everything back when it is not."""
+        enclave = grant.enclave
+        waiter = self.reclaimer.waiters[ticket]
+        longest = enclave.policy.wait if wait is None else min(wait, enclave.policy.wait)
+        taken = False
+        try:
+            with trio.move_on_after(longest):
+                await waiter.event.wait()
+            if waiter.error is not None:
+                raise waiter.error
+            if ticket.slots is None:
+                counts = enclave.slots.statistics()
+                raise errors.Busy(
+                    f"no {ticket.count} slots of enclave {enclave.name!r} came free within {longest:g} s: it has"
+                    f" {counts.total}, {counts.assigned} in use, {counts.withheld} withheld,"
+                    f" {counts.quarantined} quarantined ([[enclave]] wait bounds the waiting)",
+                    {
+                        "limit": "slots of the image",
+                        "maximum": enclave.slots.usable,
+                        "asked": ticket.count,
+                        "waited": longest,
+                    },
+                )
+            if grant.revoked or grant.over:
+                raise errors.Revoked(f"grant {grant.number} was taken back while it waited for slots")
+            taken = True
+            grant.charges.update(zip(ticket.slots, waiter.charges, strict=True))
+            return ticket.slots
+        finally:
+            del self.reclaimer.waiters[ticket]
+            if not taken:
+                for charge in waiter.charges:
+                    charge.release()
+                if ticket.slots is None:
+                    self.reclaimer.serve(enclave.slots.cancel(ticket))
+                else:  # nobody has seen their keys: they are as good as new
+                    for index in ticket.slots:
+                        enclave.slots.returned(index)
+                        self.reclaimer.serve(enclave.slots.armed(index))
+
+    def _hand_out(self, grant: Grant, slots: tuple[int, ...]) -> list[dict[str, object]]:
+        """Return the slots as the protocol has them, each bound to the client's identity."""
+        enclave, identity = grant.enclave, grant.client.identity
+        text = identity.principal_text(with_cgroup=enclave.policy.with_cgroup, tree=self.cgroup_tree)
+        digest = principal(text)
+        handed = []
+        for index in slots:
+            key = enclave.slot_keys[index]
+            handed.append(
+                {
+                    "slot": index,
+                    "tcs": enclave.built.tcs[index],
+                    "generation": key.generation,
+                    "key": key.key,
+                    "bind": enclave.key.bind(
+                        index, key.generation, digest, identity.uid, identity.gid, grant.number
+                    ),
+                }
+            )
+        self.audit.granted(
+            identity, client=grant.client.number, enclave=enclave.name, grant=grant.number, slots=list(slots)
+        )
+        return handed
+
+    # -- release and detach ------------------------------------------------------
+
+    def release(self, client: Client, args: operations.Release) -> operations.Result:
+        """Take slots back; without `clean` they are withheld for as long as the process lives."""
+        grant = self._grant(client, args.grant)
+        foreign = [index for index in args.slots if index not in grant.charges]
+        if foreign:
+            raise errors.NotFound(
+                f"grant {grant.number} does not hold slot {foreign[0]}; nothing was released"
+            )
+        withheld = self._give_back(grant, list(args.slots), clean=args.clean)
+        answer: dict[str, object] = {"released": len(args.slots) - withheld}
+        if withheld:
+            answer["withheld"] = withheld
+        return Answer(answer)
+
+    def detach(self, client: Client, args: operations.Detach) -> operations.Result:
+        """End a grant; its slots go the way of `release`."""
+        grant = self._grant(client, args.grant)
+        self._give_back(grant, grant.slots, clean=args.clean)
+        if grant.charges:
+            self.reclaimer.take_back_at_end(client, [grant])
+        self._end(grant, "detached")
+        return Answer({})
+
+    def _give_back(self, grant: Grant, indices: list[int], *, clean: bool) -> int:
+        """Returns how many of the slots are withheld."""
+        if clean:
+            for index in indices:
+                self.reclaimer.take_back(grant, index, dead=False)
+            return 0
+        fresh = [index for index in indices if self._state(grant, index) is SlotState.ASSIGNED]
+        if fresh:
+            self.reclaimer.withhold(grant, fresh, "given back without word that it is clean")
+        return len(indices)
+
+    @staticmethod
+    def _state(grant: Grant, index: int) -> SlotState:
+        return grant.enclave.slots.slots[index].state
+
+    def _grant(self, client: Client, number: int) -> Grant:
+        """Return a grant of this client; others' are not there for it."""
+        grant = client.grants.get(number)
+        if grant is None:
+            raise errors.NotFound(f"this connection holds no grant {number}")
+        return grant
+
+    def _end(self, grant: Grant, why: str) -> None:
+        """The client holds the grant no more; slots that are not back yet come back by themselves."""
+        enclave, client = grant.enclave, grant.client
+        grant.over = True
+        del client.grants[grant.number], self.grants[grant.number]
+        enclave.grants.discard(grant.number)
+        if not any(other.enclave is enclave for other in client.grants.values()):
+            uid = client.identity.uid
+            enclave.clients_by_uid[uid] -= 1
+            if not enclave.clients_by_uid[uid]:
+                del enclave.clients_by_uid[uid]
+        grant.charge.release()
+        grant.settle()
+        self.audit.ended(
+            client.identity, client=client.number, enclave=enclave.name, grant=grant.number, why=why
+        )
+
+    # -- administrators ------------------------------------------------------------
+
+    def create(self, client: Client, args: operations.Create, image_fd: int) -> operations.Result:
+        """See :class:`Administration`; the descriptor is its own."""
+        return self.administration.create(client, args, image_fd)
+
+    def destroy(self, client: Client, args: operations.Destroy) -> operations.Result:
+        """See :class:`Administration`."""
+        return self.administration.destroy(client, args)
+
+    def revoke(self, client: Client, args: operations.Revoke) -> operations.Result:
+        """See :class:`Administration`."""
+        return self.administration.revoke(client, args)
+
+    def list_clients(self, args: operations.Clients) -> Answer:
+        """See :class:`Administration`."""
+        return self.administration.list_clients(args)
+
+    def stats(self) -> Answer:
+        """Return the statistics of every part."""
+        parts: dict[str, object] = {
+            "clients": len(self.clients),
+            "grants": len(self.grants),
+            "granted": self.audit.granted_count,
+            "denied": self.audit.denied_count,
+            "revoked": self.audit.revoked_count,
+            "addresses": asdict(self.addresses.statistics()),
+            "processes": asdict(self.processes.statistics()),
+            "users": [asdict(account) for account in self.ledger.statistics().accounts],
+            "enclaves": [asdict(enclave.statistics()) for enclave in self.enclaves.values()],
+        }
+        return Answer({"stats": parts})
+
+    # -- running ---------------------------------------------------------------
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Watch processes, keep enclaves."""
-        task_status.started()
-        await self.processes.run()
+        """Watch processes and keep enclaves until cancelled; started when the boot enclaves are there."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.processes.run)
+                await nursery.start(self.reclaimer.run)
+                await self.administration.start_boot_enclaves()
+                task_status.started()
+        finally:
+            with trio.CancelScope(shield=True):
+                await self.administration.close()

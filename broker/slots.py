@@ -113,10 +113,14 @@ class SlotTable:
             self._turn.remove(ticket.uid)
         return self._serve_waiting()
 
+    def waiting(self) -> list[Ticket]:
+        """Return the tickets that wait, in no particular order."""
+        return [ticket for queue in self._queues.values() for ticket in queue]
+
     def impossible(self) -> list[Ticket]:
         """Return the waiting tickets that ask for more than is usable; the caller cancels them."""
         usable = self.usable
-        return [ticket for queue in self._queues.values() for ticket in queue if ticket.count > usable]
+        return [ticket for ticket in self.waiting() if ticket.count > usable]
 
     # -- life of a slot ----------------------------------------------------------
 

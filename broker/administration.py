@@ -1,0 +1,441 @@
+"""Making and destroying enclaves, taking grants back, and looking at what is there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import stat
+from collections.abc import Awaitable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, final
+
+import trio
+
+from teemate import errors
+from teemate.broker.control import SlotWord
+from teemate.broker.enclaves import (
+    PAGE,
+    SIGSTRUCT_SIZE,
+    Enclave,
+    EnclaveState,
+    ImageFacts,
+    build_enclave,
+    choose_backend,
+    measure_image,
+)
+from teemate.broker.grants import Grant, Outcome
+from teemate.broker.limits import Charge, Resource
+from teemate.broker.operations import Answer, Clients, Create, Destroy, Revoke
+from teemate.broker.policy import CreateRule, EnclavePolicy, Rule
+from teemate.broker.programs import warden_program
+from teemate.broker.slots import SlotState
+from teemate.broker.warden import Warden, WardenFailure
+
+if TYPE_CHECKING:
+    from teemate.broker.connection import Client
+    from teemate.broker.service import Service
+
+__all__ = ["Administration"]
+
+_CLIENTS_BYTES = 48 * 1024
+"""About so much of a reply is filled with clients; who wants more asks for those after the last."""
+_KILL_PATIENCE = 5.0
+"""Seconds until a process that got SIGKILL has to be gone; one in uninterruptible sleep may not be."""
+
+
+@final
+class Administration:
+    """The operations that change what enclaves there are and who holds them."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._building: set[str] = set()
+
+    # -- making ----------------------------------------------------------------
+
+    async def start_boot_enclaves(self) -> None:
+        """Build the enclaves that the policy wants from the start, one after the other.
+
+        One that cannot be built is logged with the reason; the others and the broker go on.
+        """
+        service = self._service
+        for policy in service.policy.enclaves:
+            if policy.start != "boot" or policy.image is None or policy.sigstruct is None:
+                continue
+            try:
+                sigstruct = _read_sigstruct(policy.sigstruct)
+                fd = os.open(policy.image, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    await self._build(policy, service.backend, fd, sigstruct, None)
+                finally:
+                    os.close(fd)
+            except (OSError, errors.Error, WardenFailure) as error:
+                service.log.warning(
+                    "enclave not built", enclave=policy.name, image=str(policy.image), reason=str(error)
+                )
+
+    def create(self, client: Client, args: Create, image_fd: int) -> Awaitable[Answer]:
+        """Build an enclave from the image that came; `image_fd` is ours."""
+        service, identity = self._service, client.identity
+        try:
+            rules = [
+                rule for rule in service.policy.create if rule.who.matches(identity, service.cgroup_tree)
+            ]
+            if not rules:
+                raise service.denied(client, "create", "[[create]] for this process")
+            owner = identity.uid if args.owner is None else args.owner
+            if owner != identity.uid:
+                service.require_administrator(client, "create for another owner")
+            policy = self._policy_for(args.name, owner)
+            if policy.owner != identity.uid and not service.policy.administrators.includes(identity):
+                raise service.denied(
+                    client,
+                    "create",
+                    f"[[enclave]] {args.name} belongs to uid {policy.owner}, not to {identity.uid}",
+                )
+            if args.name in service.enclaves or args.name in self._building:
+                raise errors.Busy(f"there is an enclave {args.name!r} already: destroy it first")
+        except BaseException:
+            os.close(image_fd)
+            raise
+        self._building.add(args.name)
+        return self._create(client, args, image_fd, policy, rules)
+
+    async def _create(
+        self, client: Client, args: Create, image_fd: int, policy: EnclavePolicy, rules: list[CreateRule]
+    ) -> Answer:
+        service = self._service
+        try:
+            backend = choose_backend(
+                service.policy.broker.backend if args.backend == "auto" else args.backend
+            )
+            facts = await trio.to_thread.run_sync(measure_image, image_fd, args.sigstruct)
+            reasons = [reason for rule in rules if (reason := _refusal(rule, facts, args.debug))]
+            if len(reasons) == len(rules):
+                raise service.denied(client, "create", "; ".join(reasons))
+            charge = client.account.charge(Resource.PAGES, facts.pages)
+            try:
+                policy = replace(policy, debug=args.debug, require_sdk=False)
+                enclave = await self._build(policy, backend, image_fd, args.sigstruct, charge)
+            except WardenFailure as error:
+                raise errors.ImageError(f"the enclave was built but does not start: {error}") from error
+        finally:
+            os.close(image_fd)
+            self._building.discard(args.name)
+        service.audit.changed(client.identity, client=client.number, operation="create", enclave=enclave.name)
+        return Answer(enclave.info())
+
+    def _policy_for(self, name: str, owner: int) -> EnclavePolicy:
+        """What the policy has for an enclave that is made by request: its own entry, or its owner alone."""
+        for policy in self._service.policy.enclaves:
+            if policy.name == name:
+                return policy
+        return EnclavePolicy(name=name, owner=owner, start="create", attach=(Rule(uids=frozenset({owner})),))
+
+    async def _build(
+        self, policy: EnclavePolicy, backend: str, image_fd: int, sigstruct: bytes, charge: Charge | None
+    ) -> Enclave:
+        """Build, start the warden, arm all slots; takes `charge` over, also when it fails."""
+        service = self._service
+        base: int | None = None
+        enclave: Enclave | None = None
+        with contextlib.ExitStack() as undo:
+            if charge is not None:
+                undo.callback(charge.release)
+            head = os.pread(image_fd, 64, 0) if _is_regular(image_fd) else b""
+            size = int.from_bytes(head[12:20], "little") if head[:8] == b"ECREATE\0" else 0
+            if size and not size & (size - 1) and size >= 2 * PAGE:
+                base = service.addresses.reserve(size)
+                undo.callback(service.addresses.release, base)
+            built = await trio.to_thread.run_sync(
+                lambda: build_enclave(
+                    image_fd, sigstruct, backend=backend, base=base or 0, debug=policy.debug
+                )
+            )
+            enclave = Enclave(policy, backend, built, charge)
+            undo.pop_all()
+        try:
+            if policy.require_sdk and not built.sdk:
+                raise errors.ImageError(
+                    "the image was not built with the SDK, so nothing would keep its clients apart:"
+                    " the policy allows that with require_sdk = false"
+                )
+            if built.sdk:
+                settings = service.policy.broker
+                enclave.warden = Warden(
+                    warden_program(), enclave.geometry, enclave.key, (built.fd, built.arena), service.log,
+                    deadline=settings.warden_deadline, failures=settings.warden_failures,
+                )  # fmt: skip
+                await enclave.warden.start()
+            for index in enclave.slots.slots:
+                await service.reclaimer.arm(enclave, index)
+        except BaseException:
+            await self._take_down(enclave)
+            raise
+        enclave.state = EnclaveState.READY
+        service.enclaves[enclave.name] = enclave
+        service.log.info(
+            "enclave built", enclave=enclave.name, mrenclave=built.mrenclave.hex(), backend=backend,
+            base=hex(built.base), size=built.size, pages=built.pages, slots=len(enclave.slots.slots),
+            sdk=built.sdk, debug=built.debug,
+        )  # fmt: skip
+        return enclave
+
+    # -- destroying --------------------------------------------------------------
+
+    def destroy(self, client: Client, args: Destroy) -> Awaitable[Answer]:
+        """End an enclave: with `force` what is attached is revoked first, without it that is an error."""
+        service = self._service
+        enclave = service.enclaves.get(args.enclave)
+        if enclave is None or enclave.policy.owner != client.identity.uid:
+            service.require_administrator(client, "destroy")
+        enclave = service.enclave(args.enclave)
+        if enclave.grants and not args.force:
+            raise errors.Busy(
+                f"{len(enclave.grants)} grants on enclave {enclave.name!r} are in use: force revokes them first",
+                {"grants": len(enclave.grants)},
+            )
+        if enclave.state is EnclaveState.DRAINING:
+            raise errors.Draining(f"enclave {enclave.name!r} is being destroyed already")
+        return self._destroy(client, enclave)
+
+    async def _destroy(self, client: Client, enclave: Enclave) -> Answer:
+        service = self._service
+        done = trio.Event()
+        revoked = 0
+
+        async def run() -> None:
+            # Goes on when the administrator's connection ends in the middle.
+            nonlocal revoked
+            try:
+                revoked = len(enclave.grants)
+                why = f"enclave {enclave.name} is destroyed"
+                await self._revoke_all(
+                    [service.grants[number] for number in enclave.grants],
+                    None,
+                    f"uid {client.identity.uid}",
+                    why,
+                )
+                for number in list(enclave.grants):  # who has not given it up by now only keeps the memory
+                    grant = service.grants[number]
+                    grant.client.send({"event": "lost", "grant": number, "enclave": enclave.name})
+                del service.enclaves[enclave.name]
+                await self._take_down(enclave)
+                service.audit.changed(
+                    client.identity, client=client.number, operation="destroy", enclave=enclave.name
+                )
+            finally:
+                done.set()
+
+        enclave.state = EnclaveState.DRAINING
+        enclave.reason = "being destroyed"
+        service.reclaimer.refuse(
+            enclave.slots.waiting(), errors.Draining(f"enclave {enclave.name!r} is being destroyed")
+        )
+        service.reclaimer.nursery.start_soon(run)
+        await done.wait()
+        return Answer({"revoked": revoked})
+
+    async def _take_down(self, enclave: Enclave) -> None:
+        enclave.state = EnclaveState.LOST
+        if enclave.warden is not None:
+            with trio.CancelScope(shield=True):
+                await enclave.warden.close()
+        enclave.close()
+        with contextlib.suppress(KeyError):
+            self._service.addresses.release(enclave.built.base)
+
+    async def close(self) -> None:
+        """The broker ends: end every warden; clients keep what they mapped."""
+        for enclave in self._service.enclaves.values():
+            await self._take_down(enclave)
+        self._service.enclaves.clear()
+
+    # -- revoking ----------------------------------------------------------------
+
+    def revoke(self, client: Client, args: Revoke) -> Awaitable[Answer]:
+        """Take back one grant, all of a client, or all on an enclave."""
+        service = self._service
+        if args.grant is not None:
+            found = service.grants.get(args.grant)
+            if found is None:
+                raise errors.NotFound(f"there is no grant {args.grant}: `teemate status` lists them")
+            grants = [found]
+        elif args.client is not None:
+            holder = service.clients.get(args.client)
+            if holder is None:
+                raise errors.NotFound(f"there is no client {args.client}: `teemate status` lists them")
+            grants = list(holder.grants.values())
+        else:
+            assert args.enclave is not None
+            grants = [service.grants[number] for number in service.enclave(args.enclave).grants]
+        return self._revoke(client, args, grants)
+
+    async def _revoke(self, client: Client, args: Revoke, grants: list[Grant]) -> Answer:
+        done = trio.Event()
+        counts: list[dict[str, int]] = []
+
+        async def run() -> None:
+            try:
+                by = f"uid {client.identity.uid}"
+                counts.extend(await self._revoke_all(grants, args.grace, by, args.reason or "asked for"))
+            finally:
+                done.set()
+
+        self._service.reclaimer.nursery.start_soon(run)
+        await done.wait()
+        total = {key: sum(count[key] for count in counts) for key in ("cleared", "quarantined", "leaked")}
+        return Answer({"grants": len(grants), **total})
+
+    async def _revoke_all(
+        self, grants: list[Grant], grace: float | None, by: str, why: str
+    ) -> list[dict[str, int]]:
+        counts: list[dict[str, int]] = []
+
+        async def run(grant: Grant) -> None:
+            counts.append(await self._revoke_grant(grant, grace, by, why))
+
+        async with trio.open_nursery() as nursery:
+            for grant in grants:
+                nursery.start_soon(run, grant)
+        return counts
+
+    async def _revoke_grant(self, grant: Grant, grace: float | None, by: str, why: str) -> dict[str, int]:
+        """The ladder: no key opens the slots; the client is told and acknowledges; else it is killed or counted."""
+        service, enclave, client = self._service, grant.enclave, grant.client
+        seconds = enclave.policy.revoke_grace if grace is None else grace
+        outcome = grant.outcome = grant.outcome or Outcome()
+        if not grant.revoked:
+            grant.revoked = True
+            service.audit.revoked(
+                client.identity,
+                client=client.number,
+                enclave=enclave.name,
+                grant=grant.number,
+                by=by,
+                why=why,
+            )
+            service.reclaimer.refuse(
+                [ticket for ticket in enclave.slots.waiting() if ticket.grant == grant.number],
+                errors.Revoked(f"grant {grant.number} was taken back: {why}"),
+            )
+        await self._clear_keys(grant)
+        client.send(
+            {"event": "revoked", "grant": grant.number, "slots": grant.slots, "deadline": float(seconds)}
+        )
+        with trio.move_on_after(seconds):
+            await outcome.finished.wait()
+        if not outcome.finished.is_set() and enclave.policy.revoke_kill and not grant.over:
+            service.log.warning(
+                "client killed", client=client.number, pid=client.identity.pid, grant=grant.number,
+                reason="did not acknowledge a revocation, and revoke_kill = true",
+            )  # fmt: skip
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(client.pidfd, signal.SIGKILL)
+            with trio.move_on_after(_KILL_PATIENCE):
+                await outcome.finished.wait()
+        leaked = await self._put_aside(grant, why)
+        if not leaked and not grant.over and not outcome.finished.is_set():
+            leaked = 1  # it holds no slots, but the mapping
+        return {"cleared": outcome.cleared, "quarantined": outcome.quarantined, "leaked": leaked}
+
+    async def _clear_keys(self, grant: Grant) -> dict[int, SlotWord | None]:
+        """No key of the grant opens anything from here on; returns what each slot was doing."""
+        enclave, words = grant.enclave, {}
+        for index in grant.slots:
+            generation = enclave.slot_keys[index].generation
+            words[index] = await self._service.reclaimer.clear(enclave, index, generation)
+        return words
+
+    async def _put_aside(self, grant: Grant, why: str) -> int:
+        """What was not acknowledged: quarantined when in use, else withheld.  Returns how many mappings leak."""
+        reclaimer, table = self._service.reclaimer, grant.enclave.slots
+        outcome = grant.outcome
+        assert outcome is not None
+        leaked = 0
+        for index, word in (await self._clear_keys(grant)).items():
+            if index not in grant.charges:  # acknowledged meanwhile
+                continue
+            leaked += 1
+            if word in (SlotWord.INSIDE, SlotWord.PARKED):
+                grant.charges.pop(index).release()
+                reclaimer.quarantine(
+                    grant.enclave, index, f"revoked ({why}) while its holder had it {word.name.lower()}"
+                )
+                outcome.quarantined += 1
+            elif table.slots[index].state is SlotState.ASSIGNED:
+                reclaimer.withhold(grant, [index], f"revoked ({why}) and not acknowledged")
+        if leaked and not grant.over:
+            self._service.log.warning(
+                "mapping leaked", enclave=grant.enclave.name, grant=grant.number,
+                pid=grant.client.identity.pid, slots=leaked,
+            )  # fmt: skip
+        return leaked
+
+    # -- looking -----------------------------------------------------------------
+
+    def list_clients(self, args: Clients) -> Answer:
+        """List clients by number, as many as fit; `next` is there when more follow."""
+        clients: list[dict[str, object]] = []
+        room = _CLIENTS_BYTES
+        answer: dict[str, object] = {"clients": clients}
+        for number in sorted(number for number in self._service.clients if number > args.after):
+            client = self._service.clients[number]
+            room -= (
+                200
+                + len(client.identity.cgroup)
+                + sum(60 + 5 * len(g.charges) for g in client.grants.values())
+            )
+            if room < 0 and clients:
+                answer["next"] = clients[-1]["client"]
+                break
+            clients.append(_client_info(client))
+        return Answer(answer)
+
+
+def _client_info(client: Client) -> dict[str, object]:
+    identity = client.identity
+    return {
+        "client": client.number,
+        "name": client.name,
+        "pid": identity.pid,
+        "uid": identity.uid,
+        "gid": identity.gid,
+        "cgroup": identity.cgroup,
+        "connected": trio.current_time() - client.connected_at,
+        "requests": client.requests,
+        "grants": [
+            {"grant": grant.number, "enclave": grant.enclave.name, "slots": grant.slots}
+            for grant in client.grants.values()
+        ],
+    }
+
+
+def _read_sigstruct(path: Path) -> bytes:
+    sigstruct = path.read_bytes()
+    if len(sigstruct) != SIGSTRUCT_SIZE:
+        raise errors.ImageError(f"{path}: {len(sigstruct)} bytes, a SIGSTRUCT has {SIGSTRUCT_SIZE}")
+    return sigstruct
+
+
+def _is_regular(fd: int) -> bool:
+    return stat.S_ISREG(os.fstat(fd).st_mode)
+
+
+def _refusal(rule: CreateRule, facts: ImageFacts, debug: bool) -> str | None:
+    """Why `rule` does not allow this image, for the log."""
+    if rule.mrsigner is not None and facts.mrsigner not in rule.mrsigner:
+        return f"[[create]] mrsigner: {facts.mrsigner.hex()} is not listed"
+    if rule.mrenclave is not None and facts.mrenclave not in rule.mrenclave:
+        return f"[[create]] mrenclave: {facts.mrenclave.hex()} is not listed"
+    if facts.isvsvn < rule.min_isvsvn:
+        return f"[[create]] min_isvsvn: {facts.isvsvn} is below {rule.min_isvsvn}"
+    if debug and not rule.debug:
+        return "[[create]] debug = true"
+    if rule.require_sdk and not facts.sdk:
+        return "[[create]] require_sdk = false"
+    if facts.pages > rule.pages:
+        return f"[[create]] pages: {facts.pages} are more than {rule.pages}"
+    return None

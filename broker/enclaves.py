@@ -1,0 +1,356 @@
+"""Enclaves: how they are built, and what the broker knows of each.
+
+Building runs in a worker thread, through libteemate: it reads the image, hashes it, and copies its
+pages.  Nothing is mapped or entered here, not even to set the control key; the warden does that.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import stat
+import struct
+from dataclasses import dataclass
+from typing import Any, final
+
+from teemate import errors
+from teemate._native import ffi, lib
+from teemate.broker.control import ControlKey, SlotKey
+from teemate.broker.limits import Charge
+from teemate.broker.policy import EnclavePolicy
+from teemate.broker.slots import SlotStatistics, SlotTable
+from teemate.broker.warden import Geometry, Warden, WardenStatistics
+
+__all__ = [
+    "Built",
+    "Enclave",
+    "EnclaveState",
+    "EnclaveStatistics",
+    "ImageFacts",
+    "build_enclave",
+    "choose_backend",
+    "measure_image",
+]
+
+SIGSTRUCT_SIZE = 1808
+PAGE = 4096
+_ATTRIBUTE_DEBUG = 0x2
+_WARDEN_SLOTS = 2
+_MAX_SLOTS = 4096
+_HEADER = struct.Struct("<QIIIIIIQQ")  # struct tm_image_header up to tcs_offset
+_STEPS = {
+    1: "read",
+    2: "parse",
+    3: "sigstruct",
+    4: "ecreate",
+    5: "eadd",
+    6: "einit",
+    7: "map",
+    8: "enter",
+    9: "control",
+}
+_SEGMENT_CAPACITY = 4096
+
+
+def choose_backend(wanted: str) -> str:
+    """Return the backend that `wanted` means on this host: "sim" or "sgx".
+
+    Raises
+    ------
+    Unsupported
+        `wanted` is "sgx" and this host or this build has none.
+
+    """
+    if wanted == "sim":
+        return "sim"
+    if os.path.exists("/dev/sgx_enclave"):
+        return "sgx"
+    if wanted == "sgx":
+        raise errors.Unsupported(
+            'backend = "sgx", but this host has no /dev/sgx_enclave: it needs a CPU with SGX and flexible launch'
+            " control, both enabled in the firmware, and Linux 5.11 or later"
+        )
+    return "sim"
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageFacts:
+    """What an image and its SIGSTRUCT say, before anything is built."""
+
+    size: int
+    pages: int
+    mrenclave: bytes
+    mrsigner: bytes
+    isvsvn: int
+    sdk: bool
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """An enclave as far as EINIT; whoever holds this owns `fd` and `arena`."""
+
+    fd: int
+    arena: int
+    base: int
+    size: int
+    pages: int
+    debug: bool
+    sdk: bool
+    isvprodid: int
+    isvsvn: int
+    mrenclave: bytes
+    mrsigner: bytes
+    segments: tuple[tuple[int, int, int, int], ...]
+    tcs: tuple[int, ...]
+    io_slots: int
+    client_slots: int
+
+
+def _image_error(status: int, diag: Any) -> errors.ImageError:
+    text = ffi.string(diag.text).decode("utf-8", "replace") or os.strerror(-status)
+    step = _STEPS.get(diag.step, "image")
+    detail = {"step": step, "code": int(diag.code), "offset": int(diag.offset)}
+    return errors.ImageError(f"{step}: {text}", detail)
+
+
+def _require_file(image_fd: int) -> None:
+    """An image is read several times and from anywhere: only a regular file can be."""
+    mode = os.fstat(image_fd).st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFIFO: "a pipe", stat.S_IFDIR: "a directory", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
+        raise errors.ImageError(
+            f"the image is {kind}: send the descriptor of a regular file",
+            {"step": "read", "code": 0, "offset": 0},
+        )
+
+
+def measure_image(image_fd: int, sigstruct: bytes) -> ImageFacts:
+    """Return what is in an image, before a page is built.  `image_fd` stays the caller's.
+
+    Raises
+    ------
+    ImageError
+        With the step, and the offset of the record or field at fault.
+
+    """
+    _require_file(image_fd)
+    diag = ffi.new("struct teemate_diag *")
+    info = ffi.new("struct teemate_image_info *")
+    status = lib.teemate_image_measure(image_fd, info, diag)
+    if status < 0:
+        raise _image_error(status, diag)
+    mrsigner = ffi.new("uint8_t[32]")
+    status = lib.teemate_sigstruct_verify(sigstruct, bytes(ffi.buffer(info.mrenclave)), mrsigner, diag)
+    if status < 0:
+        raise _image_error(status, diag)
+    return ImageFacts(
+        size=info.size,
+        pages=info.pages,
+        mrenclave=bytes(ffi.buffer(info.mrenclave)),
+        mrsigner=bytes(ffi.buffer(mrsigner)),
+        isvsvn=int.from_bytes(sigstruct[1026:1028], "little"),
+        sdk=bool(info.sdk),
+    )
+
+
+def build_enclave(image_fd: int, sigstruct: bytes, *, backend: str, base: int, debug: bool) -> Built:
+    """Build an enclave at `base`; for a worker thread.  `image_fd` stays the caller's.
+
+    Raises
+    ------
+    ImageError
+        Image or SIGSTRUCT is bad, or the backend refuses them.
+    LimitReached
+        The host has no memory or EPC for it.
+
+    """
+    _require_file(image_fd)
+    number = lib.TEEMATE_SIM if backend == "sim" else lib.TEEMATE_SGX
+    diag = ffi.new("struct teemate_diag *")
+    handle = ffi.new("struct teemate_enclave **")
+    status = lib.teemate_create(
+        number, base, _ATTRIBUTE_DEBUG if debug else 0, image_fd, sigstruct, handle, diag
+    )
+    if status < 0:
+        error = _image_error(status, diag)
+        if -status in (12, 28):  # ENOMEM, ENOSPC
+            raise errors.LimitReached(error.message, error.detail)
+        raise error
+    enclave = handle[0]
+    try:
+        return _describe(enclave)
+    finally:
+        lib.teemate_close(enclave)
+
+
+def _describe(enclave: Any) -> Built:
+    info = ffi.new("struct teemate_enclave_info *")
+    status = lib.teemate_enclave_describe(enclave, info)
+    if status < 0:
+        raise errors.InternalError(f"a finished enclave cannot be described: {os.strerror(-status)}")
+    raw = ffi.new("struct teemate_segment[]", _SEGMENT_CAPACITY)
+    count = lib.teemate_enclave_segments(enclave, raw, _SEGMENT_CAPACITY)
+    if count > _SEGMENT_CAPACITY:
+        raise errors.ImageError(f"the image has {count} segments; at most {_SEGMENT_CAPACITY} can be mapped")
+    offsets = ffi.new("uint64_t[]", _MAX_SLOTS)
+    tcs_count = lib.teemate_enclave_tcs(enclave, offsets, _MAX_SLOTS)
+    if tcs_count > _MAX_SLOTS:
+        raise errors.ImageError(f"the image has {tcs_count} TCSs; at most {_MAX_SLOTS} can be used")
+    sdk = bool(info.sdk)
+    tcs = tuple(int(offset) for offset in offsets[0:tcs_count])
+    io_slots, client_slots = 0, int(tcs_count)
+    if sdk:
+        header = _HEADER.unpack_from(bytes(ffi.buffer(info.header)))
+        io_slots, client_slots, tcs_offset = header[3], header[4], header[8]
+        total = _WARDEN_SLOTS + io_slots + client_slots
+        expected = tuple(tcs_offset + index * PAGE for index in range(total))
+        if tcs != expected:
+            raise errors.ImageError(
+                f"the image header names {total} slots from {tcs_offset:#x} on, its TCS pages are others"
+            )
+    arena = lib.teemate_arena_create()
+    if arena < 0:
+        raise errors.LimitReached(f"no memory for the arena: {os.strerror(-arena)}")
+    try:
+        fd = os.dup(lib.teemate_enclave_fd(enclave))
+    except OSError:
+        os.close(arena)
+        raise
+    return Built(
+        fd=fd,
+        arena=arena,
+        base=info.base,
+        size=info.size,
+        pages=info.pages,
+        debug=bool(info.attributes & _ATTRIBUTE_DEBUG),
+        sdk=sdk,
+        isvprodid=info.isvprodid,
+        isvsvn=info.isvsvn,
+        mrenclave=bytes(ffi.buffer(info.mrenclave)),
+        mrsigner=bytes(ffi.buffer(info.mrsigner)),
+        segments=tuple((int(s.offset), int(s.size), int(s.prot), int(s.type)) for s in raw[0:count]),
+        tcs=tcs,
+        io_slots=io_slots,
+        client_slots=client_slots,
+    )
+
+
+class EnclaveState(enum.Enum):
+    """As on the wire."""
+
+    BUILDING = "building"
+    READY = "ready"
+    DRAINING = "draining"
+    QUARANTINED = "quarantined"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnclaveStatistics:
+    """One enclave at this moment."""
+
+    name: str
+    state: str
+    clients: int
+    grants: int
+    attaches: int
+    recycled: int
+    slots: SlotStatistics
+    warden: WardenStatistics | None
+
+
+@final
+class Enclave:
+    """One finished enclave: its descriptors, keys, slots and warden."""
+
+    def __init__(self, policy: EnclavePolicy, backend: str, built: Built, charge: Charge | None) -> None:
+        self.policy = policy
+        self.name = policy.name
+        self.backend = backend
+        self.built = built
+        self.state = EnclaveState.BUILDING
+        self.reason = ""
+        self.key = ControlKey()
+        first = _WARDEN_SLOTS + built.io_slots if built.sdk else 0
+        self.slots = SlotTable(range(first, first + built.client_slots))
+        self.slot_keys: dict[int, SlotKey] = {
+            index: SlotKey(0, bytes(16)) for index in range(first, first + built.client_slots)
+        }
+        self.grants: set[int] = set()
+        self.clients_by_uid: dict[int, int] = {}
+        self.warden: Warden | None = None
+        self.attaches = 0
+        self.recycled = 0
+        self._charge = charge
+        self.fixed_info: dict[str, object] = {
+            "name": self.name,
+            "generation": 1,
+            "backend": backend,
+            "isolation": "gate" if built.sdk else "none",
+            "mrenclave": built.mrenclave,
+            "mrsigner": built.mrsigner,
+            "isvprodid": built.isvprodid,
+            "isvsvn": built.isvsvn,
+            "debug": built.debug,
+            "sdk": built.sdk,
+            "base": built.base,
+            "size": built.size,
+            "pages": built.pages,
+            "owner": policy.owner,
+        }
+        self.segments = [list(segment) for segment in built.segments]
+
+    @property
+    def geometry(self) -> Geometry:
+        """What a warden has to know."""
+        built = self.built
+        number = lib.TEEMATE_SIM if self.backend == "sim" else lib.TEEMATE_SGX
+        return Geometry(backend=number, base=built.base, size=built.size, segments=built.segments)
+
+    @property
+    def sim(self) -> bool:
+        """Whether its memory is a model that protects nothing."""
+        return self.backend == "sim"
+
+    def info(self) -> dict[str, object]:
+        """Return ``enclave-info`` of the protocol."""
+        slots = self.slots.statistics()
+        info = self.fixed_info | {
+            "state": self.state.value,
+            "slots": {
+                "total": slots.total,
+                "free": slots.free,
+                "used": slots.assigned + slots.arming,
+                "withheld": slots.withheld,
+                "quarantined": slots.quarantined,
+                "waiting": slots.waiting,
+            },
+            "clients": sum(self.clients_by_uid.values()),
+        }
+        if self.reason:
+            info["reason"] = self.reason
+        return info
+
+    def close(self) -> None:
+        """Close the descriptors; clients that mapped the enclave keep it alive until they end."""
+        os.close(self.built.fd)
+        os.close(self.built.arena)
+        if self._charge is not None:
+            self._charge.release()
+            self._charge = None
+
+    def statistics(self) -> EnclaveStatistics:
+        """This enclave at this moment."""
+        return EnclaveStatistics(
+            name=self.name,
+            state=self.state.value,
+            clients=sum(self.clients_by_uid.values()),
+            grants=len(self.grants),
+            attaches=self.attaches,
+            recycled=self.recycled,
+            slots=self.slots.statistics(),
+            warden=self.warden.statistics() if self.warden else None,
+        )

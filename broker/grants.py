@@ -1,0 +1,63 @@
+"""What a client holds on one enclave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, final
+
+import trio
+
+from teemate.broker.limits import Charge
+
+if TYPE_CHECKING:
+    from teemate.broker.connection import Client
+    from teemate.broker.enclaves import Enclave
+
+__all__ = ["Grant", "Outcome", "Waiter"]
+
+
+@final
+@dataclass(eq=False, slots=True)
+class Outcome:
+    """What became of the slots of a revoked grant, and word when nothing is left to wait for."""
+
+    cleared: int = 0
+    quarantined: int = 0
+    finished: trio.Event = field(default_factory=trio.Event)
+
+
+@final
+@dataclass(eq=False, slots=True)
+class Grant:
+    """The alias mapping and the slots; `charges` has one charge per slot that is not back yet."""
+
+    number: int
+    client: Client
+    enclave: Enclave
+    charge: Charge
+    charges: dict[int, Charge] = field(default_factory=dict)
+    in_reclaim: int = 0
+    """Slots that were given back and that the warden has not finished with."""
+    revoked: bool = False
+    over: bool = False
+    outcome: Outcome | None = None
+
+    @property
+    def slots(self) -> list[int]:
+        """The slots that the client holds, ascending."""
+        return sorted(self.charges)
+
+    def settle(self) -> None:
+        """Tell who revokes this grant when everything of it is back."""
+        if self.outcome is not None and not self.charges and not self.in_reclaim:
+            self.outcome.finished.set()
+
+
+@final
+@dataclass(eq=False, slots=True)
+class Waiter:
+    """A request that waits for slots, and the charges for them; `error` is set when they will not come."""
+
+    charges: list[Charge]
+    event: trio.Event = field(default_factory=trio.Event)
+    error: Exception | None = None

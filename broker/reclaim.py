@@ -1,0 +1,200 @@
+"""Bringing slots back: clear the key, look whether the slot is clean, scrub it, arm it anew.
+
+A slot comes here when its holder gave it back with word that it is clean, or has ended.  A slot that
+was left parked in an OCALL or interrupted is put into quarantine, with the reason.  Everything runs in
+tasks of the broker's own, off the path of any request, so a client that leaves interrupts nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, final
+
+import trio
+from structlog.typing import FilteringBoundLogger
+
+from teemate import errors
+from teemate.broker.control import ControlOp, SlotWord
+from teemate.broker.enclaves import Enclave, EnclaveState
+from teemate.broker.grants import Grant, Waiter
+from teemate.broker.processes import Processes
+from teemate.broker.slots import Ticket
+from teemate.broker.warden import EnclaveBroken, WardenFailure
+from teemate.broker.warden_protocol import WardenReply
+
+if TYPE_CHECKING:
+    from teemate.broker.connection import Client
+
+__all__ = ["Reclaimer"]
+
+
+class _Unclean(Exception):
+    """Why the slot cannot be handed out again."""
+
+
+@final
+class Reclaimer:
+    """Moves slots from their holders back into the tables."""
+
+    def __init__(self, processes: Processes, log: FilteringBoundLogger) -> None:
+        self._processes = processes
+        self._log = log
+        self._nursery: trio.Nursery | None = None
+        self.waiters: dict[Ticket, Waiter] = {}
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep the tasks; for as long as the broker runs."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            await trio.sleep_forever()
+
+    @property
+    def nursery(self) -> trio.Nursery:
+        """Where work goes on that no client's end may interrupt."""
+        assert self._nursery is not None
+        return self._nursery
+
+    # -- ways back ---------------------------------------------------------------
+
+    def take_back(self, grant: Grant, index: int, *, dead: bool) -> None:
+        """The slot is the broker's again: its holder said that it is clean, or has ended (`dead`)."""
+        grant.charges.pop(index).release()
+        grant.in_reclaim += 1
+        grant.enclave.slots.returned(index)
+        self.nursery.start_soon(self._recycle, grant, index, dead)
+
+    def withhold(self, grant: Grant, indices: list[int], reason: str) -> None:
+        """The slots are not the client's any more, but its process may still use them."""
+        for index in indices:
+            grant.enclave.slots.withhold(index, reason)
+            self.nursery.start_soon(
+                self.clear, grant.enclave, index, grant.enclave.slot_keys[index].generation
+            )
+        self._log.warning(
+            "slots withheld", enclave=grant.enclave.name, grant=grant.number, pid=grant.client.identity.pid,
+            slots=indices, reason=reason,
+        )  # fmt: skip
+
+    def take_back_at_end(self, client: Client, grants: list[Grant]) -> None:
+        """Take back what `grants` still hold when the client's process ends; the pidfd is duplicated."""
+        pidfd = os.dup(client.pidfd)
+
+        def ended() -> None:
+            os.close(pidfd)
+            for grant in grants:
+                self.take_all_back(grant, dead=True)
+
+        self._processes.watch(pidfd, ended)
+
+    def take_all_back(self, grant: Grant, *, dead: bool) -> None:
+        """Every slot that the grant still has."""
+        for index in grant.slots:
+            self.take_back(grant, index, dead=dead)
+        grant.settle()
+
+    # -- with the warden -----------------------------------------------------------
+
+    async def clear(self, enclave: Enclave, index: int, generation: int) -> SlotWord | None:
+        """Take the slot's key away; returns what the slot was doing, None when nobody could tell."""
+        warden = enclave.warden
+        if warden is None:
+            return None
+        try:
+            reply = await warden.control(ControlOp.CLEAR, index, generation=generation)
+        except EnclaveBroken as error:
+            self.give_up(enclave, str(error))
+            return None
+        except WardenFailure as error:
+            self._log.warning("slot key not cleared", enclave=enclave.name, slot=index, reason=str(error))
+            return None
+        return SlotWord.of(reply.result.word)
+
+    async def _recycle(self, grant: Grant, index: int, dead: bool) -> None:
+        enclave = grant.enclave
+        try:
+            await self._scrub(enclave, index, dead)
+            await self.arm(enclave, index)
+        except (_Unclean, WardenFailure) as error:
+            if isinstance(error, EnclaveBroken):
+                self.give_up(enclave, str(error))
+            self.quarantine(enclave, index, str(error))
+            if grant.outcome is not None:
+                grant.outcome.quarantined += 1
+        else:
+            enclave.recycled += 1
+            if grant.outcome is not None:
+                grant.outcome.cleared += 1
+        finally:
+            grant.in_reclaim -= 1
+            grant.settle()
+
+    async def _scrub(self, enclave: Enclave, index: int, dead: bool) -> None:
+        warden = enclave.warden
+        if warden is None:
+            raise _Unclean("the image was built without the SDK: nothing can scrub its slots")
+        if dead and enclave.sim:
+            reply = await warden.dead(index)
+            if reply.status != 0:
+                raise _Unclean(f"the holder's death could not be noted: {reply.text or reply.status}")
+        generation = enclave.slot_keys[index].generation
+        _require(await warden.control(ControlOp.CLEAR, index, generation=generation), "clear its key")
+        reply = await warden.probe(index)
+        if not reply.entered:
+            raise _Unclean(f"its TCS is in use or has no SSA frame left: {reply.text or reply.status}")
+        _require(reply, "answer a probe")
+        word = SlotWord.of(reply.result.word)
+        if reply.result.cssa:
+            raise _Unclean(f"its holder left it interrupted (CSSA {reply.result.cssa}, {word.name.lower()})")
+        if word in (SlotWord.INSIDE, SlotWord.PARKED):
+            raise _Unclean(f"its holder left it {word.name.lower()}")
+        _require(await warden.control(ControlOp.RESET, index), "reset it")
+
+    async def arm(self, enclave: Enclave, index: int) -> None:
+        """Give a clean slot its next key; it is free then, and goes to whoever waits."""
+        if enclave.warden is not None:
+            key = enclave.key.new_slot_key(enclave.slot_keys[index].generation + 1)
+            reply = await enclave.warden.control(ControlOp.ARM, index, generation=key.generation, key=key.key)
+            _require(reply, "take a new key")
+            enclave.slot_keys[index] = key
+        self.serve(enclave.slots.armed(index))
+
+    # -- the queue -------------------------------------------------------------------
+
+    def serve(self, tickets: list[Ticket]) -> None:
+        """Wake the requests whose tickets were served."""
+        for ticket in tickets:
+            self.waiters[ticket].event.set()
+
+    def refuse(self, tickets: list[Ticket], error: errors.Error) -> None:
+        """Wake requests that will get no slots."""
+        for ticket in tickets:
+            waiter = self.waiters[ticket]
+            waiter.error = error
+            waiter.event.set()
+
+    def quarantine(self, enclave: Enclave, index: int, reason: str) -> None:
+        """Never hand the slot out again."""
+        enclave.slots.quarantine(index, reason)
+        self._log.warning("slot quarantined", enclave=enclave.name, slot=index, reason=reason)
+        self.refuse(
+            enclave.slots.impossible(),
+            errors.Busy(
+                f"enclave {enclave.name!r} has {enclave.slots.usable} usable slots left, fewer than asked for",
+                {"limit": "slots of the image", "maximum": enclave.slots.usable},
+            ),
+        )
+
+    def give_up(self, enclave: Enclave, reason: str) -> None:
+        """No warden can be had for the enclave: nobody new gets in."""
+        if enclave.state in (EnclaveState.READY, EnclaveState.BUILDING):
+            enclave.state = EnclaveState.QUARANTINED
+            enclave.reason = reason
+            self._log.warning("enclave quarantined", enclave=enclave.name, reason=reason)
+            lost = errors.EnclaveLost(f"enclave {enclave.name!r} is out of use: {reason}")
+            self.refuse(enclave.slots.waiting(), lost)
+
+
+def _require(reply: WardenReply, what: str) -> None:
+    if reply.status != 0:
+        raise _Unclean(f"the enclave answered {reply.status} when asked to {what}")

@@ -1,0 +1,287 @@
+"""One warden: the process that enters an enclave on the broker's behalf.
+
+The broker sends one request at a time and waits no longer than the deadline.  A warden that does not
+answer, answers nonsense or ends is killed and a new one is started from the enclave's descriptor and
+control key; then the request is made once more, since every request can be repeated.  A request that
+fails twice fails for its caller, who puts the slot aside.  Only when new wardens cannot be *started* several times
+in a row is the enclave itself given up: hanging or crashing control ECALLs, however many, are repaired.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import trio
+from structlog.typing import FilteringBoundLogger
+
+from teemate.broker.control import ControlKey, ControlOp
+from teemate.broker.warden_protocol import REPLY_SIZE, WardenOp, WardenReply, request, start_body
+
+__all__ = ["EnclaveBroken", "Geometry", "Warden", "WardenFailure", "WardenStatistics"]
+
+_Body = Callable[[], bytes]
+"""Made anew for each attempt: sequence numbers are never used twice."""
+_SOCKET_FD = 3
+_START_FACTOR = 5
+"""Starting maps the enclave and may run its author's start code: it may take so many deadlines."""
+
+
+class WardenFailure(Exception):
+    """A request failed, twice: with a warden each that hung, ended, or could not enter the enclave."""
+
+
+class EnclaveBroken(WardenFailure):
+    """No warden can be started for this enclave any more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """What a warden has to know of its enclave; `segments` are (offset, size, prot, type)."""
+
+    backend: int
+    base: int
+    size: int
+    segments: Sequence[tuple[int, int, int, int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WardenStatistics:
+    """What one enclave's wardens did; `pid` is None while none runs."""
+
+    pid: int | None
+    requests: int
+    started: int
+    killed: int
+    failed: int
+
+
+@final
+class Warden:
+    """The wardens of one enclave, one after the other.  The descriptors stay the enclave's."""
+
+    def __init__(
+        self,
+        program: Path,
+        geometry: Geometry,
+        key: ControlKey,
+        fds: tuple[int, int],
+        log: FilteringBoundLogger,
+        *,
+        deadline: float,
+        failures: int,
+    ) -> None:
+        self._program = program
+        self._geometry = geometry
+        self._key = key
+        self._fds = fds
+        self._log = log
+        self._deadline = deadline
+        self._failures_allowed = failures
+        self._lock = trio.Lock()
+        self._sock: socket.socket | None = None
+        self._pid: int | None = None
+        self._number = 0
+        self._started = 0
+        self._killed = 0
+        self._failed = 0
+        self._start_failures = 0
+        self._closed = False
+
+    # -- what the broker asks for -------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the first warden, which gives the enclave its control key."""
+        async with self._lock:
+            await self._ensure_started()
+
+    async def control(
+        self,
+        op: ControlOp,
+        slot: int = 0,
+        *,
+        generation: int = 0,
+        key: bytes = bytes(16),
+        data: bytes = b"",
+    ) -> WardenReply:
+        """A control ECALL; the reply's status is the enclave's own, whatever it is."""
+
+        def body() -> bytes:
+            return self._key.control(op, slot, generation=generation, key=key, data=data)
+
+        for attempt in (1, 2):
+            reply = await self._request(WardenOp.CONTROL, body)
+            if reply.entered:
+                return reply
+            self._failed += 1
+            if attempt == 2:
+                raise WardenFailure(f"{op.name} of slot {slot}: {reply.text or os.strerror(-reply.status)}")
+        raise AssertionError("the second attempt returns or raises")
+
+    async def probe(self, slot: int) -> WardenReply:
+        """Enter through the slot's own TCS; not `entered` means that it is in use or its frames are used up."""
+
+        def body() -> bytes:
+            return self._key.control(ControlOp.PROBE, slot)
+
+        return await self._request(WardenOp.PROBE, body)
+
+    async def dead(self, slot: int) -> WardenReply:
+        """The slot's holder has ended: do the AEX that its death would have been (sim only)."""
+
+        def body() -> bytes:
+            return slot.to_bytes(8, "little")
+
+        return await self._request(WardenOp.DEAD, body)
+
+    async def close(self) -> None:
+        """End the warden; it notices that its socket closes, and is killed if it is stuck."""
+        self._closed = True
+        async with self._lock:
+            await self._kill()
+
+    # -- requests ----------------------------------------------------------------
+
+    async def _request(self, op: WardenOp, body: _Body) -> WardenReply:
+        for attempt in (1, 2):
+            async with self._lock:
+                reply = await self._ask(op, body, last=attempt == 2)
+            if reply is not None:
+                return reply
+        raise AssertionError("the second attempt returns or raises")
+
+    async def _ask(self, op: WardenOp, body: _Body, *, last: bool) -> WardenReply | None:
+        """One attempt under the lock; None when the warden failed and another attempt may be made."""
+        if self._closed:
+            raise WardenFailure("the enclave was destroyed")
+        await self._ensure_started()
+        try:
+            return await self._exchange(op, body(), self._deadline)
+        except _Failed as failed:
+            await self._report_and_kill(op, failed)
+            if last:
+                raise WardenFailure(f"{op.name} failed twice: {failed}") from failed
+            return None
+
+    async def _exchange(
+        self, op: WardenOp, body: bytes, deadline: float, fds: tuple[int, ...] = ()
+    ) -> WardenReply:
+        """Send a request and wait for its reply, never cancelled in between: it would be taken for the next one's."""
+        assert self._sock is not None
+        self._number += 1
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, b"".join(fd.to_bytes(4, "little") for fd in fds))]
+        try:
+            self._sock.sendmsg([request(op, self._number, body)], rights if fds else [], socket.MSG_NOSIGNAL)
+        except OSError as error:
+            raise _Failed(f"cannot send to it: {error.strerror}") from error
+        with trio.move_on_after(deadline) as scope:
+            scope.shield = True
+            while True:
+                try:
+                    raw = self._sock.recv(REPLY_SIZE + 1)
+                    break
+                except BlockingIOError:
+                    await trio.lowlevel.wait_readable(self._sock)
+                except OSError as error:
+                    raise _Failed(f"cannot receive from it: {error.strerror}") from error
+        if scope.cancelled_caught:
+            raise _Failed(f"no answer within {deadline:g} s ([broker] warden_deadline)")
+        if not raw:
+            raise _Failed("it ended")
+        try:
+            reply = WardenReply.parse(raw)
+        except ValueError as error:
+            raise _Failed(str(error)) from error
+        if reply.id != self._number:
+            raise _Failed(f"it answered request {reply.id} instead of {self._number}")
+        return reply
+
+    # -- the process -----------------------------------------------------------------
+
+    async def _ensure_started(self) -> None:
+        while self._sock is None:
+            try:
+                await self._spawn()
+            except _Failed as failed:
+                self._start_failures += 1
+                await self._report_and_kill(WardenOp.START, failed)
+                if self._start_failures >= self._failures_allowed:
+                    raise EnclaveBroken(
+                        f"no warden could be started {self._start_failures} times in a row: {failed}"
+                    ) from failed
+
+    async def _spawn(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            ours.setblocking(False)
+            actions = [
+                (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0),
+                (os.POSIX_SPAWN_DUP2, 2, 1),
+                (os.POSIX_SPAWN_DUP2, theirs.fileno(), _SOCKET_FD),
+            ]
+            # posix_spawn, since fork would copy this process's page tables; it dup2()s the socket to
+            # its number, and everything else of ours is close-on-exec.
+            try:
+                self._pid = os.posix_spawn(
+                    self._program,
+                    [self._program.name],
+                    {},
+                    file_actions=actions,
+                    setsigmask=[],
+                    setsigdef=[signal.SIGPIPE, signal.SIGINT, signal.SIGTERM],
+                )
+            except OSError as error:
+                ours.close()
+                raise _Failed(f"{self._program}: {error.strerror}") from error
+        self._sock = ours
+        self._started += 1
+        geometry = self._geometry
+        body = start_body(
+            geometry.base, geometry.size, geometry.backend, self._key.for_warden(), geometry.segments
+        )
+        reply = await self._exchange(WardenOp.START, body, self._deadline * _START_FACTOR, self._fds)
+        if reply.status != 0:
+            raise _Failed(reply.text or f"status {reply.status}")
+        self._start_failures = 0
+
+    async def _report_and_kill(self, op: WardenOp, failed: _Failed) -> None:
+        self._killed += 1
+        self._log.warning("warden killed", request=op.name, reason=str(failed), pid=self._pid)
+        await self._kill()
+
+    async def _kill(self) -> None:
+        pid, sock = self._pid, self._sock
+        self._pid = self._sock = None
+        if sock is not None:
+            sock.close()
+        if pid is None:
+            return
+        pidfd = os.pidfd_open(pid)  # ours and not waited for yet: its number cannot be another's
+        try:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            with trio.CancelScope(shield=True):
+                await trio.lowlevel.wait_readable(pidfd)
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        finally:
+            os.close(pidfd)
+
+    def statistics(self) -> WardenStatistics:
+        """What was asked of it so far."""
+        return WardenStatistics(
+            pid=self._pid,
+            requests=self._number,
+            started=self._started,
+            killed=self._killed,
+            failed=self._failed,
+        )
+
+
+class _Failed(Exception):
+    """This warden is of no use any more."""
