@@ -51,7 +51,7 @@ class Addresses:
             base = max(base, -(-end // size) * size)
         if base + 2 * size > self._end:
             raise LimitReached(
-                f"no {2 * size} bytes are free in the address window of enclaves: destroy one that is not needed",
+                f"no {2 * size} bytes are free in the address window: destroy an enclave that is not needed",
                 {"limit": "address window", "maximum": self._end - self._start},
             )
         self._taken[base] = base + 2 * size

@@ -18,6 +18,7 @@ from teemate.broker.control import SlotWord
 from teemate.broker.enclaves import (
     PAGE,
     SIGSTRUCT_SIZE,
+    Built,
     Enclave,
     EnclaveState,
     ImageFacts,
@@ -31,7 +32,7 @@ from teemate.broker.operations import Answer, Clients, Create, Destroy, Revoke
 from teemate.broker.policy import CreateRule, EnclavePolicy, Rule
 from teemate.broker.programs import warden_program
 from teemate.broker.slots import SlotState
-from teemate.broker.warden import Warden, WardenFailure
+from teemate.broker.warden import Warden, WardenError
 
 if TYPE_CHECKING:
     from teemate.broker.connection import Client
@@ -71,37 +72,37 @@ class Administration:
                     await self._build(policy, service.backend, fd, sigstruct, None)
                 finally:
                     os.close(fd)
-            except (OSError, errors.Error, WardenFailure) as error:
+            except (OSError, errors.Error, WardenError) as error:
                 service.log.warning(
                     "enclave not built", enclave=policy.name, image=str(policy.image), reason=str(error)
                 )
 
     def create(self, client: Client, args: Create, image_fd: int) -> Awaitable[Answer]:
         """Build an enclave from the image that came; `image_fd` is ours."""
-        service, identity = self._service, client.identity
         try:
-            rules = [
-                rule for rule in service.policy.create if rule.who.matches(identity, service.cgroup_tree)
-            ]
-            if not rules:
-                raise service.denied(client, "create", "[[create]] for this process")
-            owner = identity.uid if args.owner is None else args.owner
-            if owner != identity.uid:
-                service.require_administrator(client, "create for another owner")
-            policy = self._policy_for(args.name, owner)
-            if policy.owner != identity.uid and not service.policy.administrators.includes(identity):
-                raise service.denied(
-                    client,
-                    "create",
-                    f"[[enclave]] {args.name} belongs to uid {policy.owner}, not to {identity.uid}",
-                )
-            if args.name in service.enclaves or args.name in self._building:
-                raise errors.Busy(f"there is an enclave {args.name!r} already: destroy it first")
+            policy, rules = self._check_create(client, args)
         except BaseException:
             os.close(image_fd)
             raise
         self._building.add(args.name)
         return self._create(client, args, image_fd, policy, rules)
+
+    def _check_create(self, client: Client, args: Create) -> tuple[EnclavePolicy, list[CreateRule]]:
+        """Who asks, and for what name: what can be refused before the image is looked at."""
+        service, identity = self._service, client.identity
+        rules = [rule for rule in service.policy.create if rule.who.matches(identity, service.cgroup_tree)]
+        if not rules:
+            raise service.denied(client, "create", "[[create]] for this process")
+        owner = identity.uid if args.owner is None else args.owner
+        if owner != identity.uid:
+            service.require_administrator(client, "create for another owner")
+        policy = self._policy_for(args.name, owner)
+        if policy.owner != identity.uid and not service.policy.administrators.includes(identity):
+            rule = f"[[enclave]] {args.name} belongs to uid {policy.owner}, not to {identity.uid}"
+            raise service.denied(client, "create", rule)
+        if args.name in service.enclaves or args.name in self._building:
+            raise errors.Busy(f"there is an enclave {args.name!r} already: destroy it first")
+        return policy, rules
 
     async def _create(
         self, client: Client, args: Create, image_fd: int, policy: EnclavePolicy, rules: list[CreateRule]
@@ -119,7 +120,7 @@ class Administration:
             try:
                 policy = replace(policy, debug=args.debug, require_sdk=False)
                 enclave = await self._build(policy, backend, image_fd, args.sigstruct, charge)
-            except WardenFailure as error:
+            except WardenError as error:
                 raise errors.ImageError(f"the enclave was built but does not start: {error}") from error
         finally:
             os.close(image_fd)
@@ -157,11 +158,7 @@ class Administration:
             enclave = Enclave(policy, backend, built, charge)
             undo.pop_all()
         try:
-            if policy.require_sdk and not built.sdk:
-                raise errors.ImageError(
-                    "the image was not built with the SDK, so nothing would keep its clients apart:"
-                    " the policy allows that with require_sdk = false"
-                )
+            _check_sdk(policy, built)
             if built.sdk:
                 settings = service.policy.broker
                 enclave.warden = Warden(
@@ -194,7 +191,7 @@ class Administration:
         enclave = service.enclave(args.enclave)
         if enclave.grants and not args.force:
             raise errors.Busy(
-                f"{len(enclave.grants)} grants on enclave {enclave.name!r} are in use: force revokes them first",
+                f"{len(enclave.grants)} grants on enclave {enclave.name!r} are held: force revokes them",
                 {"grants": len(enclave.grants)},
             )
         if enclave.state is EnclaveState.DRAINING:
@@ -303,7 +300,7 @@ class Administration:
         return counts
 
     async def _revoke_grant(self, grant: Grant, grace: float | None, by: str, why: str) -> dict[str, int]:
-        """The ladder: no key opens the slots; the client is told and acknowledges; else it is killed or counted."""
+        """Clear the keys, tell the client, wait; who does not acknowledge is killed, or counted."""
         service, enclave, client = self._service, grant.enclave, grant.client
         seconds = enclave.policy.revoke_grace if grace is None else grace
         outcome = grant.outcome = grant.outcome or Outcome()
@@ -350,7 +347,7 @@ class Administration:
         return words
 
     async def _put_aside(self, grant: Grant, why: str) -> int:
-        """What was not acknowledged: quarantined when in use, else withheld.  Returns how many mappings leak."""
+        """Quarantine or withhold what was not acknowledged; returns how many slots stay mapped."""
         reclaimer, table = self._service.reclaimer, grant.enclave.slots
         outcome = grant.outcome
         assert outcome is not None
@@ -411,6 +408,14 @@ def _client_info(client: Client) -> dict[str, object]:
             for grant in client.grants.values()
         ],
     }
+
+
+def _check_sdk(policy: EnclavePolicy, built: Built) -> None:
+    if policy.require_sdk and not built.sdk:
+        raise errors.ImageError(
+            "the image was not built with the SDK, so nothing would keep its clients apart:"
+            " the policy allows that with require_sdk = false"
+        )
 
 
 def _read_sigstruct(path: Path) -> bytes:

@@ -141,20 +141,14 @@ class Client:
                 await trio.lowlevel.checkpoint()
 
     def _handle(self, packet: wire.Packet, nursery: trio.Nursery) -> None:
-        """Answer one message, or start the task that will.  Closes the packet's descriptors or passes them on."""
+        """Answer one message, or start the task that will; its descriptors are closed or passed on."""
         untrusted_fds = packet.fds
         self.requests += 1
         request: Request | None = None
         try:
             request = parse_request(wire.decode(packet.data))
             method = find_method(request.operation)
-            if len(untrusted_fds) != (method.fds if method else 0):
-                raise errors.ProtocolError(
-                    f"{len(untrusted_fds)} descriptors came with {request.operation!r},"
-                    f" which takes {method.fds if method else 0}"
-                )
-            if not self.greeted and request.operation != "hello":
-                raise errors.ProtocolError("the first message on a connection is hello")
+            self._check_frame(request, method, len(untrusted_fds))
         except errors.ProtocolError:
             wire.close_all(untrusted_fds)
             raise
@@ -162,6 +156,15 @@ class Client:
             self._start(request, method, untrusted_fds, nursery)
         except Exception as error:
             self._reply_failure(request, error)
+
+    def _check_frame(self, request: Request, method: Method[object] | None, fds: int) -> None:
+        expected = method.fds if method else 0
+        if fds != expected:
+            raise errors.ProtocolError(
+                f"{fds} descriptors came with {request.operation[:64]!r}, which takes {expected}"
+            )
+        if not self.greeted and request.operation != "hello":
+            raise errors.ProtocolError("the first message on a connection is hello")
 
     def _start(
         self, request: Request, method: Method[object] | None, fds: tuple[int, ...], nursery: trio.Nursery
@@ -223,12 +226,12 @@ class Client:
         if not self._queue:
             try:
                 wire.send(self._sock, data, fds)
-                return
             except BlockingIOError:
-                pass
+                self._enqueue(data, fds)
             except OSError:  # the other side is gone: the reader finds out by itself
                 return
-        self._enqueue(data, fds)
+        else:
+            self._enqueue(data, fds)
 
     def _enqueue(self, data: bytes, fds: tuple[int, ...]) -> None:
         try:

@@ -67,7 +67,7 @@ def choose_backend(wanted: str) -> str:
         return "sgx"
     if wanted == "sgx":
         raise errors.Unsupported(
-            'backend = "sgx", but this host has no /dev/sgx_enclave: it needs a CPU with SGX and flexible launch'
+            'backend = "sgx", but this host has no /dev/sgx_enclave: it needs SGX and flexible launch'
             " control, both enabled in the firmware, and Linux 5.11 or later"
         )
     return "sim"

@@ -43,7 +43,7 @@ async def run(policy: Policy, log: FilteringBoundLogger, listeners: list[socket.
         nursery.start_soon(Server(service).run, listeners)
         if service.backend == "sim":
             log.warning(
-                "the sim backend protects nothing: its enclaves are ordinary memory that root, their owner and"
+                "the sim backend protects nothing: enclaves are ordinary memory that root, their owner and"
                 " every client can read; use it to develop and test, never for secrets"
             )
         await nursery.start(service.run)

@@ -83,7 +83,7 @@ class EnclavePolicy:
                 setting = (
                     "insecure_sim_sharing = true" if backend == "sim" else 'share_between_owners = "unfenced"'
                 )
-                return f"enclave {self.name}: uid {identity.uid} is not the owner {self.owner} and {setting} is not set"
+                return f"enclave {self.name}: uid {identity.uid} is not owner {self.owner}, and no {setting}"
         if any(rule.matches(identity, tree) for rule in self.attach):
             return None
         return f"enclave {self.name}: no [[enclave.attach]] matches"

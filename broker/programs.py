@@ -25,5 +25,7 @@ def warden_program() -> Path:
         return Path(override)
     with as_file(files("teemate") / "libexec" / "teemate-warden") as path:
         if not path.is_file():
-            raise FileNotFoundError(2, "the package has no libexec/teemate-warden: install it again", str(path))
+            raise FileNotFoundError(
+                2, "the package has no libexec/teemate-warden: install it again", str(path)
+            )
         return path

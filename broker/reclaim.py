@@ -19,7 +19,7 @@ from teemate.broker.enclaves import Enclave, EnclaveState
 from teemate.broker.grants import Grant, Waiter
 from teemate.broker.processes import Processes
 from teemate.broker.slots import Ticket
-from teemate.broker.warden import EnclaveBroken, WardenFailure
+from teemate.broker.warden import EnclaveBrokenError, WardenError
 from teemate.broker.warden_protocol import WardenReply
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Reclaimer"]
 
 
-class _Unclean(Exception):
+class _UncleanError(Exception):
     """Why the slot cannot be handed out again."""
 
 
@@ -102,10 +102,10 @@ class Reclaimer:
             return None
         try:
             reply = await warden.control(ControlOp.CLEAR, index, generation=generation)
-        except EnclaveBroken as error:
+        except EnclaveBrokenError as error:
             self.give_up(enclave, str(error))
             return None
-        except WardenFailure as error:
+        except WardenError as error:
             self._log.warning("slot key not cleared", enclave=enclave.name, slot=index, reason=str(error))
             return None
         return SlotWord.of(reply.result.word)
@@ -115,8 +115,8 @@ class Reclaimer:
         try:
             await self._scrub(enclave, index, dead)
             await self.arm(enclave, index)
-        except (_Unclean, WardenFailure) as error:
-            if isinstance(error, EnclaveBroken):
+        except (_UncleanError, WardenError) as error:
+            if isinstance(error, EnclaveBrokenError):
                 self.give_up(enclave, str(error))
             self.quarantine(enclave, index, str(error))
             if grant.outcome is not None:
@@ -132,22 +132,24 @@ class Reclaimer:
     async def _scrub(self, enclave: Enclave, index: int, dead: bool) -> None:
         warden = enclave.warden
         if warden is None:
-            raise _Unclean("the image was built without the SDK: nothing can scrub its slots")
+            raise _UncleanError("the image was built without the SDK: nothing can scrub its slots")
         if dead and enclave.sim:
             reply = await warden.dead(index)
             if reply.status != 0:
-                raise _Unclean(f"the holder's death could not be noted: {reply.text or reply.status}")
+                raise _UncleanError(f"the holder's death could not be noted: {reply.text or reply.status}")
         generation = enclave.slot_keys[index].generation
         _require(await warden.control(ControlOp.CLEAR, index, generation=generation), "clear its key")
         reply = await warden.probe(index)
         if not reply.entered:
-            raise _Unclean(f"its TCS is in use or has no SSA frame left: {reply.text or reply.status}")
+            raise _UncleanError(f"its TCS is in use or has no SSA frame left: {reply.text or reply.status}")
         _require(reply, "answer a probe")
         word = SlotWord.of(reply.result.word)
         if reply.result.cssa:
-            raise _Unclean(f"its holder left it interrupted (CSSA {reply.result.cssa}, {word.name.lower()})")
+            raise _UncleanError(
+                f"its holder left it interrupted (CSSA {reply.result.cssa}, {word.name.lower()})"
+            )
         if word in (SlotWord.INSIDE, SlotWord.PARKED):
-            raise _Unclean(f"its holder left it {word.name.lower()}")
+            raise _UncleanError(f"its holder left it {word.name.lower()}")
         _require(await warden.control(ControlOp.RESET, index), "reset it")
 
     async def arm(self, enclave: Enclave, index: int) -> None:
@@ -180,7 +182,7 @@ class Reclaimer:
         self.refuse(
             enclave.slots.impossible(),
             errors.Busy(
-                f"enclave {enclave.name!r} has {enclave.slots.usable} usable slots left, fewer than asked for",
+                f"enclave {enclave.name!r} has {enclave.slots.usable} usable slots, fewer than asked for",
                 {"limit": "slots of the image", "maximum": enclave.slots.usable},
             ),
         )
@@ -197,4 +199,4 @@ class Reclaimer:
 
 def _require(reply: WardenReply, what: str) -> None:
     if reply.status != 0:
-        raise _Unclean(f"the enclave answered {reply.status} when asked to {what}")
+        raise _UncleanError(f"the enclave answered {reply.status} when asked to {what}")

@@ -37,10 +37,7 @@ def bind(path: str, *, mode: int, gid: int | None) -> socket.socket:
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     try:
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISSOCK(os.lstat(path).st_mode) or _somebody_listens(path):
-                raise OSError(errno.EADDRINUSE, "another broker listens, or a file lies, at", path)
-            os.unlink(path)
+        _remove_stale(path)
         mask = os.umask(0o777)  # until the mode is set, nobody connects
         try:
             sock.bind(path)
@@ -54,6 +51,13 @@ def bind(path: str, *, mode: int, gid: int | None) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _remove_stale(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode) or _somebody_listens(path):
+            raise OSError(errno.EADDRINUSE, "another broker listens there, or a file lies there", path)
+        os.unlink(path)
 
 
 def _somebody_listens(path: str) -> bool:
@@ -145,7 +149,7 @@ class Server:
             why = await client.serve()
         except Exception as error:
             why = "internal error"
-            service.log.error("internal error", client=client.number, exc_info=error)
+            service.log.exception("internal error", client=client.number, exc_info=error)
         finally:
             del service.clients[client.number]
             service.client_left(client, why)

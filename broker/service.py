@@ -100,7 +100,7 @@ class Service:
         """Return the error for a denial, recorded: the log names the rule, the client hears nothing of it."""
         self.audit.denied(client.identity, client=client.number, operation=operation, rule=rule)
         return errors.Denied(
-            f"the policy does not allow {operation} to uid {client.identity.uid}: the broker's log names the rule"
+            f"the policy does not allow {operation} to uid {client.identity.uid}: its log names the rule"
         )
 
     # -- enclaves --------------------------------------------------------------
@@ -227,7 +227,7 @@ class Service:
         held = sum(len(grant.charges) for grant in client.grants.values() if grant.enclave is enclave)
         if held + count > allowed:
             raise errors.Busy(
-                f"a client gets at most {allowed} slots of enclave {enclave.name!r}, this one has {held} and asked"
+                f"at most {allowed} slots a client of enclave {enclave.name!r}, this has {held} and asked"
                 f" for {count}: the policy sets this in [[enclave]] slots_per_client",
                 {"limit": "slots_per_client", "maximum": allowed, "held": held, "asked": count},
             )
@@ -240,7 +240,7 @@ class Service:
             )
 
     def _request_slots(self, grant: Grant, count: int) -> Ticket:
-        """Charge the user for the slots and queue for them; while the request waits, the ticket has the charges."""
+        """Charge the user for the slots and queue for them; a Waiter keeps those of a request."""
         account = grant.client.account
         charges: list[Charge] = []
         try:
@@ -270,8 +270,8 @@ class Service:
             if ticket.slots is None:
                 counts = enclave.slots.statistics()
                 raise errors.Busy(
-                    f"no {ticket.count} slots of enclave {enclave.name!r} came free within {longest:g} s: it has"
-                    f" {counts.total}, {counts.assigned} in use, {counts.withheld} withheld,"
+                    f"no {ticket.count} slots of enclave {enclave.name!r} came free within {longest:g} s: of"
+                    f" {counts.total}, {counts.assigned} are in use, {counts.withheld} withheld,"
                     f" {counts.quarantined} quarantined ([[enclave]] wait bounds the waiting)",
                     {
                         "limit": "slots of the image",

@@ -3,8 +3,9 @@
 The broker sends one request at a time and waits no longer than the deadline.  A warden that does not
 answer, answers nonsense or ends is killed and a new one is started from the enclave's descriptor and
 control key; then the request is made once more, since every request can be repeated.  A request that
-fails twice fails for its caller, who puts the slot aside.  Only when new wardens cannot be *started* several times
-in a row is the enclave itself given up: hanging or crashing control ECALLs, however many, are repaired.
+fails twice fails for its caller, who puts the slot aside.  Only when new wardens cannot be *started*
+several times in a row is the enclave itself given up: hanging or crashing control ECALLs, however
+many, are repaired.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from structlog.typing import FilteringBoundLogger
 from teemate.broker.control import ControlKey, ControlOp
 from teemate.broker.warden_protocol import REPLY_SIZE, WardenOp, WardenReply, request, start_body
 
-__all__ = ["EnclaveBroken", "Geometry", "Warden", "WardenFailure", "WardenStatistics"]
+__all__ = ["EnclaveBrokenError", "Geometry", "Warden", "WardenError", "WardenStatistics"]
 
 _Body = Callable[[], bytes]
 """Made anew for each attempt: sequence numbers are never used twice."""
@@ -33,11 +34,11 @@ _START_FACTOR = 5
 """Starting maps the enclave and may run its author's start code: it may take so many deadlines."""
 
 
-class WardenFailure(Exception):
+class WardenError(Exception):
     """A request failed, twice: with a warden each that hung, ended, or could not enter the enclave."""
 
 
-class EnclaveBroken(WardenFailure):
+class EnclaveBrokenError(WardenError):
     """No warden can be started for this enclave any more."""
 
 
@@ -121,11 +122,11 @@ class Warden:
                 return reply
             self._failed += 1
             if attempt == 2:
-                raise WardenFailure(f"{op.name} of slot {slot}: {reply.text or os.strerror(-reply.status)}")
+                raise WardenError(f"{op.name} of slot {slot}: {reply.text or os.strerror(-reply.status)}")
         raise AssertionError("the second attempt returns or raises")
 
     async def probe(self, slot: int) -> WardenReply:
-        """Enter through the slot's own TCS; not `entered` means that it is in use or its frames are used up."""
+        """Enter through the slot's own TCS; not `entered`: it is in use or has no SSA frame left."""
 
         def body() -> bytes:
             return self._key.control(ControlOp.PROBE, slot)
@@ -159,27 +160,27 @@ class Warden:
     async def _ask(self, op: WardenOp, body: _Body, *, last: bool) -> WardenReply | None:
         """One attempt under the lock; None when the warden failed and another attempt may be made."""
         if self._closed:
-            raise WardenFailure("the enclave was destroyed")
+            raise WardenError("the enclave was destroyed")
         await self._ensure_started()
         try:
             return await self._exchange(op, body(), self._deadline)
-        except _Failed as failed:
+        except _FailedError as failed:
             await self._report_and_kill(op, failed)
             if last:
-                raise WardenFailure(f"{op.name} failed twice: {failed}") from failed
+                raise WardenError(f"{op.name} failed twice: {failed}") from failed
             return None
 
     async def _exchange(
         self, op: WardenOp, body: bytes, deadline: float, fds: tuple[int, ...] = ()
     ) -> WardenReply:
-        """Send a request and wait for its reply, never cancelled in between: it would be taken for the next one's."""
+        """Send a request and wait for its reply; also when cancelled, else the next gets that reply."""
         assert self._sock is not None
         self._number += 1
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, b"".join(fd.to_bytes(4, "little") for fd in fds))]
         try:
             self._sock.sendmsg([request(op, self._number, body)], rights if fds else [], socket.MSG_NOSIGNAL)
         except OSError as error:
-            raise _Failed(f"cannot send to it: {error.strerror}") from error
+            raise _FailedError(f"cannot send to it: {error.strerror}") from error
         with trio.move_on_after(deadline) as scope:
             scope.shield = True
             while True:
@@ -189,17 +190,17 @@ class Warden:
                 except BlockingIOError:
                     await trio.lowlevel.wait_readable(self._sock)
                 except OSError as error:
-                    raise _Failed(f"cannot receive from it: {error.strerror}") from error
+                    raise _FailedError(f"cannot receive from it: {error.strerror}") from error
         if scope.cancelled_caught:
-            raise _Failed(f"no answer within {deadline:g} s ([broker] warden_deadline)")
+            raise _FailedError(f"no answer within {deadline:g} s ([broker] warden_deadline)")
         if not raw:
-            raise _Failed("it ended")
+            raise _FailedError("it ended")
         try:
             reply = WardenReply.parse(raw)
         except ValueError as error:
-            raise _Failed(str(error)) from error
+            raise _FailedError(str(error)) from error
         if reply.id != self._number:
-            raise _Failed(f"it answered request {reply.id} instead of {self._number}")
+            raise _FailedError(f"it answered request {reply.id} instead of {self._number}")
         return reply
 
     # -- the process -----------------------------------------------------------------
@@ -208,11 +209,11 @@ class Warden:
         while self._sock is None:
             try:
                 await self._spawn()
-            except _Failed as failed:
+            except _FailedError as failed:
                 self._start_failures += 1
                 await self._report_and_kill(WardenOp.START, failed)
                 if self._start_failures >= self._failures_allowed:
-                    raise EnclaveBroken(
+                    raise EnclaveBrokenError(
                         f"no warden could be started {self._start_failures} times in a row: {failed}"
                     ) from failed
 
@@ -228,7 +229,7 @@ class Warden:
             # posix_spawn, since fork would copy this process's page tables; it dup2()s the socket to
             # its number, and everything else of ours is close-on-exec.
             try:
-                self._pid = os.posix_spawn(
+                self._pid = os.posix_spawn(  # noqa: ASYNC221 - returns at exec, within a millisecond
                     self._program,
                     [self._program.name],
                     {},
@@ -238,7 +239,7 @@ class Warden:
                 )
             except OSError as error:
                 ours.close()
-                raise _Failed(f"{self._program}: {error.strerror}") from error
+                raise _FailedError(f"{self._program}: {error.strerror}") from error
         self._sock = ours
         self._started += 1
         geometry = self._geometry
@@ -247,10 +248,10 @@ class Warden:
         )
         reply = await self._exchange(WardenOp.START, body, self._deadline * _START_FACTOR, self._fds)
         if reply.status != 0:
-            raise _Failed(reply.text or f"status {reply.status}")
+            raise _FailedError(reply.text or f"status {reply.status}")
         self._start_failures = 0
 
-    async def _report_and_kill(self, op: WardenOp, failed: _Failed) -> None:
+    async def _report_and_kill(self, op: WardenOp, failed: _FailedError) -> None:
         self._killed += 1
         self._log.warning("warden killed", request=op.name, reason=str(failed), pid=self._pid)
         await self._kill()
@@ -268,7 +269,7 @@ class Warden:
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             with trio.CancelScope(shield=True):
                 await trio.lowlevel.wait_readable(pidfd)
-            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)  # noqa: ASYNC222 - it has ended
         finally:
             os.close(pidfd)
 
@@ -283,5 +284,5 @@ class Warden:
         )
 
 
-class _Failed(Exception):
+class _FailedError(Exception):
     """This warden is of no use any more."""
