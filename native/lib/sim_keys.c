@@ -17,7 +17,7 @@
 #define POLICY_KSS 0x3cu
 #define POLICY_RESERVED 0xffc0u
 
-const uint8_t sim_cpusvn[16] = "sim";
+const uint8_t sim_cpusvn[16] = SGX_SIM_CPUSVN;
 const uint8_t sim_report_keyid[32] = "simulated report key id";
 
 /* In place of fuses and device key: public, the same on every computer. */
