@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 import os
 import struct
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -174,10 +179,9 @@ class Gate:
         info = ffi.new("struct teemate_enclave_info *")
         assert not lib.teemate_enclave_describe(self.native, info)
         assert not lib.teemate_map(self.native, diag), ffi.string(diag.text)
-        arena = lib.teemate_arena_create()
-        assert arena >= 0
-        assert not lib.teemate_map_arena(self.native, arena, diag), ffi.string(diag.text)
-        os.close(arena)
+        self.arena = lib.teemate_arena_create()
+        assert self.arena >= 0
+        assert not lib.teemate_map_arena(self.native, self.arena, diag), ffi.string(diag.text)
         self.base, self.size = int(info.base), int(info.size)
         self.header = Header(*_HEADER.unpack(bytes(ffi.buffer(info.header, 128))))
         self.slots = 2 + self.header.io_slots + self.header.client_slots
@@ -195,6 +199,7 @@ class Gate:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         lib.teemate_close(self.native)
+        os.close(self.arena)
 
     def tcs(self, slot: int) -> int:
         """Offset of a slot's TCS."""
@@ -316,6 +321,53 @@ class Gate:
         probe = self.control(PROBE, holder.slot, tcs=holder.slot)
         assert (probe.status, probe.cssa, probe.state) == (OK, 0, FREE)
         assert self.control(RESET, holder.slot).status == OK
+
+
+    def worker(self, holder: Holder, calls: Sequence[tuple[str, bytes]], *, repeat: int = 1) -> Worker:
+        """Let another process do `calls` in the slot of `holder`, `repeat` times over."""
+        segments = ffi.new("struct teemate_segment[]", 128)
+        count = lib.teemate_enclave_segments(self.native, segments, 128)
+        fd = lib.teemate_enclave_fd(self.native)
+        order = {
+            "fd": fd,
+            "arena": self.arena,
+            "base": self.base,
+            "size": self.size,
+            "segments": [[s.offset, s.size, s.prot, s.type] for s in segments[0:count]],
+            "slot": holder.slot,
+            "tcs": self.tcs(holder.slot),
+            "generation": holder.generation,
+            "key": holder.key.hex(),
+            "bind": self.binding(holder.slot, holder.generation, uid=holder.uid).hex(),
+            "calls": [[name, payload.hex()] for name, payload in calls],
+            "repeat": repeat,
+        }
+        return Worker(order, (fd, self.arena))
+
+
+class Worker:
+    """A fresh interpreter that maps the enclave and calls (worker.py)."""
+
+    def __init__(self, order: dict[str, object], fds: tuple[int, ...]) -> None:
+        program = Path(__file__).with_name("worker.py")
+        self._process = subprocess.Popen(
+            [sys.executable, str(program)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            pass_fds=fds,
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order))
+        self._process.stdin.close()
+
+    def replies(self) -> list[tuple[int, bytes]]:
+        """Status and output of every call; waits for the process to end."""
+        assert self._process.stdout is not None
+        with self._process.stdout as out:
+            replies = [line.split() for line in out]
+        assert self._process.wait(timeout=60) == 0
+        return [(int(reply[0]), bytes.fromhex(reply[1] if len(reply) > 1 else "")) for reply in replies]
 
 
 @dataclass

@@ -180,13 +180,11 @@ def test_pointers_into_the_enclave_are_refused(holder: Holder, field: str, where
 
 
 @pytest.mark.parametrize("field", ["name_len", "in_len", "out_cap", "ocall_cap"])
-@pytest.mark.parametrize("length", [(1 << 64) - 1, (1 << 64) - 4096, 1 << 63])
+@pytest.mark.parametrize("length", [(1 << 64) - 1, (1 << 64) - 4096, (1 << 64) - (1 << 46)])
 def test_lengths_that_overflow_are_refused(holder: Holder, field: str, length: int) -> None:
-    if field == "ocall_cap" and length == 1 << 63:
-        pytest.skip("does not overflow: nothing but the caller's own memory is in the range")
     address_field = {"name_len": "name", "in_len": "in", "out_cap": "out", "ocall_cap": "ocall_buf"}[field]
     changes = {field: length, address_field: holder.gate.base + holder.gate.size + (1 << 20)}
-    assert holder.start(Call(b"echo", b"x", changes=changes)).status in (ARGUMENT, -6)
+    assert holder.start(Call(b"echo", b"x", changes=changes)).status == ARGUMENT
     assert holder.call(b"echo", b"fine") == (OK, b"fine")
 
 
@@ -295,9 +293,8 @@ def test_a_cleared_slot_does_not_come_back_from_its_ocall(holder: Holder) -> Non
 
 def test_an_interrupted_slot_takes_the_control_key_only(holder: Holder) -> None:
     gate = holder.gate
-    left = gate.enter(
-        holder.slot, holder.key, ECALL, Call(b"loop").address, pause_after_ns=1_000_000, finish=False
-    )
+    call = Call(b"loop")
+    left = gate.enter(holder.slot, holder.key, ECALL, call.address, pause_after_ns=1_000_000, finish=False)
     assert left.outcome == PAUSED
     assert holder.start(Call(b"empty")).landed
     probe = gate.control(PROBE, 0, tcs=holder.slot)

@@ -132,6 +132,11 @@ TM_CONTROL(hang)
     return forever();
 }
 
+TM_CONTROL(hang_locked)
+{
+    return tm_lock(&mutex) ? TM_E_BUSY : forever();
+}
+
 TM_CONTROL(crash)
 {
     *(volatile uint64_t *)(zero + 16) = 0;
@@ -291,6 +296,21 @@ TM_ECALL(plant)
     return deep[17] == 0;
 }
 
+/* The pattern in registers until the word of the caller's is not 0: interrupts save it. */
+TM_ECALL(spin_with_secret)
+{
+    const volatile uint64_t *word = (void *)argument(rq, 0);
+
+    if (!tm_is_outside((void *)word, sizeof(*word)))
+        return TM_E_ARGUMENT;
+    __asm__ volatile("movq %0, %%xmm5\n\tmovq %0, %%r12\n"
+                     "1:\tpause\n\tcmpq $0, (%1)\n\tje 1b\n\txorl %%r12d, %%r12d\n\tpxor %%xmm5, %%xmm5"
+                     :
+                     : "r"(PATTERN), "r"(word)
+                     : "r12", "xmm5", "cc", "memory");
+    return 0;
+}
+
 static uint64_t occurrences(const volatile uint64_t *from, uint64_t bytes)
 {
     uint64_t found = 0;
@@ -316,11 +336,23 @@ TM_ECALL(search)
 
 /* ---- locks ---------------------------------------------------------------------------- */
 
+/* A holder's death is told once; what it left is a counter, which is always right. */
+static int take(struct tm_mutex *which)
+{
+    int status = tm_lock(which);
+
+    if (status == TM_E_OWNERDEAD) {
+        tm_mutex_consistent(which);
+        tm_unlock(which);
+    }
+    return status;
+}
+
 /* Add 1 under the lock, so often. */
 TM_ECALL(count)
 {
     for (uint64_t n = argument(rq, 0); n; n--) {
-        int status = tm_lock(&mutex);
+        int status = take(&mutex);
 
         if (status)
             return status;

@@ -1,0 +1,50 @@
+"""A process of its own that maps an enclave from inherited descriptors and makes calls in one slot."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from teemate._native import ffi, lib
+
+
+def main() -> int:
+    """Read the order from stdin, print one line for each call: status, output in hexadecimal."""
+    order: dict[str, Any] = json.load(sys.stdin)
+    diag = ffi.new("struct teemate_diag *")
+    segments = ffi.new("struct teemate_segment[]", len(order["segments"]))
+    for place, (offset, size, prot, kind) in zip(segments, order["segments"], strict=True):
+        place.offset, place.size, place.prot, place.type = offset, size, prot, kind
+    handle = ffi.new("struct teemate_enclave **")
+    error = lib.teemate_open(
+        lib.TEEMATE_SIM, order["fd"], order["base"], order["size"], segments, len(segments), handle, diag
+    )
+    error = error or lib.teemate_map(handle[0], diag)
+    error = error or lib.teemate_map_arena(handle[0], order["arena"], diag)
+    args = ffi.new("struct teemate_slot_args *")
+    args.index, args.tcs_offset, args.generation = order["slot"], order["tcs"], order["generation"]
+    ffi.memmove(args.key, bytes.fromhex(order["key"]), 16)
+    ffi.memmove(args.bind, bytes.fromhex(order["bind"]), 88)
+    slot = ffi.new("struct teemate_slot **")
+    error = error or lib.teemate_slot_open(handle[0], args, slot, diag)
+    if error:
+        print(ffi.string(diag.text).decode(), file=sys.stderr)
+        return 1
+    out = ffi.new("uint8_t[]", 65536)
+    call = ffi.new("struct teemate_call *")
+    for _ in range(order["repeat"]):
+        for name, payload in order["calls"]:
+            data = bytes.fromhex(payload)
+            error = lib.teemate_slot_call(slot[0], name.encode(), len(name), data, len(data), out, 65536, 0, call)
+            while not error and call.outcome == lib.TEEMATE_CALL_PAUSED:
+                error = lib.teemate_slot_resume(slot[0], 0, call)
+            if error or call.outcome != lib.TEEMATE_CALL_DONE:
+                print(f"error {error}, outcome {call.outcome}", file=sys.stderr)
+                return 1
+            print(call.status, bytes(ffi.buffer(out, call.out_length)).hex())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
