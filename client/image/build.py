@@ -13,6 +13,7 @@ import subprocess  # the compiler is called with a list of arguments, never thro
 import tempfile
 import tomllib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,17 +135,17 @@ def build_elf(
         files += [(sdk.sdk / name).resolve() for name in flags.sources]
     with tempfile.TemporaryDirectory(prefix="teemate-build-") as name:
         work = Path(name)
-        objects = []
-        for number, source in enumerate(files):
-            # The name of an object is seen in no symbol, its number keeps two of one name apart.
-            target = f"{number:03}-{source.stem}.o"
+        # The number of an object keeps two of one name apart, and the order that of the sources.
+        objects = [f"{number:03}-{source.stem}.o" for number, source in enumerate(files)]
+
+        def compile_one(source: Path, target: str) -> None:
             # gcc takes the last map that fits, so the SDK's own sources stay under native/.
-            maps = [
-                f"-ffile-prefix-map={old}={new}"
-                for old, new in ((work, "."), (source.parent, "."), (native, "native"))
-            ]
+            places = ((work, "."), (source.parent, "."), (native, "native"))
+            maps = [f"-ffile-prefix-map={old}={new}" for old, new in places]
             _run([*command, *common, *maps, "-c", str(source), "-o", target], work)
-            objects.append(target)
+
+        with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(compile_one, files, objects))
         link = [flag for flag in flags.link if not (bare and flag.startswith("-Wl,--orphan-handling"))]
         script = [] if bare else [f"-Wl,-T,{native / 'sdk' / 'enclave.lds'}"]
         # libgcc: what the compiler calls for 128-bit arithmetic and the like; it is freestanding.

@@ -118,6 +118,7 @@ class Sigstruct:
     miscselect: int = 0
     miscmask: int = 0xFFFFFFFF
     cet_attributes: int = 0
+    # CPUs without CET have these two reserved, and refuse what is not zero.
     cet_attributes_mask: int = 0
     isvfamilyid: bytes = bytes(16)
     attributes: int = ATTR_MODE64BIT
