@@ -201,7 +201,7 @@ def test_the_c_structures_have_the_layout_that_is_written(tmp_path: Path) -> Non
     header = ImageHeader(**dict.fromkeys(ImageHeader.__slots__, 0))
     assert len(header.to_bytes()) == HEADER_SIZE == 128
     for name in ImageHeader.__slots__:
-        data = replace(header, **{name: 1}).to_bytes()  # type: ignore[arg-type]
+        data = replace(header, **{name: 1}).to_bytes()
         assert data[8:].index(1) + 8 == found[f"tm_image_header.{name}"], name
     assert [found[f"tm_td_static.{f}"] for f in structs["tm_td_static"]] == [0, 8, 16, 0x28]
     assert [found[f"sgx_tcs.{f}"] for f in structs["sgx_tcs"]] == [0, 8, 16, 24, 28, 32, 40, 48, 56, 64, 68]
