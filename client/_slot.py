@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 __all__ = ["OcallHandler", "Slot"]
 
 OcallHandler = Callable[[bytes], bytes]
-"""Gets an OCALL's data and returns the answer; an exception from it fails the OCALL and ends the call."""
+"""Gets an OCALL's data and returns the answer.
+
+An exception from it fails the OCALL; the enclave ends the call, and then the caller gets the exception.
+What is no :class:`Exception` (KeyboardInterrupt) abandons the call."""
 
 PAUSE_NS = 20_000_000
 """How long a call may keep Python's signal handlers, deadlines and revocations waiting."""
@@ -143,6 +146,7 @@ class Slot:
                 self._capacity = max_reply
             call = self._call
             call.outcome = _DONE
+            failed: Exception | None = None
             pause = PAUSE_NS if timeout is None or timeout > 0.02 else max(1, int(timeout * 1e9))
             try:
                 error = lib.teemate_slot_call(
@@ -154,7 +158,13 @@ class Slot:
                         pause = self._go_on(name, deadline, check)
                         error = lib.teemate_slot_resume(handle, pause, call)
                     elif outcome == _OCALL:
-                        status, answer = self._ocall(ocalls)
+                        status, answer = -2, b""  # TM_E_UNKNOWN: no handler of that name
+                        handler, request = self._ocall(ocalls)
+                        if handler is not None:
+                            try:
+                                status, answer = 0, bytes(handler(request))
+                            except Exception as reason:
+                                status, failed = -10, failed or reason  # TM_E_OCALL
                         error = lib.teemate_slot_answer(handle, status, answer, len(answer), PAUSE_NS, call)
                     else:
                         break
@@ -166,6 +176,8 @@ class Slot:
             if error:
                 raise self._refused(error, f"call {name!r}")
             self._enclave._calls += 1
+            if failed is not None:
+                raise failed
             length = call.out_length
             reply = bytes(ffi.buffer(self._out, min(length, max_reply)))
             if call.status:
@@ -269,16 +281,12 @@ class Slot:
             )
         return min(PAUSE_NS, max(1, int((deadline - now) * 1e9)))
 
-    def _ocall(self, ocalls: Mapping[str, OcallHandler] | None) -> tuple[int, bytes]:
+    def _ocall(self, ocalls: Mapping[str, OcallHandler] | None) -> tuple[OcallHandler | None, bytes]:
         call = self._call
-        enclave = self._enclave
-        enclave._ocalls += 1
+        self._enclave._ocalls += 1
         name = ffi.unpack(call.ocall_name, call.ocall_name_length).decode(errors="replace")
-        handler = (ocalls or {}).get(name) or enclave.ocalls.get(name)
-        if handler is None:
-            return -2, b""  # TM_E_UNKNOWN: the enclave sees that its OCALL failed
-        request = bytes(ffi.buffer(ffi.cast("uint8_t *", call.ocall_data), call.ocall_length))
-        return 0, bytes(handler(request))
+        handler = (ocalls or {}).get(name) or self._enclave.ocalls.get(name)
+        return handler, bytes(ffi.buffer(call.ocall_data, call.ocall_length))
 
     def _ended(self, name: str) -> Exception:
         """Return the error for a call that the enclave did not finish, and put the slot out of use."""

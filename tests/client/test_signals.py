@@ -1,0 +1,243 @@
+"""Signals while a thread is inside: real interpreters, since signals change the whole process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+
+import pytest
+from images import Images
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+PRELUDE = """
+import faulthandler, os, signal, struct, sys, threading
+import teemate
+
+def number(value):
+    return struct.pack("<Q", value)
+
+enclave = teemate.create_enclave(sys.argv[1], sys.argv[2], "sim")
+
+def is_inside(frame):
+    # Whether the interrupted Python code is a call into the enclave.
+    while frame is not None:
+        if frame.f_code.co_name == "_run" and frame.f_code.co_filename.endswith("_slot.py"):
+            return True
+        frame = frame.f_back
+    return False
+"""
+
+
+@pytest.fixture
+def run(images: Images) -> Run:
+    """Run Python code with a private faults enclave; returns the finished process."""
+
+    def run(code: str, expected: int = 0) -> subprocess.CompletedProcess[str]:
+        image = images.faults
+        done = subprocess.run(
+            [sys.executable, "-c", PRELUDE + textwrap.dedent(code), str(image.sgxs), str(image.sigstruct)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == expected, done.stderr
+        return done
+
+    return run
+
+
+def test_ctrl_c_ends_a_call_that_loops_and_costs_its_slot(run: Run) -> None:
+    run("""
+        signal.signal(signal.SIGALRM, lambda number, frame: os.kill(os.getpid(), signal.SIGINT))
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with enclave.slot() as slot:
+            try:
+                slot.call("loop")
+            except KeyboardInterrupt:
+                assert "KeyboardInterrupt" in slot.broken
+            else:
+                sys.exit("the loop ended")
+        with enclave.slot() as slot:
+            assert slot.call("echo", b"next") == b"next"
+    """)
+
+
+def test_ctrl_c_that_nobody_handles_ends_the_program_with_a_traceback(run: Run) -> None:
+    done = run(
+        """
+        signal.signal(signal.SIGALRM, lambda number, frame: os.kill(os.getpid(), signal.SIGINT))
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with enclave.slot() as slot:
+            slot.call("loop")
+        """,
+        expected=-2,
+    )
+    assert "KeyboardInterrupt" in done.stderr
+
+
+def test_an_alarm_is_handled_while_inside_and_the_call_goes_on(run: Run) -> None:
+    run("""
+        inside = []
+
+        class Enough(Exception):
+            pass
+
+        def handler(number, frame):
+            inside.append(is_inside(frame))
+            if len(inside) == 5:
+                raise Enough
+
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.05, 0.02)
+        with enclave.slot() as slot:
+            try:
+                slot.call("loop")
+            except Enough:
+                pass
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        assert inside == [True] * 5, inside
+        assert enclave.statistics().abandoned == 1
+    """)
+
+
+def test_a_call_that_is_interrupted_again_and_again_gives_the_right_result(run: Run) -> None:
+    run("""
+        alarms = 0
+
+        def handler(number, frame):
+            global alarms
+            alarms += 1
+
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+        with enclave.slot() as slot:
+            total = 0
+            while alarms < 20:
+                total += 20000
+                assert slot.call("count", number(20000)) == number(total)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    """)
+
+
+def test_a_childs_end_is_noticed_while_inside(run: Run) -> None:
+    run("""
+        class ChildEnded(Exception):
+            pass
+
+        def handler(number, frame):
+            raise ChildEnded
+
+        signal.signal(signal.SIGCHLD, handler)
+        start, go = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.read(start, 1)
+            os._exit(0)
+        with enclave.slot() as slot:
+            try:
+                os.write(go, b"x")
+                slot.call("loop")
+            except ChildEnded:
+                pass
+        os.waitpid(child, 0)
+    """)
+
+
+def test_faulthandler_shows_the_stack_of_a_thread_that_is_inside(run: Run) -> None:
+    done = run("""
+        faulthandler.register(signal.SIGUSR1, all_threads=False)
+
+        class Enough(Exception):
+            pass
+
+        def handler(number, frame):
+            if is_inside(frame):
+                os.kill(os.getpid(), signal.SIGUSR1)
+                raise Enough
+
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+        with enclave.slot() as slot:
+            try:
+                slot.call("loop")
+            except Enough:
+                pass
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    """)
+    assert "_slot.py" in done.stderr
+
+
+def test_faulthandler_dumps_all_threads_while_one_is_inside_for_long(run: Run) -> None:
+    done = run("""
+        faulthandler.dump_traceback_later(0.1)
+        with enclave.slot() as slot:
+            try:
+                slot.call("loop", timeout=0.4)
+            except teemate.CallTimeout:
+                pass
+        faulthandler.cancel_dump_traceback_later()
+    """)
+    assert "Timeout (" in done.stderr
+    assert "_slot.py" in done.stderr
+
+
+def test_faulthandler_that_is_enabled_later_does_not_take_the_enclaves_faults(run: Run) -> None:
+    done = run("""
+        with enclave.slot() as slot:
+            slot.call("empty")
+        faulthandler.enable()
+        with enclave.slot() as slot:
+            try:
+                slot.call("divide", number(1))
+            except teemate.EnclaveFault as fault:
+                assert fault.detail["name"] == "#DE"
+            else:
+                sys.exit("no fault")
+        with enclave.slot() as slot:
+            slot.call("empty")
+    """)
+    assert "Fatal Python error" not in done.stderr
+
+
+def test_a_crash_outside_the_enclave_still_reaches_faulthandler(run: Run) -> None:
+    done = run(
+        """
+        faulthandler.enable()
+        with enclave.slot() as slot:
+            slot.call("empty")
+        import ctypes
+        ctypes.string_at(0)
+        """,
+        expected=-11,
+    )
+    assert "Fatal Python error: Segmentation fault" in done.stderr
+
+
+def test_ctrl_c_reaches_the_main_thread_while_another_is_inside(run: Run) -> None:
+    run("""
+        errors = []
+        started = threading.Event()
+
+        def body():
+            with enclave.slot() as slot:
+                started.set()
+                try:
+                    slot.call("loop", timeout=60)
+                except teemate.NotAttached as error:
+                    errors.append(error)
+
+        thread = threading.Thread(target=body)
+        thread.start()
+        started.wait()
+        try:
+            signal.signal(signal.SIGALRM, lambda number, frame: os.kill(os.getpid(), signal.SIGINT))
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            thread.join(60)
+        except KeyboardInterrupt:
+            enclave.detach()
+        thread.join(60)
+        assert len(errors) == 1
+    """)
