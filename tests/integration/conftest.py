@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterable, Iterator
 
 import pytest
+from images import BuiltImage, Images
 from recorder import Recorder
 
 from teemate import wire
@@ -38,3 +40,29 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     monkeypatch.setattr(wire, "receive", recording_receive)
     yield recorder
     assert not failures, f"messages that client/protocol.cddl does not allow: {failures}"
+
+
+@pytest.fixture
+def policy(images: Images) -> str:
+    """A vault, and enclaves that fault, for this user."""
+    return "\n".join(
+        [
+            f"[administrators]\nuids = [{os.geteuid()}]",
+            enclave_policy("vault", images.vault),
+            enclave_policy("faults", images.faults),
+        ]
+    )
+
+
+def enclave_policy(name: str, image: BuiltImage, settings: str = "slots_per_client = 8") -> str:
+    """One [[enclave]] that this user may attach to."""
+    return f"""
+[[enclave]]
+name = "{name}"
+image = "{image.sgxs}"
+sigstruct = "{image.sigstruct}"
+{settings}
+
+[[enclave.attach]]
+uid = {os.geteuid()}
+"""

@@ -1,0 +1,232 @@
+"""Clients that misbehave, fault, hang or lose their grant: nothing is lost for anybody else."""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from conftest import enclave_policy
+from images import Images
+from running_broker import RunningBroker
+
+import teemate
+from teemate import GrantedEnclave, Slot
+from teemate._connection import Connection
+from teemate._types import SlotGrant
+
+StartBroker = Callable[..., RunningBroker]
+
+
+@contextmanager
+def attached(running: RunningBroker, name: str, slots: int = 1) -> Iterator[GrantedEnclave]:
+    with teemate.connect(running.socket) as connection, connection.attach(name, slots=slots) as enclave:
+        yield enclave
+
+
+def give_other_key(enclave: GrantedEnclave, **changes: object) -> Slot:
+    """Open the grant's first slot with something else than the broker gave."""
+    grant = enclave._unopened.popleft()
+    return Slot(enclave, grant._replace(**changes))  # type: ignore[arg-type]
+
+
+def slots_of(running: RunningBroker, name: str) -> teemate.SlotCounts:
+    with teemate.connect(running.socket) as connection:
+        return next(info.slots for info in connection.enclaves() if info.name == name)
+
+
+def test_a_forged_key_does_not_open_the_gate(broker: StartBroker, policy: str) -> None:
+    running = broker(policy)
+    with attached(running, "vault") as honest, attached(running, "vault") as forger:
+        key = forger._unopened[0].key
+        for forged in (bytes(16), bytes([key[0] ^ 1]) + key[1:], key[:15] + bytes([key[15] ^ 0x80])):
+            slot = Slot(forger, forger._unopened[0]._replace(key=forged))
+            with pytest.raises(teemate.Revoked, match="refused the key"):
+                slot.call("empty")
+            slot._close()
+        slot = give_other_key(forger)
+        slot.call("empty")
+        slot._close()
+        with honest.slot() as mine:
+            assert mine.call("echo", b"fine") == b"fine"
+
+
+def test_a_forged_identity_is_refused_inside(broker: StartBroker, policy: str) -> None:
+    running = broker(policy)
+    with attached(running, "vault") as forger:
+        bind = bytearray(forger._unopened[0].bind)
+        bind[8] ^= 1  # the principal
+        slot = give_other_key(forger, bind=bytes(bind))
+        with pytest.raises(teemate.Denied, match="identity"):
+            slot.call("empty")
+        slot._close()
+
+
+def test_a_replayed_key_of_an_earlier_holder_does_not_open_the_gate(
+    broker: StartBroker, images: Images
+) -> None:
+    image = images.build("vault", slots=1, heap="1M")
+    running = broker(enclave_policy("vault", image))
+    with attached(running, "vault") as first:
+        old = first._unopened[0]
+        with first.slot() as slot:
+            slot.call("empty")
+    with attached(running, "vault") as second:
+        new = second._unopened[0]
+        assert new.slot == old.slot
+        assert new.key != old.key
+        replay = Slot(second, old)
+        with pytest.raises(teemate.Revoked):
+            replay.call("empty")
+        replay._close()
+        with second.slot() as slot:
+            slot.call("empty")
+
+
+def test_the_key_of_another_slot_opens_only_that_slot(broker: StartBroker, policy: str) -> None:
+    running = broker(policy)
+    with attached(running, "vault", slots=2) as enclave:
+        one, two = enclave._unopened
+        mixed = Slot(enclave, SlotGrant(one.slot, one.tcs, one.generation, two.key, one.bind))
+        with pytest.raises(teemate.Revoked):
+            mixed.call("empty")
+        mixed._close()
+        with enclave.slot() as slot:
+            slot.call("empty")
+
+
+@pytest.mark.parametrize("op", ["slots.release", "slots.acquire", "detach"])
+def test_grants_and_slots_of_other_clients_cannot_be_named(
+    broker: StartBroker, policy: str, op: str
+) -> None:
+    running = broker(policy)
+    with attached(running, "vault") as victim, attached(running, "vault") as attacker:
+        theirs, mine = victim._unopened[0].slot, attacker._unopened[0].slot
+        connection = attacker._connection
+        extra = {"slots.release": {"slots": [theirs], "clean": True}, "slots.acquire": {"count": 1}}
+        with pytest.raises(teemate.Error) as caught:
+            connection.request(op, {"grant": victim.grant, **extra.get(op, {})})
+        assert isinstance(caught.value, teemate.NotFound | teemate.NotAttached | teemate.Denied)
+        with pytest.raises(teemate.Error):
+            connection.request(
+                "slots.release", {"grant": attacker.grant, "slots": [mine, theirs], "clean": True}
+            )
+        with victim.slot() as slot:
+            assert slot.call("echo", b"here") == b"here"
+
+
+def test_a_fault_costs_one_slot_and_nobody_else_notices(broker: StartBroker, policy: str) -> None:
+    running = broker(policy)
+    with attached(running, "faults") as neighbour:
+        with attached(running, "faults") as enclave, enclave.slot() as slot:
+            with pytest.raises(teemate.EnclaveFault, match="#PF"):
+                slot.call("fault_line")
+        with neighbour.slot() as slot:
+            assert slot.call("echo", b"here") == b"here"
+        with attached(running, "faults") as again, again.slot() as slot:
+            slot.call("empty")
+    assert slots_of(running, "faults").quarantined == 1
+
+
+def test_a_call_that_loops_times_out_and_its_slot_is_quarantined(broker: StartBroker, policy: str) -> None:
+    running = broker(policy)
+    with attached(running, "faults") as enclave:
+        with enclave.slot() as slot, pytest.raises(teemate.CallTimeout):
+            slot.call("loop", timeout=0.05)
+        enclave.acquire()
+        with enclave.slot() as slot:
+            slot.call("empty", timeout=60)
+    assert slots_of(running, "faults").quarantined == 1
+
+
+def test_a_revoked_client_gets_revoked_and_its_old_key_never_opens(
+    broker: StartBroker, images: Images, policy: str
+) -> None:
+    running = broker(policy)
+    with teemate.connect(running.socket) as admin, attached(running, "vault") as enclave:
+        grant = enclave._unopened[0]
+        with enclave.slot() as slot:
+            slot.call("empty")
+        done = admin.revoke(grant=enclave.grant, grace=30.0, reason="test")
+        assert (done.grants, done.quarantined, done.leaked) == (1, 0, 0)
+        with pytest.raises(teemate.Revoked), enclave.slot() as slot:
+            slot.call("empty")
+        with attached(running, "vault") as fresh:
+            replay = Slot(fresh, grant)
+            with pytest.raises(teemate.Revoked):
+                replay.call("empty")
+            replay._close()
+    assert running.audit("revocation")
+
+
+def test_revoking_reaches_a_call_that_is_inside(broker: StartBroker, policy: str) -> None:
+    running = broker(policy)
+    inside = threading.Event()
+    errors: list[BaseException] = []
+
+    with teemate.connect(running.socket) as admin, attached(running, "faults") as enclave:
+
+        def body() -> None:
+            try:
+                with enclave.slot() as slot:
+                    slot.call("ocall", b"", ocalls={"echo": lambda data: (inside.set(), data)[1]})
+                    slot.call("loop")
+            except teemate.Error as error:
+                errors.append(error)
+
+        with enclave.slot() as slot:
+            slot.call("empty")  # from now on the library listens
+        thread = threading.Thread(target=body)
+        thread.start()
+        assert inside.wait(30)
+        done = admin.revoke(grant=enclave.grant, grace=2.0)
+        thread.join(60)
+        assert [type(error) for error in errors] == [teemate.Revoked]
+        assert done.grants == 1
+    counts = slots_of(running, "faults")
+    assert (counts.quarantined, counts.withheld) == (1, 0)
+
+
+def test_statistics_of_the_broker_count_what_happened(broker: StartBroker, policy: str) -> None:
+    running = broker(policy)
+    with attached(running, "vault") as enclave, enclave.slot() as slot:
+        slot.call("empty")
+        with teemate.connect(running.socket, client="admin") as admin:
+            names = {client.name for client in admin.clients()}
+            assert "admin" in names
+            grants = [grant for client in admin.clients() for grant in client.grants]
+            assert [(grant.grant, grant.slots) for grant in grants] == [(enclave.grant, (slot.index,))]
+            assert admin.stats()
+
+
+def test_an_unknown_operation_is_unsupported_and_the_connection_lives(
+    broker: StartBroker, policy: str
+) -> None:
+    running = broker(policy)
+    connection = Connection(running.socket)
+    with pytest.raises(teemate.Unsupported):
+        connection.request("no.such.operation", {"x": 1})
+    connection.request("ping")
+    connection.close()
+
+
+def test_an_enclave_is_created_used_and_destroyed_over_the_socket(
+    broker: StartBroker, images: Images, policy: str
+) -> None:
+    uid = os.geteuid()
+    running = broker(f"{policy}\n[[create]]\nuid = {uid}\n")
+    with teemate.connect(running.socket) as admin:
+        info = admin.create("mine", images.vault.sgxs, images.vault.sigstruct, backend="sim")
+        assert (info.name, info.mrenclave) == ("mine", images.vault.mrenclave)
+        try:
+            with admin.attach("mine") as enclave, enclave.slot() as slot:
+                slot.call("put", struct.pack("<BBHIQQ", 1, 0, 1, 1, 0, 0) + b"kv")
+        except teemate.Denied:
+            pass  # what `create` makes has no attach rule for its maker in this policy
+        assert admin.destroy("mine", force=True) == 0
+        assert "mine" not in {info.name for info in admin.enclaves()}
+        with pytest.raises(teemate.ImageError):
+            admin.create("bad", images.vault.sigstruct, images.vault.sigstruct, backend="sim")
