@@ -226,6 +226,12 @@ static void eexit(struct sim_thread *thread, ucontext_t *uc, uint64_t fs, uint64
     }
     if (SIM_STEP("EEXIT.RCX"))
         regs[REG_RCX] = (greg_t)(uintptr_t)sim_aep;
+    if (thread->entry->resumed) {
+        /* The enclave gives back the stack of the EENTER that it remembers; a call that was paused
+         * goes on below another caller's frame.  A signal may arrive before the trampoline looks. */
+        regs[REG_RSP] = (greg_t)thread->entry->rsp;
+        regs[REG_RBP] = (greg_t)thread->entry->rbp;
+    }
     leave(thread, uc, target);
 }
 

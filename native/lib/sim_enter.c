@@ -324,6 +324,7 @@ int sim_enter(struct teemate_enclave *enclave, uint64_t tcs_offset, struct teema
     struct sim_entry entry = {.regs = regs,
                               .run = run,
                               .function = function,
+                              .resumed = function == SGX_ERESUME,
                               .enclave = enclave,
                               .thread = thread,
                               .pause_after_ns = pause_after_ns,
