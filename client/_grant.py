@@ -123,7 +123,7 @@ class GrantedEnclave(Enclave):
     def _detached(self, clean: bool) -> None:
         connection = self._connection
         self._on_detach(self)
-        if connection.lost or isinstance(self.gone, Revoked | EnclaveLost):
+        if connection.lost or isinstance(self.gone, EnclaveLost):
             return
         try:
             connection.request("detach", {"grant": self.grant, "clean": clean})

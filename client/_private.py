@@ -114,7 +114,8 @@ def interrupted_at(native: Any, index: int, elf: Path | None) -> tuple[int, str]
     control[0] = _CTL_SSA  # struct tm_control: op, slot, generation, argument
     control[1] = index
     control[3] = 0
-    if lib.teemate_private_control(native, control, result) or not result[4]:
+    status = ffi.new("int32_t *")
+    if lib.teemate_private_control(native, control, result, status) or status[0] or not result[4]:
         return None
     offset = int(result[4])
     return offset, locate(elf, offset)
