@@ -12,7 +12,9 @@
  * key, so exactly one of the two wins.
  *
  * One entry's frame, at the top of its stack, 32 bytes:
- *   0  scratch   8  caller's RBP   16  caller's RSP   24  way out
+ *   0, 8  scratch   16  GPRSGX of this entry's SSA frame   24  way out
+ * The caller's RSP and RBP are taken from that GPRSGX at the exit: ERESUME renews
+ * them there, and a paused call is resumed from another frame of the caller's stack.
  */
 #include "thread.h"
 
@@ -22,8 +24,28 @@
 #define SLOT_PARKED 3
 #define EXIT_OCALL 1
 #define EEXIT 4
+#define GPRS_SIZE 184
 #define GPRS_URSP 144
 #define GPRS_URBP 152
+
+        /* R15 := GPRSGX of our SSA frame number RAX; changes RBX and R10. */
+        .macro  own_gprs
+        leaq    __tm_base(%rip), %rbx
+        movl    HEADER_NSSA(%rbx), %r15d
+        imulq   %fs:TD_INDEX, %r15
+        leaq    1(%r15, %rax), %r15
+        movl    HEADER_SSA_FRAME_SIZE(%rbx), %r10d
+        imulq   %r10, %r15
+        addq    HEADER_SSA_OFFSET(%rbx), %r15
+        leaq    -GPRS_SIZE(%rbx, %r15), %r15
+        .endm
+
+        /* The caller's stack again; RSP is that of the frame.  R15 is lost. */
+        .macro  leave_stack
+        movq    16(%rsp), %r15
+        movq    GPRS_URBP(%r15), %rbp
+        movq    GPRS_URSP(%r15), %rsp
+        .endm
 
         .section .text.tm_entry, "ax", @progbits
         .globl  tm_entry
@@ -59,11 +81,12 @@ tm_entry:
         movq    %r10, %rax
         lock cmpxchgq %r14, %fs:TD_WORD
         jne     .Lrefuse
-        leaq    __tm_base(%rip), %r14
+        xorl    %eax, %eax
+        own_gprs
+        leaq    (%rbx), %r14
         addq    %fs:TD_STACK_TOP, %r14
         movq    %rcx, -8(%r14)
-        movq    %rsp, -16(%r14)
-        movq    %rbp, -24(%r14)
+        movq    %r15, -16(%r14)
         leaq    -32(%r14), %rsp
         pushq   $2                      /* AC, DF, TF and the rest of the flags */
         popfq
@@ -86,8 +109,7 @@ tm_entry:
         xorl    %r8d, %r8d
 .Lleave:
         movq    24(%rsp), %rbx
-        movq    8(%rsp), %rbp
-        movq    16(%rsp), %rsp
+        leave_stack
 .Lscrub:
 #ifndef TM_TEST_NO_SCRUB
         fxrstor64 .Lclean(%rip)         /* x87, XMM, MXCSR */
@@ -108,8 +130,7 @@ tm_entry:
         /* Revoked while inside: the call is over, its result is nobody's. */
 .Lcleared:
         lock andq $-256, %fs:TD_WORD    /* FREE */
-        movq    8(%rsp), %rbp
-        movq    16(%rsp), %rsp
+        leave_stack
 .Lrefuse:
         leaq    __tm_base(%rip), %rbx
         addq    HEADER_SIZE(%rbx), %rbx /* the landing page */
@@ -131,11 +152,12 @@ tm_entry:
         movq    %r10, %rax
         lock cmpxchgq %r14, %fs:TD_WORD
         jne     .Lrefuse
-        leaq    __tm_base(%rip), %r14
+        xorl    %eax, %eax
+        own_gprs
+        leaq    (%rbx), %r14
         addq    %fs:TD_STACK_TOP, %r14
         movq    %rcx, -8(%r14)
-        movq    %rsp, -16(%r14)
-        movq    %rbp, -24(%r14)
+        movq    %r15, -16(%r14)
         movq    $0, %fs:TD_NONCE
         movq    %fs:TD_SAVED_RSP, %rsp
         pushq   $2
@@ -190,9 +212,9 @@ tm_entry:
 .Lcontrol_stack:
         leaq    tm_control_stack + CONTROL_STACK_SIZE(%rip), %r14
 .Lcontrol:
+        own_gprs
         movq    %rcx, -8(%r14)
-        movq    %rsp, -16(%r14)
-        movq    %rbp, -24(%r14)
+        movq    %r15, -16(%r14)
         leaq    -32(%r14), %rsp
         pushq   $2
         popfq
@@ -245,8 +267,7 @@ tm_gate_ocall:
         lock xaddq %rax, %fs:TD_WORD
         testb   %al, %al
         jns     .Lleave
-        movq    8(%rsp), %rbp
-        movq    16(%rsp), %rsp
+        leave_stack
         jmp     .Lrefuse
         .size   tm_gate_ocall, . - tm_gate_ocall
 

@@ -14,7 +14,10 @@
 #define TD_KEY 0x38
 #define TD_NONCE 0x48
 #define TD_SAVED_RSP 0x50
-#define HEADER_SIZE 0x20 /* tm_image_header.size */
+#define HEADER_NSSA 0x18 /* of tm_image_header */
+#define HEADER_SSA_FRAME_SIZE 0x1c
+#define HEADER_SIZE 0x20
+#define HEADER_SSA_OFFSET 0x58
 
 #define CONTROL_STACK_SIZE 16384
 #define TM_WARDEN_TCS 2 /* TM_WARDEN_SLOTS, for the assembler */
@@ -68,7 +71,10 @@ _Static_assert(offsetof(struct thread, word) == TD_WORD, "entry.S");
 _Static_assert(offsetof(struct thread, key) == TD_KEY, "entry.S");
 _Static_assert(offsetof(struct thread, nonce) == TD_NONCE, "entry.S");
 _Static_assert(offsetof(struct thread, saved_rsp) == TD_SAVED_RSP, "entry.S");
+_Static_assert(offsetof(struct tm_image_header, nssa) == HEADER_NSSA, "entry.S");
+_Static_assert(offsetof(struct tm_image_header, ssa_frame_size) == HEADER_SSA_FRAME_SIZE, "entry.S");
 _Static_assert(offsetof(struct tm_image_header, size) == HEADER_SIZE, "entry.S");
+_Static_assert(offsetof(struct tm_image_header, ssa_offset) == HEADER_SSA_OFFSET, "entry.S");
 _Static_assert(sizeof(struct thread) <= 4096, "thread data is one page");
 
 extern const struct tm_image_header tm_image_header;
