@@ -22,6 +22,7 @@ static void __attribute__((format(printf, 3, 4))) refuse(struct warden_reply *re
     va_list arguments;
 
     reply->status = status;
+    reply->entered = 0;
     va_start(arguments, format);
     vsnprintf(reply->text, sizeof(reply->text), format, arguments);
     va_end(arguments);
@@ -106,13 +107,13 @@ static void start_await_holder(const struct teemate_enclave *enclave, uint64_t o
     }
 }
 
-static int warden_repair(struct warden *warden, uint32_t nssa, uint32_t *frames, struct teemate_diag *diag)
+static int warden_repair(struct warden *warden, uint32_t *frames, struct teemate_diag *diag)
 {
     struct repair repair = {
         .enclave = warden->enclave,
         .key = warden->key,
         .tcs = warden->tcs,
-        .nssa = nssa,
+        .nssa = warden->header.nssa,
         .resume = warden_resume,
         .context = warden,
     };
@@ -122,33 +123,74 @@ static int warden_repair(struct warden *warden, uint32_t nssa, uint32_t *frames,
     return result;
 }
 
-/* SET_KEY through the first TCS that can be entered; both can in all but the worst case. */
+/*
+ * SET_KEY through the first TCS that can be entered; both can in all but the worst
+ * case.  Returns 1 when the enclave has the key but wants a clean TCS for its
+ * tm_on_start(): the last warden died in there.
+ */
 static int start_key(struct warden *warden, struct warden_reply *reply, struct teemate_diag *diag)
 {
     struct tm_control set_key = {.op = TM_CTL_SET_KEY};
     struct control_exit exit = {.status = -EBUSY};
 
-    for (uint64_t slot = 0; slot < TM_WARDEN_SLOTS && !exit.entered && exit.status == -EBUSY; slot++) {
-        control_sign(warden->key, &set_key);
+    for (uint64_t slot = 0; slot < TM_WARDEN_SLOTS && !exit.entered && exit.status == -EBUSY; slot++)
         control_enter(warden->enclave, warden->tcs[slot], warden->key, &set_key, &reply->result, &exit);
-    }
     reply->entered = exit.entered;
     reply->vector = exit.vector;
-    reply->status = exit.status;
     if (!exit.entered)
         return diag_set(diag, exit.status, TEEMATE_STEP_ENTER, (int)exit.vector - 1, 0,
-                        "the enclave cannot be entered: %s (exception %d)", strerror(-exit.status),
+                        "the enclave does not take its control key: %s (exception %d)", strerror(-exit.status),
                         (int)exit.vector - 1);
-    if (exit.status != TM_OK)
+    if (exit.status != TM_OK && exit.status != TM_E_STATE)
         return diag_set(diag, -EACCES, TEEMATE_STEP_CONTROL, exit.status, 0,
-                        "the enclave does not take the control key: status %d", exit.status);
-    if (reply->result.length < sizeof(warden->header))
+                        "the enclave does not start: status %d", exit.status);
+    if (reply->result.length != sizeof(warden->header))
         return diag_set(diag, -EBADMSG, TEEMATE_STEP_CONTROL, 0, 0, "SET_KEY did not bring the image header");
     memcpy(&warden->header, reply->result.data, sizeof(warden->header));
     if (warden->header.magic != TM_IMAGE_MAGIC || warden->header.abi_version != TM_ABI_VERSION ||
         warden->header.nssa < 1 || warden->header.nssa > 0xffff)
         return diag_set(diag, -EBADMSG, TEEMATE_STEP_CONTROL, 0, 0, "what SET_KEY brought is no image header");
+    return exit.status == TM_E_STATE ? 1 : 0;
+}
+
+/* On the sim the processor does not bury the dead. */
+static int start_bury(const struct warden *warden, struct teemate_diag *diag)
+{
+    if (warden->enclave->backend->id != TEEMATE_SIM)
+        return 0;
+    for (uint64_t slot = 0; slot < TM_WARDEN_SLOTS; slot++) {
+        int result;
+
+        start_await_holder(warden->enclave, warden->tcs[slot]);
+        result = sim_tcs_bury(warden->enclave, warden->tcs[slot]);
+        if (result < 0)
+            return diag_set(diag, result, TEEMATE_STEP_ENTER, 0, slot, "TCS %llu could not be buried: %s",
+                            (unsigned long long)slot, strerror(-result));
+    }
     return 0;
+}
+
+/* Everything after the request has been looked at. */
+static int start_run(struct warden *warden, const struct warden_request *request, struct warden_fds *fds,
+                     struct warden_reply *reply, struct teemate_diag *diag)
+{
+    int again;
+    int result = start_open(warden, request, fds, diag);
+
+    if (result == 0)
+        result = start_bury(warden, diag);
+    if (result < 0)
+        return result;
+    again = start_key(warden, reply, diag);
+    if (again < 0)
+        return again;
+    result = warden_repair(warden, &reply->repaired, diag);
+    if (result == 0 && again == 1)
+        result = start_key(warden, reply, diag);
+    if (result == 1)
+        return diag_set(diag, -EIO, TEEMATE_STEP_CONTROL, TM_E_STATE, 0, "the enclave does not start: status %d",
+                        TM_E_STATE);
+    return result;
 }
 
 static void handle_start(struct warden *warden, const struct warden_request *request, struct warden_fds *fds,
@@ -158,7 +200,7 @@ static void handle_start(struct warden *warden, const struct warden_request *req
     int result;
 
     if (warden->enclave != NULL) {
-        refuse(reply, -EALREADY, "this warden has its enclave already");
+        refuse(reply, -EALREADY, "this warden has had its START");
         return;
     }
     if (fds->count != 2 || request->body.start.segment_count < 1 ||
@@ -168,22 +210,10 @@ static void handle_start(struct warden *warden, const struct warden_request *req
         return;
     }
     control_key_init(warden->key, request->body.start.control_key);
-    result = start_open(warden, request, fds, &diag);
-    if (result == 0 && warden->enclave->backend->id == TEEMATE_SIM) {
-        for (uint64_t slot = 0; result >= 0 && slot < TM_WARDEN_SLOTS; slot++) {
-            start_await_holder(warden->enclave, warden->tcs[slot]);
-            result = sim_tcs_bury(warden->enclave, warden->tcs[slot]);
-        }
-        result = result < 0 ? diag_set(&diag, result, TEEMATE_STEP_ENTER, 0, 0, "a TCS could not be buried") : 0;
-    }
-    if (result == 0)
-        result = start_key(warden, reply, &diag);
-    if (result == 0)
-        result = warden_repair(warden, warden->header.nssa, &reply->repaired, &diag);
-    if (result < 0) {
-        reply->entered = 0;
+    result = start_run(warden, request, fds, reply, &diag);
+    if (result < 0)
         refuse_diag(reply, result, &diag);
-    }
+    warden->started = result == 0;
 }
 
 /* ---- requests of a running warden ---------------------------------------------------- */
@@ -290,12 +320,12 @@ void warden_handle(struct warden *warden, const struct warden_request *request, 
     }
     if (request->op == WARDEN_PING)
         return;
-    if (warden->tcs == NULL || warden->header.magic == 0) {
+    if (!warden->started) {
         refuse(reply, -ENOTCONN, "START comes first");
         return;
     }
     if (warden->damaged) {
-        int result = warden_repair(warden, warden->header.nssa, &reply->repaired, &diag);
+        int result = warden_repair(warden, &reply->repaired, &diag);
 
         if (result < 0) {
             refuse_diag(reply, result, &diag);
@@ -322,7 +352,7 @@ void warden_handle(struct warden *warden, const struct warden_request *request, 
 
 bool warden_wants_time(const struct warden *warden)
 {
-    return warden->header.magic != 0 && (warden->header.flags & TM_IMAGE_TIME) != 0 && !warden->damaged;
+    return warden->started && (warden->header.flags & TM_IMAGE_TIME) != 0 && !warden->damaged;
 }
 
 void warden_tick(struct warden *warden)

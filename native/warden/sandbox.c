@@ -82,8 +82,9 @@ static const struct rule warden_rules[] = {
     ANY(gettid),
     ANY(getpid),
     ANY(getppid),
-    ANY(tgkill), /* ticks, and abort() */
-    ANY(rt_tgsigqueueinfo),
+    ANY(getuid), /* the sender in a tick's siginfo */
+    ANY(rt_tgsigqueueinfo), /* ticks */
+    ANY(tgkill), /* abort() */
     ANY(kill), /* is the last holder of a TCS still there? the disposable child's end */
     ANY(sched_yield),
     ANY(sched_getaffinity), /* pthread_getattr_np and friends of glibc */
@@ -104,13 +105,36 @@ static const struct rule warden_rules[] = {
 
 /* After the child has mapped the TCS it only enters, takes ticks, and ends. */
 static const struct rule child_rules[] = {
-    ANY(rt_sigreturn),   ANY(rt_sigprocmask), ANY(rt_sigaction), ANY(rt_sigpending), ANY(sigaltstack),
-    ANY(arch_prctl),     ANY(futex),          ANY(mmap),         ANY(munmap),        ANY(mprotect),
-    ANY(madvise),        ANY(brk),            ANY(gettid),       ANY(getpid),        ANY(tgkill),
-    ANY(rt_tgsigqueueinfo), ANY(clock_gettime), ANY(clock_nanosleep), ANY(rseq),     ANY(set_robust_list),
-    ANY(restart_syscall),   ANY(exit),          ANY(exit_group),
+    /* entering, as above */
+    ANY(rt_sigaction),
+    ANY(rt_sigprocmask),
+    ANY(rt_sigpending),
+    ANY(rt_sigreturn),
+    ANY(sigaltstack),
+    ANY(arch_prctl),
+    ANY(mprotect), /* page tables that follow the EPCM */
+    ANY(madvise),
+    ANY(mmap), /* the stack of the ticker, and malloc */
+    ANY(munmap),
+    ANY(brk),
+    ANY(rseq),
+    ANY(set_robust_list),
+    ANY(futex),
+    ANY(clock_gettime),
+    ANY(clock_nanosleep),
+    ANY(sched_yield),
+    ANY(gettid),
+    ANY(getpid),
+    ANY(getuid),
+    ANY(getrandom),
+    ANY(rt_tgsigqueueinfo),
+    ANY(tgkill),
     ONLY(clone, 0, CLONE_PTHREAD, CLONE_PTHREAD, CLONE_PTHREAD),
     FAIL(clone3, ENOSYS),
+    ONLY(prctl, 0, PR_SET_NAME, PR_SET_NAME, PR_SET_NAME), /* of the ticker */
+    ANY(restart_syscall),
+    ANY(exit),
+    ANY(exit_group),
 };
 
 static size_t emit(struct sock_filter *code, size_t at, uint16_t op, uint32_t k, uint8_t yes, uint8_t no)

@@ -27,6 +27,7 @@ struct warden {
     uint64_t *tcs;                   /* owned: offsets of all TCSs, ascending */
     size_t tcs_count;
     struct tm_image_header header;   /* as the enclave gave it */
+    bool started;                    /* START has succeeded */
     bool damaged;                    /* a control ECALL has faulted: repair before the next */
 };
 
