@@ -1,0 +1,75 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Goes into the warden's sandbox and tries something, for test_warden_sandbox.py:
+ *   sandboxed warden|child NUMBER [ARGUMENT]   a system call; exits 0 when it came back
+ *   sandboxed fork                             fork and wait as the warden does
+ *   sandboxed show                             prints what was given up (before the filter)
+ */
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "sandbox.h"
+
+static int show(void)
+{
+    struct rlimit core;
+    char line[256];
+    FILE *status = fopen("/proc/self/status", "r");
+
+    if (status == NULL)
+        return 1;
+    while (fgets(line, sizeof(line), status) != NULL) {
+        if (strncmp(line, "Cap", 3) == 0 || strncmp(line, "NoNewPrivs", 10) == 0 || strncmp(line, "Name", 4) == 0)
+            fputs(line, stderr);
+    }
+    fclose(status);
+    getrlimit(RLIMIT_CORE, &core);
+    fprintf(stderr, "core: %lu\n", (unsigned long)core.rlim_max);
+    for (int fd = 0; fd < 64; fd++) {
+        if (fd != fileno(stderr) && dup2(fd, fd) == fd)
+            fprintf(stderr, "open: %d\n", fd);
+    }
+    return 0;
+}
+
+static void *nothing(void *argument)
+{
+    return argument;
+}
+
+int main(int argc, char **argv)
+{
+    const char *step;
+    int result = sandbox_enter(&step);
+    int status = 0;
+    pthread_t thread;
+
+    if (result < 0 || argc < 2) {
+        fprintf(stderr, "%s: %s\n", step, strerror(-result));
+        return 2;
+    }
+    if (strcmp(argv[1], "show") == 0)
+        return show();
+    if (sandbox_filter() < 0)
+        return 2;
+    if (strcmp(argv[1], "fork") == 0) {
+        pid_t child = fork();
+
+        if (child == 0)
+            _exit(7);
+        if (child < 0 || waitpid(child, &status, 0) != child || pthread_create(&thread, NULL, nothing, NULL) != 0)
+            return 2;
+        pthread_join(thread, NULL);
+        return WEXITSTATUS(status);
+    }
+    if (argc < 3 || (strcmp(argv[1], "child") == 0 && sandbox_filter_child() < 0))
+        return 2;
+    syscall(atol(argv[2]), argc > 3 ? strtol(argv[3], NULL, 0) : 0, 0, 0, 0, 0, 0);
+    _exit(0);
+}

@@ -1,0 +1,110 @@
+"""What a warden can no longer do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+NATIVE = HERE.parents[1] / "native"
+
+# x86-64 numbers (arch/x86/entry/syscalls/syscall_64.tbl).
+CALLS = {
+    "getpid": 39,
+    "clock_gettime": 228,
+    "socket": 41,
+    "connect": 42,
+    "execve": 59,
+    "ptrace": 101,
+    "openat": 257,
+    "open": 2,
+    "process_vm_readv": 310,
+    "unshare": 272,
+    "setuid": 105,
+    "ioctl": 16,
+    "io_uring_setup": 425,
+    "bpf": 321,
+    "vfork": 58,
+    "memfd_create": 319,
+}
+
+
+@pytest.fixture(scope="module")
+def sandboxed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program that goes into the warden's sandbox and tries something."""
+    program = tmp_path_factory.mktemp("sandbox") / "sandboxed"
+    subprocess.run(
+        [
+            *("cc", "-std=gnu17", "-D_GNU_SOURCE", "-Wall", "-Werror", "-pthread"),
+            *(f"-I{NATIVE}/include", f"-I{NATIVE}/warden"),
+            *(str(HERE / "sandboxed.c"), str(NATIVE / "warden" / "sandbox.c"), "-o", str(program)),
+        ],
+        check=True,
+    )
+    return program
+
+
+def run(program: Path, *arguments: str, fds: str = "3</dev/null") -> subprocess.CompletedProcess[str]:
+    """Run it with a descriptor 3, as a warden has one."""
+    return subprocess.run(
+        ["/bin/sh", "-c", f'exec "$0" "$@" {fds}', str(program), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("name", ["getpid", "clock_gettime"])
+def test_a_listed_system_call_comes_back(sandboxed: Path, name: str) -> None:
+    assert run(sandboxed, "warden", str(CALLS[name])).returncode == 0
+    assert run(sandboxed, "child", str(CALLS[name])).returncode == 0
+
+
+@pytest.mark.parametrize("name", sorted(set(CALLS) - {"getpid", "clock_gettime"}))
+def test_any_other_system_call_kills_the_process(sandboxed: Path, name: str) -> None:
+    assert run(sandboxed, "warden", str(CALLS[name])).returncode == -signal.SIGSYS
+    assert run(sandboxed, "child", str(CALLS[name])).returncode == -signal.SIGSYS
+
+
+def test_the_child_has_fewer_system_calls_than_the_warden(sandboxed: Path) -> None:
+    wait4, fork_flags = "61", str(0x1200011)
+    assert run(sandboxed, "warden", wait4, "-1").returncode == 0
+    assert run(sandboxed, "child", wait4, "-1").returncode == -signal.SIGSYS
+    assert run(sandboxed, "child", "56", fork_flags).returncode == -signal.SIGSYS
+
+
+def test_clone_makes_threads_and_plain_children_but_no_namespaces(sandboxed: Path) -> None:
+    assert run(sandboxed, "fork").returncode == 7
+    new_user_namespace = str(0x10000000 | signal.SIGCHLD)
+    assert run(sandboxed, "warden", "56", new_user_namespace).returncode == -signal.SIGSYS
+
+
+def test_prctl_can_only_do_what_the_child_needs(sandboxed: Path) -> None:
+    pr_set_dumpable = "4"
+    assert run(sandboxed, "warden", "157", pr_set_dumpable).returncode == -signal.SIGSYS
+
+
+def test_the_32_bit_system_calls_are_no_way_around(sandboxed: Path) -> None:
+    x32_getpid = str(0x40000000 + CALLS["getpid"])
+    assert run(sandboxed, "warden", x32_getpid).returncode == -signal.SIGSYS
+
+
+def test_capabilities_privileges_descriptors_and_core_dumps_are_given_up(sandboxed: Path) -> None:
+    shown = run(sandboxed, "show", fds="3</dev/null 5</dev/null 9</dev/null").stderr.splitlines()
+    told = dict(line.replace("\t", " ").split(":", 1) for line in shown if not line.startswith("open"))
+    assert told["Name"].strip() == "teemate-warden"
+    assert told["NoNewPrivs"].strip() == "1"
+    assert told["core"].strip() == "0"
+    for field in ("CapInh", "CapPrm", "CapEff", "CapAmb") + (("CapBnd",) if os.geteuid() == 0 else ()):
+        assert int(told[field], 16) == 0, field
+    assert [line for line in shown if line.startswith("open")] == ["open: 0", "open: 1", "open: 3"]
+
+
+def test_without_a_socketpair_it_does_not_start(sandboxed: Path) -> None:
+    failed = run(sandboxed, "show", fds="3<&-")
+    assert failed.returncode == 2
+    assert "descriptors" in failed.stderr
