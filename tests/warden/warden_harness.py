@@ -86,7 +86,7 @@ class Enclave:
 
     def nssa(self, slot: int) -> int:
         """Return how many SSA frames the TCS has."""
-        return int.from_bytes(os.pread(self.fd, 4, self._tcs_place(slot) + 48), "little")
+        return int.from_bytes(os.pread(self.fd, 4, self._tcs_place(slot) + 56), "little")
 
 
 class Warden:
