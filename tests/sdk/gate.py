@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from images import BuiltImage
+
 from teemate._native import ffi, lib
 
 ECALL, OCALL_RETURN, BIND, CONTROL = 0, 1, 2, 16
@@ -275,8 +276,8 @@ class Gate:
         text[64:96] = hmac.digest(self.mac_key, covered, "sha256")
         return text
 
-    def send(self, request: bytes, *, tcs: int = 0, key: bytes | None = None) -> Result | Left:
-        """Do a control ECALL with exactly these bytes (but where the result goes): Left unless it answered."""
+    def send(self, request: bytes | bytearray, *, tcs: int = 0, key: bytes | None = None) -> Result | Left:
+        """Do a control ECALL with these bytes (but where the result goes): Left unless it answered."""
         raw = ffi.new("uint8_t[]", bytes(request))
         room = ffi.new("uint8_t[]", _RESULT.size)
         ffi.memmove(raw + _RESULT_OFFSET, struct.pack("<Q", address(room)), 8)
@@ -321,7 +322,6 @@ class Gate:
         probe = self.control(PROBE, holder.slot, tcs=holder.slot)
         assert (probe.status, probe.cssa, probe.state) == (OK, 0, FREE)
         assert self.control(RESET, holder.slot).status == OK
-
 
     def worker(self, holder: Holder, calls: Sequence[tuple[str, bytes]], *, repeat: int = 1) -> Worker:
         """Let another process do `calls` in the slot of `holder`, `repeat` times over."""

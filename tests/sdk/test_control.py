@@ -37,6 +37,7 @@ from gate import (
     address,
 )
 from images import Images
+
 from teemate._native import ffi
 
 

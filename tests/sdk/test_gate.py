@@ -38,6 +38,7 @@ from gate import (
     address,
 )
 from images import Images
+
 from teemate._native import ffi
 
 

@@ -7,6 +7,7 @@ import struct
 import pytest
 from gate import EXIT_DONE, EXIT_OCALL, OCALL_RETURN, OK, Call, Gate, Holder
 from images import Images
+
 from teemate._native import ffi
 from teemate.image import SigParams
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 from gate import ECALL, ERESUME, EXIT_OCALL, OCALL_RETURN, OK, PAUSED, Call, Gate, Left
+
 from teemate._native import ffi
 
 BUSY = -8

@@ -36,7 +36,9 @@ def main() -> int:
     for _ in range(order["repeat"]):
         for name, payload in order["calls"]:
             data = bytes.fromhex(payload)
-            error = lib.teemate_slot_call(slot[0], name.encode(), len(name), data, len(data), out, 65536, 0, call)
+            error = lib.teemate_slot_call(
+                slot[0], name.encode(), len(name), data, len(data), out, 65536, 0, call
+            )
             while not error and call.outcome == lib.TEEMATE_CALL_PAUSED:
                 error = lib.teemate_slot_resume(slot[0], 0, call)
             if error or call.outcome != lib.TEEMATE_CALL_DONE:

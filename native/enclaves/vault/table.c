@@ -155,45 +155,27 @@ static struct entry **find(uint64_t hash, const struct place *place)
     return link;
 }
 
-int table_get(const struct place *place, struct value *value, void *small, size_t room, void **block)
+int table_read(const struct place *place, struct value *value, size_t offset, void *buffer, size_t room)
 {
     uint64_t hash = hash_of(place);
     struct shard *shard = shard_of(hash);
+    struct entry *entry;
+    int status = shard_lock(shard);
 
-    *block = NULL;
-    for (;;) {
-        size_t have = *block ? tm_block_size(*block) : room;
-        uint8_t *target = *block ? *block : small;
-        struct entry *entry;
-        int status = shard_lock(shard);
+    if (status)
+        return status;
+    entry = *find(hash, place);
+    if (!entry || is_over(entry)) {
+        status = VAULT_NOT_FOUND;
+    } else {
+        size_t left = offset < entry->value_length ? entry->value_length - offset : 0;
 
-        if (status)
-            goto fail;
-        entry = *find(hash, place);
-        if (!entry || is_over(entry)) {
-            tm_unlock(&shard->mutex);
-            status = VAULT_NOT_FOUND;
-        } else {
-            value->version = entry->version;
-            value->expires = entry->expires;
-            value->length = entry->value_length;
-            value->bytes = target;
-            if (entry->value_length <= have)
-                memcpy(target, entry->bytes + entry->key_length, entry->value_length);
-            tm_unlock(&shard->mutex);
-            if (value->length <= have)
-                return 0;
-            status = 0;
-        }
-    fail:
-        tm_free(*block);
-        *block = NULL;
-        if (status)
-            return status;
-        *block = tm_alloc(value->length);
-        if (!*block)
-            return TM_E_NOMEM;
+        *value = (struct value){
+            .version = entry->version, .expires = entry->expires, .length = entry->value_length};
+        memcpy(buffer, entry->bytes + entry->key_length + (left ? offset : 0), left < room ? left : room);
     }
+    tm_unlock(&shard->mutex);
+    return status;
 }
 
 /* Under the lock: put `fresh` (or nothing) where *link points, tell what was there. */

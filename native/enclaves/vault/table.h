@@ -24,7 +24,7 @@ struct place {
     const uint8_t *key;
 };
 
-/* One value, on its own block of the heap. */
+/* One value; `bytes` are the caller's. */
 struct value {
     uint64_t version;
     uint64_t expires;
@@ -36,11 +36,11 @@ struct value {
 int table_start(void);
 
 /*
- * Copies the value to a block of the heap, the caller's to free (NULL when it is
- * empty or fits `small`, of `room` bytes; value->bytes says where it is).
- * 0, VAULT_NOT_FOUND, TM_E_NOMEM, TM_E_BUSY.
+ * Tell the value and copy up to `room` of its bytes from `offset` on; value->bytes
+ * is not set.  Large values are read in pieces, without any memory of the heap:
+ * value->version tells whether they are of one value.  0, VAULT_NOT_FOUND, TM_E_BUSY.
  */
-int table_get(const struct place *place, struct value *value, void *small, size_t room, void **block);
+int table_read(const struct place *place, struct value *value, size_t offset, void *buffer, size_t room);
 
 /*
  * Write `value`; its version comes back.  With `compare` only when the present

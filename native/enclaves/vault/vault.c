@@ -2,7 +2,9 @@
 /* The vault's ECALLs: what comes in is checked here, table.c does the work. */
 #include "table.h"
 
-#define SMALL_VALUE 4096u
+#define PIECE 4096u
+#define ATTEMPTS 1000
+#define PAGE_LEAST 1024u
 
 int tm_on_start(void)
 {
@@ -58,24 +60,49 @@ static int read_put(const struct tm_request *rq, struct place *place, struct val
     return 0;
 }
 
-/* vault_value and the value, copied out before the caller's memory is touched. */
-static int reply_value(struct tm_request *rq, const struct place *place, int status_found)
+/*
+ * vault_value and the value, in pieces that are copied out of the table before the
+ * caller's memory is touched.  VAULT_CHANGED when another value came meanwhile.
+ */
+static int reply_pieces(struct tm_request *rq, const struct place *place)
 {
-    uint8_t small[SMALL_VALUE];
-    struct value value = {0};
+    uint8_t piece[PIECE];
     struct vault_value head;
-    void *block;
-    int status = table_get(place, &value, small, sizeof(small), &block);
+    struct value value;
+    size_t offset = 0;
+    int status = table_read(place, &value, 0, piece, sizeof(piece));
 
-    if (status == VAULT_NOT_FOUND && status_found == VAULT_CHANGED)
-        status = 0; /* it was there, or not, and now it is not */
     if (status)
         return status;
     head = (struct vault_value){.version = value.version, .expires = value.expires};
-    status = tm_reply(rq, &head, sizeof(head));
-    if (value.length)
-        status = tm_reply(rq, value.bytes, value.length);
-    tm_free(block);
+    tm_reply(rq, &head, sizeof(head));
+    for (;;) {
+        size_t some = value.length - offset < sizeof(piece) ? value.length - offset : sizeof(piece);
+
+        status = tm_reply(rq, piece, some);
+        offset += some;
+        if (offset == value.length)
+            return status;
+        status = table_read(place, &value, offset, piece, sizeof(piece));
+        if (status || value.version != head.version)
+            return status ? status : VAULT_CHANGED;
+    }
+}
+
+static int reply_value(struct tm_request *rq, const struct place *place, int status_found)
+{
+    int status = VAULT_CHANGED;
+
+    for (int attempts = 0; status == VAULT_CHANGED && attempts < ATTEMPTS; attempts++) {
+        tm_reply_reset(rq);
+        status = reply_pieces(rq, place);
+    }
+    if (status == VAULT_CHANGED || status == VAULT_NOT_FOUND)
+        tm_reply_reset(rq);
+    if (status == VAULT_CHANGED)
+        return TM_E_BUSY;
+    if (status == VAULT_NOT_FOUND && status_found == VAULT_CHANGED)
+        return tm_reply(rq, &(struct vault_value){0}, sizeof(struct vault_value)) ? TM_E_SPACE : VAULT_CHANGED;
     return status ? status : status_found;
 }
 
@@ -165,7 +192,10 @@ static int scan(struct tm_request *rq, bool with_values, size_t overhead, struct
     room = room > overhead ? room - overhead : 1;
     if (room > VAULT_PAGE_BYTES)
         room = VAULT_PAGE_BYTES;
-    status = table_scan(prefix, with_values, room, cursor, records, length, &page->count, &next);
+    /* A full heap must not keep anybody from looking what to delete. */
+    do
+        status = table_scan(prefix, with_values, room, cursor, records, length, &page->count, &next);
+    while (status == TM_E_NOMEM && (room /= 2) >= PAGE_LEAST);
     if (status == TM_E_SPACE && tm_reply_room(rq) >= overhead + *length)
         /* One bucket with more than a page: it has the room, so let it have the bucket. */
         status = table_scan(prefix, with_values, tm_reply_room(rq) - overhead, cursor, records, length,
