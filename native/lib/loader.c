@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/random.h>
+#include <unistd.h>
 
 #include "sgxs.h"
 
@@ -18,6 +19,7 @@ struct loader {
     const struct sgx_sigstruct *sigstruct;
     uint64_t base; /* 0: choose one */
     uint64_t attributes;
+    uint64_t pages_left; /* that the backend may be asked for */
 };
 
 /*
@@ -112,13 +114,31 @@ static int loader_begin(void *context, uint64_t size, uint32_t ssa_frame_pages, 
     return backend_error(enclave->backend->create(enclave, &params, diag));
 }
 
+/*
+ * The sim's EPC is memory, and adding pages to a memfd does not fail when there is no more:
+ * the kernel kills processes until there is.  A small stream can ask for 64 GiB.
+ */
+static uint64_t pages_limit(const struct teemate_enclave *enclave)
+{
+    long pages = enclave->backend->id == TEEMATE_SIM ? sysconf(_SC_PHYS_PAGES) : -1;
+
+    return pages > 0 ? (uint64_t)pages / 2 : UINT64_MAX;
+}
+
 static int loader_pages(void *context, const struct sgxs_run *run, struct teemate_diag *diag)
 {
     struct loader *loader = context;
     struct teemate_enclave *enclave = loader->enclave;
-    int result = enclave->backend->add_pages(enclave, run->offset, run->data, run->size, run->secinfo_flags,
-                                             run->measured, run->partly, diag);
+    int result;
 
+    if (run->size / SGX_PAGE > loader->pages_left)
+        return diag_set(diag, -ENOMEM, TEEMATE_STEP_EADD, ENOMEM, run->record,
+                        "the enclave has more than %" PRIu64
+                        " pages, half of this machine's memory: the sim takes no more",
+                        pages_limit(enclave));
+    loader->pages_left -= run->size / SGX_PAGE;
+    result = enclave->backend->add_pages(enclave, run->offset, run->data, run->size, run->secinfo_flags,
+                                         run->measured, run->partly, diag);
     /* People look for the record in the file, not for the page in ELRANGE. */
     if (result < 0 && diag)
         diag->offset = run->record;
@@ -158,6 +178,7 @@ int teemate_create(int backend, uint64_t base, uint64_t attributes, int image_fd
     if (result < 0)
         return result;
     memcpy(&copy, sigstruct, sizeof(copy)); /* it may lie at any address, and is read more than once */
+    loader.pages_left = pages_limit(loader.enclave);
     result = load(&loader, image_fd, diag);
     if (result < 0) {
         teemate_close(loader.enclave);

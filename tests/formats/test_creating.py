@@ -237,6 +237,18 @@ def test_a_heap_costs_its_pages_once() -> None:
         assert pages + 1 <= held <= pages + 1 + pages * 2 * 8 // PAGE + 80
 
 
+def test_more_pages_than_the_machine_can_give_are_refused_before_they_are_taken() -> None:
+    """A stream of 64 bytes for each page may not bring the host down."""
+    pages = os.sysconf("SC_PHYS_PAGES") // 2 + 1
+    if pages > 1 << 23:
+        pytest.skip("with more than 64 GiB of memory the stream itself would be too large for a test")
+    size = 1 << (pages * PAGE - 1).bit_length()
+    image = Stream(size=size)
+    image.records.append(b"".join(eadd(PAGE * page, REG | R | W) for page in range(pages)))
+    refusal = refused(image.to_bytes(), sign(bytes(32)))
+    assert (refusal.error, refusal.step) == (errno.ENOMEM, lib.TEEMATE_STEP_EADD)
+
+
 # ---- opening what another process made ---------------------------------------------------
 
 
