@@ -8,6 +8,7 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,32 +28,34 @@ __all__ = ["main"]
 _DEFAULT_CONFIG = Path("/etc/teemate/broker.toml")
 
 
-async def _stop_on_signal(cancel: trio.CancelScope, log: FilteringBoundLogger) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for number in signals:
-            log.info("stopping", signal=signal.Signals(number).name)
-            cancel.cancel()
-            return
+async def _stop_on_signal(
+    signals: AsyncIterator[int], cancel: trio.CancelScope, log: FilteringBoundLogger
+) -> None:
+    async for number in signals:
+        log.info("stopping", signal=signal.Signals(number).name)
+        cancel.cancel()
 
 
 async def run(policy: Policy, log: FilteringBoundLogger, listeners: list[socket.socket]) -> None:
     """Run the broker until SIGTERM or SIGINT."""
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_stop_on_signal, nursery.cancel_scope, log)
-        service = Service(policy, log)
-        nursery.start_soon(Server(service).run, listeners)
-        if service.backend == "sim":
-            log.warning(
-                "the sim backend protects nothing: enclaves are ordinary memory that root, their owner and"
-                " every client can read; use it to develop and test, never for secrets"
-            )
-        await nursery.start(service.run)
-        log.info(
-            "ready", policy=policy.source, backend=service.backend,
-            sockets=[str(listener.getsockname()) for listener in listeners],
-        )  # fmt: skip
-        notify("READY=1")
-    notify("STOPPING=1")
+    # Outside of the nursery: a second signal must not end us while wardens are being ended.
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_stop_on_signal, signals, nursery.cancel_scope, log)
+            service = Service(policy, log)
+            nursery.start_soon(Server(service).run, listeners)
+            if service.backend == "sim":
+                log.warning(
+                    "the sim backend protects nothing: enclaves are ordinary memory that root, their owner"
+                    " and every client can read; use it to develop and test, never for secrets"
+                )
+            await nursery.start(service.run)
+            log.info(
+                "ready", policy=policy.source, backend=service.backend,
+                sockets=[str(listener.getsockname()) for listener in listeners],
+            )  # fmt: skip
+            notify("READY=1")
+        notify("STOPPING=1")
 
 
 @click.command()
@@ -96,6 +99,8 @@ def main(config: Path | None, socket_path: str | None, backend: str | None, log_
             except OSError as error:
                 raise click.ClickException(f"cannot listen at {settings.socket}: {error.strerror}") from error
             cleanup.callback(_unlink, settings.socket)
+        for number in (signal.SIGTERM, signal.SIGINT):  # what holds again when trio's receiver is gone
+            signal.signal(number, signal.SIG_IGN)
         try:
             trio.run(run, policy, log, listeners)
         except* errors.Unsupported as group:

@@ -67,8 +67,10 @@ class EnclavePolicy:
     clients_per_uid: int = 1024
     wait: float = 30.0
     with_cgroup: bool = False
-    share: bool = False
-    """Processes of other uids than the owner's may attach (``share_between_owners`` / the sim's)."""
+    share_sim: bool = False
+    """Processes of other uids than the owner's may attach on the sim (``insecure_sim_sharing``)."""
+    share_sgx: bool = False
+    """The same on real hardware (``share_between_owners = "unfenced"``)."""
     revoke_grace: float = 5.0
     revoke_kill: bool = False
 
@@ -79,10 +81,12 @@ class EnclavePolicy:
         if identity.uid != self.owner:
             if debug:
                 return f"enclave {self.name}: debug enclaves are never shared between owners"
-            if not self.share:
-                setting = (
-                    "insecure_sim_sharing = true" if backend == "sim" else 'share_between_owners = "unfenced"'
-                )
+            shared, setting = (
+                (self.share_sim, "insecure_sim_sharing = true")
+                if backend == "sim"
+                else (self.share_sgx, 'share_between_owners = "unfenced"')
+            )
+            if not shared:
                 return f"enclave {self.name}: uid {identity.uid} is not owner {self.owner}, and no {setting}"
         if any(rule.matches(identity, tree) for rule in self.attach):
             return None
@@ -240,11 +244,12 @@ def _enclave(table: Table, base: Path, default_owner: int) -> EnclavePolicy:
         clients_per_uid=table.whole("clients_per_uid", 1024, 1),
         wait=table.number("wait", 30.0, 0.0, 86400.0),
         with_cgroup=table.choice("identity", "uid", ("uid", "uid+cgroup")) == "uid+cgroup",
-        share=table.flag("insecure_sim_sharing", False) or unfenced,
+        share_sim=table.flag("insecure_sim_sharing", False),
+        share_sgx=unfenced,
         revoke_grace=table.number("revoke_grace", 5.0, 0.0, 3600.0),
         revoke_kill=table.flag("revoke_kill", False),
     )
-    if policy.share and policy.debug:
+    if (policy.share_sim or policy.share_sgx) and policy.debug:
         raise table.error(
             "debug", "a debug enclave is never shared between owners: its memory is open to all of them"
         )

@@ -1,1 +1,54 @@
 """Fixtures of the broker's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from images import Images
+from raw_client import RawClient, raw_client
+from running_broker import RunningBroker
+
+BASE_POLICY = """
+[administrators]
+uids = [0]
+"""
+
+
+@pytest.fixture
+def vault_policy(images: Images) -> Callable[..., str]:
+    """The text of a policy with the vault; `extra` are lines of its [[enclave]], `more` other tables."""
+    vault = images.vault
+
+    def make(extra: str = "", more: str = "", *, attach: str = "uid = 0") -> str:
+        return f"""{BASE_POLICY}
+[[enclave]]
+name = "vault"
+image = "{vault.sgxs}"
+sigstruct = "{vault.sigstruct}"
+{extra}
+[[enclave.attach]]
+{attach}
+{more}
+"""
+
+    return make
+
+
+@pytest.fixture
+def vault_broker(broker: Callable[..., RunningBroker], vault_policy: Callable[..., str]) -> RunningBroker:
+    """A broker with the vault, 12 client slots, for root."""
+    return broker(vault_policy())
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[..., RawClient]]:
+    """Connections that end with the test."""
+    with ExitStack() as stack:
+
+        def open_client(broker: RunningBroker, **options: Any) -> RawClient:
+            return stack.enter_context(raw_client(broker.socket, **options))
+
+        yield open_client
