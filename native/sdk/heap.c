@@ -29,6 +29,7 @@ struct free_block {
 #define FIRST_CLASS 5u /* sizes from 32 */
 #define CLASSES 36u    /* up to 2^40 */
 #define STEPS 16u      /* per power of two */
+#define EXACT_LOOKS 8u
 
 static struct {
     struct tm_mutex mutex;
@@ -133,11 +134,23 @@ void heap_start(void)
 
 static struct free_block *find(uint64_t size)
 {
-    /* Round up to the next step, so that any block of the list is large enough. */
     uint64_t wanted = size + (1ull << (msb(size) - 4)) - 1;
+    struct free_block *block;
     unsigned class, step;
     uint64_t steps, classes;
 
+    /*
+     * Blocks of just this size first, looking at a few: a program that frees and takes
+     * the same size again would otherwise split a larger block each time.
+     */
+    classify(size, &class, &step);
+    if (class >= CLASSES)
+        return NULL;
+    block = heap.lists[class][step];
+    for (unsigned looks = 0; block && looks < EXACT_LOOKS; looks++, block = block->next)
+        if (SIZE(&block->block) >= size)
+            return block;
+    /* Then round up to the next step, where any block of the list is large enough. */
     classify(wanted, &class, &step);
     if (class >= CLASSES)
         return NULL;

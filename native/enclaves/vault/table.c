@@ -299,18 +299,14 @@ static size_t scan_bucket(struct entry *entry, const struct place *prefix, bool 
     return length;
 }
 
-int table_scan(const struct place *prefix, bool with_values, size_t room, uint64_t cursor, uint8_t **block,
+int table_scan(const struct place *prefix, bool with_values, uint8_t *out, size_t room, uint64_t cursor,
                size_t *length, uint32_t *count, uint64_t *next)
 {
     uint64_t buckets = table.buckets * SHARDS;
-    uint8_t *out = tm_alloc(room);
     int status = 0;
 
-    *block = NULL;
     *length = 0;
     *count = 0;
-    if (!out)
-        return TM_E_NOMEM;
     while (cursor < buckets) {
         struct shard *shard = &table.shards[cursor / table.buckets];
         uint64_t end = (cursor / table.buckets + 1) * table.buckets;
@@ -340,11 +336,6 @@ int table_scan(const struct place *prefix, bool with_values, size_t room, uint64
         if (full)
             break;
     }
-    if (status) {
-        tm_free(out);
-        return status;
-    }
     *next = cursor < buckets ? cursor : 0;
-    *block = out;
-    return 0;
+    return status;
 }

@@ -50,11 +50,10 @@ int table_put(const struct place *place, struct value *value, uint64_t *compare)
 int table_delete(const struct place *place);
 
 /*
- * Collect vault_records from bucket `cursor` on into a block of the heap (the
- * caller's to free), as many whole buckets as `room` bytes hold.  TM_E_SPACE when
- * one bucket alone needs more: *length tells.
+ * Collect vault_records in `out` from bucket `cursor` on, as many whole buckets as its
+ * `room` bytes hold.  TM_E_SPACE when one bucket alone needs more: *length tells.
  */
-int table_scan(const struct place *prefix, bool with_values, size_t room, uint64_t cursor, uint8_t **block,
+int table_scan(const struct place *prefix, bool with_values, uint8_t *out, size_t room, uint64_t cursor,
                size_t *length, uint32_t *count, uint64_t *next);
 
 #endif

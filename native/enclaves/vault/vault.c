@@ -4,7 +4,7 @@
 
 #define PIECE 4096u
 #define ATTEMPTS 1000
-#define PAGE_LEAST 1024u
+#define SMALL_PAGE 4096u
 
 int tm_on_start(void)
 {
@@ -177,49 +177,58 @@ static bool read_scan(const struct tm_request *rq, struct place *prefix, uint64_
 }
 
 /*
- * A page of records: as many as the caller has room for.  When not even one
- * bucket fits, the status is TM_E_SPACE and the length what would do.
+ * A page of records in a block of the heap, or in `small` when the heap is full: that
+ * must not keep anybody from looking what to delete.  As many as the caller has room
+ * for; when not even one bucket fits, TM_E_SPACE and the length that would do.
  */
 static int scan(struct tm_request *rq, bool with_values, size_t overhead, struct place *prefix,
-                struct vault_page *page, uint8_t **records, size_t *length)
+                struct vault_page *page, uint8_t *small, void **block, size_t *length)
 {
-    size_t room = tm_reply_room(rq);
-    uint64_t cursor, next;
+    size_t most = tm_reply_room(rq) > overhead ? tm_reply_room(rq) - overhead : 1;
+    size_t room = most < VAULT_PAGE_BYTES ? most : VAULT_PAGE_BYTES;
+    uint64_t cursor;
     int status;
 
+    *block = NULL;
     if (!read_scan(rq, prefix, &cursor))
         return TM_E_ARGUMENT;
-    room = room > overhead ? room - overhead : 1;
-    if (room > VAULT_PAGE_BYTES)
-        room = VAULT_PAGE_BYTES;
-    /* A full heap must not keep anybody from looking what to delete. */
-    do
-        status = table_scan(prefix, with_values, room, cursor, records, length, &page->count, &next);
-    while (status == TM_E_NOMEM && (room /= 2) >= PAGE_LEAST);
-    if (status == TM_E_SPACE && tm_reply_room(rq) >= overhead + *length)
-        /* One bucket with more than a page: it has the room, so let it have the bucket. */
-        status = table_scan(prefix, with_values, tm_reply_room(rq) - overhead, cursor, records, length,
-                            &page->count, &next);
+    for (;;) {
+        *block = tm_alloc(room);
+        if (!*block && room > SMALL_PAGE)
+            room = SMALL_PAGE;
+        status = table_scan(prefix, with_values, *block ? *block : small, room, cursor, length, &page->count,
+                            &page->next);
+        if (status != TM_E_SPACE || *length > most)
+            break;
+        /* One bucket has more than a page, and the caller the room for it. */
+        if (!*block)
+            return TM_E_NOMEM;
+        tm_free(*block);
+        room = *length;
+    }
     if (status == TM_E_SPACE)
         rq->out_len = overhead + *length;
-    page->next = next;
+    if (status) {
+        tm_free(*block);
+        *block = NULL;
+    }
     return status;
 }
 
 TM_ECALL(list)
 {
+    uint8_t small[SMALL_PAGE];
     struct vault_page page = {0};
     struct place prefix;
-    uint8_t *records;
+    void *block;
     size_t length;
-    int status = scan(rq, false, sizeof(page), &prefix, &page, &records, &length);
+    int status = scan(rq, false, sizeof(page), &prefix, &page, small, &block, &length);
 
     if (status)
         return status;
-    status = tm_reply(rq, &page, sizeof(page));
-    if (length)
-        status = tm_reply(rq, records, length);
-    tm_free(records);
+    tm_reply(rq, &page, sizeof(page));
+    status = tm_reply(rq, block ? block : small, length);
+    tm_free(block);
     return status;
 }
 
@@ -244,9 +253,10 @@ TM_ECALL(export)
     struct vault_page page = {0};
     struct place prefix;
     struct binding binding;
-    uint8_t *records, *sealed;
+    uint8_t small[SMALL_PAGE], *sealed;
+    void *block;
     size_t length;
-    int status = scan(rq, true, sizeof(page) + TM_SEAL_OVERHEAD, &prefix, &page, &records, &length);
+    int status = scan(rq, true, sizeof(page) + TM_SEAL_OVERHEAD, &prefix, &page, small, &block, &length);
 
     if (status)
         return status;
@@ -254,13 +264,13 @@ TM_ECALL(export)
     status = TM_E_NOMEM;
     if (sealed) {
         binding = binding_of(&prefix);
-        status = tm_seal(SGX_KEYPOLICY_MRSIGNER, &binding, sizeof(binding), records, length, sealed);
+        status = tm_seal(SGX_KEYPOLICY_MRSIGNER, &binding, sizeof(binding), block ? block : small, length, sealed);
     }
     if (!status)
         status = tm_reply(rq, &page, sizeof(page));
     if (!status)
         status = tm_reply(rq, sealed, length + TM_SEAL_OVERHEAD);
-    tm_free(records);
+    tm_free(block);
     tm_free(sealed);
     return status;
 }
