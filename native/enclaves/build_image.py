@@ -9,17 +9,24 @@ The C compiler is in the environment, CC.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import tomllib
 import types
 from pathlib import Path
+from typing import Any
 
 
-def put_package_on_path(client: Path) -> None:
-    """Make client/ importable as `teemate` without running its __init__, which is for installed packages."""
-    package = types.ModuleType("teemate")
+def tools(client: Path, module: str) -> Any:
+    """Import a module of client/ from the source tree.
+
+    Not under the name `teemate`: where that is installed in editable mode, importing it starts a
+    second build in the directory of this one.
+    """
+    package = types.ModuleType("teemate_sources")
     package.__path__ = [str(client)]
-    sys.modules["teemate"] = package
+    sys.modules.setdefault("teemate_sources", package)
+    return importlib.import_module(f"teemate_sources.{module}")
 
 
 def dependencies(native: Path, name: str) -> list[Path]:
@@ -34,32 +41,22 @@ def main() -> None:
     name, native_arg, test_build, key_path, *outputs = sys.argv[1:]
     native = Path(native_arg).resolve()
     sgxs, sig, elf, depfile = map(Path, outputs)
-    put_package_on_path(native.parent / "client")
-
-    from teemate.errors import ImageError
-    from teemate.image import (
-        LayoutOptions,
-        SigParams,
-        build_elf,
-        generate_key,
-        layout_image,
-        load_key,
-        parse_size,
-        sign_with_key,
-    )
+    image = tools(native.parent / "client", "image")
+    errors = tools(native.parent / "client", "errors")
 
     row = tomllib.loads((native / "enclaves" / "images.toml").read_text(encoding="utf-8"))[name]
     bare = row.pop("bare", False)
     for size in ("heap", "stack"):
         if isinstance(row.get(size), str):
-            row[size] = parse_size(row[size])
+            row[size] = image.parse_size(row[size])
     sources = sorted(p for p in (native / "enclaves" / name).iterdir() if p.suffix in (".c", ".S"))
     try:
-        build_elf(sources, elf, bare=bare, test_build="" if test_build == "none" else test_build)
-        built = layout_image(elf, sgxs, LayoutOptions(**row))
-        key = load_key(Path(key_path)) if key_path else generate_key()
-        sig.write_bytes(sign_with_key(SigParams().unsigned(built.mrenclave), key).to_bytes())
-    except (ImageError, OSError) as error:
+        image.build_elf(sources, elf, bare=bare, test_build="" if test_build == "none" else test_build)
+        built = image.layout_image(elf, sgxs, image.LayoutOptions(**row))
+        key = image.load_key(Path(key_path)) if key_path else image.generate_key()
+        signed = image.sign_with_key(image.SigParams().unsigned(built.mrenclave), key)
+        sig.write_bytes(signed.to_bytes())
+    except (errors.ImageError, OSError) as error:
         raise SystemExit(f"{name}: {error}") from error
     names = " ".join(str(path).replace(" ", "\\ ") for path in dependencies(native, name))
     depfile.write_text(f"{sgxs}: {names}\n", encoding="utf-8")
