@@ -37,6 +37,9 @@ struct rule {
     uint64_t values[3];
 };
 
+/* Stands for the number of the process that installs the list. */
+#define OWN_PROCESS UINT64_MAX
+
 #define ANY(name) {SYS_##name, -1, 0, {0, 0, 0}}
 #define ONLY(name, argument, ...) {SYS_##name, argument, 0, {__VA_ARGS__}}
 #define FAIL(name, error) {SYS_##name, -1, error, {0, 0, 0}}
@@ -83,12 +86,17 @@ static const struct rule warden_rules[] = {
     ANY(getpid),
     ANY(getppid),
     ANY(getuid), /* the sender in a tick's siginfo */
-    ANY(rt_tgsigqueueinfo), /* ticks */
-    ANY(tgkill), /* abort() */
-    ANY(kill), /* is the last holder of a TCS still there? the disposable child's end */
+    /*
+     * Ticks.  Not bound to our own process, since the child lives under this list
+     * too and has another number: a warden that was taken over can signal
+     * processes of its own user, which is why it deserves a user of its own.
+     */
+    ANY(rt_tgsigqueueinfo),
+    ONLY(tgkill, 0, OWN_PROCESS, OWN_PROCESS, OWN_PROCESS), /* abort() */
+    ONLY(kill, 1, 0, 0, 0), /* is the last holder of a TCS still there? */
     ANY(sched_yield),
     ANY(sched_getaffinity), /* pthread_getattr_np and friends of glibc */
-    ANY(prlimit64),
+    ONLY(prlimit64, 0, 0, 0, 0),
     ANY(getrandom), /* malloc's tcache key */
     ANY(membarrier),
     ONLY(clone, 0, CLONE_PTHREAD, CLONE_FORK, CLONE_PTHREAD),
@@ -128,7 +136,7 @@ static const struct rule child_rules[] = {
     ANY(getuid),
     ANY(getrandom),
     ANY(rt_tgsigqueueinfo),
-    ANY(tgkill),
+    ONLY(tgkill, 0, OWN_PROCESS, OWN_PROCESS, OWN_PROCESS),
     ONLY(clone, 0, CLONE_PTHREAD, CLONE_PTHREAD, CLONE_PTHREAD),
     FAIL(clone3, ENOSYS),
     ONLY(prctl, 0, PR_SET_NAME, PR_SET_NAME, PR_SET_NAME), /* of the ticker */
@@ -151,6 +159,7 @@ static size_t emit(struct sock_filter *code, size_t at, uint16_t op, uint32_t k,
  */
 static size_t emit_rule(struct sock_filter *code, size_t at, const struct rule *rule)
 {
+    uint32_t values[3];
     uint32_t offset;
 
     if (rule->argument < 0) {
@@ -159,14 +168,16 @@ static size_t emit_rule(struct sock_filter *code, size_t at, const struct rule *
         at = emit(code, at, BPF_JMP | BPF_JEQ | BPF_K, (uint32_t)rule->number, 0, 1);
         return emit(code, at, BPF_RET | BPF_K, answer, 0, 0);
     }
+    for (size_t i = 0; i < 3; i++)
+        values[i] = rule->values[i] == OWN_PROCESS ? (uint32_t)getpid() : (uint32_t)rule->values[i];
     offset = (uint32_t)(offsetof(struct seccomp_data, args) + 8u * (uint32_t)rule->argument);
     at = emit(code, at, BPF_JMP | BPF_JEQ | BPF_K, (uint32_t)rule->number, 0, 8);
     at = emit(code, at, BPF_LD | BPF_W | BPF_ABS, offset + 4, 0, 0); /* high half */
     at = emit(code, at, BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 5);
     at = emit(code, at, BPF_LD | BPF_W | BPF_ABS, offset, 0, 0);
-    at = emit(code, at, BPF_JMP | BPF_JEQ | BPF_K, (uint32_t)rule->values[0], 2, 0);
-    at = emit(code, at, BPF_JMP | BPF_JEQ | BPF_K, (uint32_t)rule->values[1], 1, 0);
-    at = emit(code, at, BPF_JMP | BPF_JEQ | BPF_K, (uint32_t)rule->values[2], 0, 1);
+    at = emit(code, at, BPF_JMP | BPF_JEQ | BPF_K, values[0], 2, 0);
+    at = emit(code, at, BPF_JMP | BPF_JEQ | BPF_K, values[1], 1, 0);
+    at = emit(code, at, BPF_JMP | BPF_JEQ | BPF_K, values[2], 0, 1);
     at = emit(code, at, BPF_RET | BPF_K, SECCOMP_RET_ALLOW, 0, 0);
     return emit(code, at, BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS, 0, 0);
 }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Goes into the warden's sandbox and tries something, for test_warden_sandbox.py:
- *   sandboxed warden|child NUMBER [ARGUMENT]   a system call; exits 0 when it came back
+ *   sandboxed warden|child NUMBER [ARGUMENT [ARGUMENT]]   a system call; exits 0 when it came back
  *   sandboxed fork                             fork and wait as the warden does
  *   sandboxed show                             prints what was given up (before the filter)
  */
@@ -70,6 +70,6 @@ int main(int argc, char **argv)
     }
     if (argc < 3 || (strcmp(argv[1], "child") == 0 && sandbox_filter_child() < 0))
         return 2;
-    syscall(atol(argv[2]), argc > 3 ? strtol(argv[3], NULL, 0) : 0, 0, 0, 0, 0, 0);
+    syscall(atol(argv[2]), argc > 3 ? strtol(argv[3], NULL, 0) : 0, argc > 4 ? strtol(argv[4], NULL, 0) : 0, 0, 0, 0, 0);
     _exit(0);
 }

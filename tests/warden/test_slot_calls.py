@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from warden_harness import Slot
 
 from teemate._native import ffi, lib
 
-SPACE, UNKNOWN, OCALL_FAILED, ARGUMENT = -7, -2, -10, -1
+SPACE, BUSY, UNKNOWN, OCALL_FAILED, ARGUMENT = -7, -8, -2, -10, -1
 
 
 def test_an_ecall_by_name_gives_its_output(private: Any) -> None:
@@ -126,6 +127,58 @@ def test_a_wait_for_a_lock_comes_back_to_the_caller(private: Any) -> None:
     assert holder.finish().status == 0
     assert waiter.finish().status == 0
     assert [slot.close() for slot in (holder, waiter, third)] == [1, 1, 1]
+
+
+@pytest.fixture
+def alarms() -> Iterator[list[int]]:
+    """Signals that Python's handler has seen."""
+    seen: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, frame: seen.append(number))
+    yield seen
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_a_signal_pauses_a_spinning_call(private: Any, alarms: list[int]) -> None:
+    slot = private.slot()
+    signal.setitimer(signal.ITIMER_REAL, 0.02)
+    assert slot.begin("spin") == 0
+    assert slot.last.outcome == lib.TEEMATE_CALL_PAUSED
+    assert alarms == [signal.SIGALRM]
+    slot.abandon()
+    assert slot.close() == 0
+
+
+def test_a_signal_pauses_a_wait_for_a_lock(private: Any, alarms: list[int]) -> None:
+    holder, waiter, third = (private.slot(n) for n in range(3))
+    assert holder.begin("hold", pause_ns=1) == 0
+    signal.setitimer(signal.ITIMER_REAL, 0.02)
+    assert waiter.begin("take") == 0
+    while not alarms:
+        assert waiter.last.outcome == lib.TEEMATE_CALL_PAUSED
+        assert lib.teemate_slot_resume(waiter.handle, 0, waiter.last) == 0
+    assert third.call("release").status == 0
+    assert (holder.finish().status, waiter.finish().status) == (0, 0)
+
+
+def test_whoever_scribbles_over_the_arena_gives_no_lock_away(private: Any) -> None:
+    info = ffi.new("struct teemate_enclave_info *")
+    assert lib.teemate_enclave_describe(private.handle, info) == 0
+    arena = ffi.cast("uint8_t *", info.base + info.size + 4096)
+    holder, waiter, third = (private.slot(n) for n in range(3))
+    assert holder.begin("hold", pause_ns=1) == 0
+    assert waiter.begin("take", pause_ns=1) == 0
+    for _ in range(20):
+        ffi.memmove(arena, os.urandom(4096), 4096)
+        if waiter.last.outcome == lib.TEEMATE_CALL_PAUSED:
+            assert lib.teemate_slot_resume(waiter.handle, 1, waiter.last) == 0
+    # False wakes use up patience, never the lock.
+    patience_is_over = waiter.last.outcome == lib.TEEMATE_CALL_DONE
+    if patience_is_over:
+        assert waiter.last.status == BUSY
+    assert third.call("release").status == 0
+    assert holder.finish().status == 0
+    assert waiter.finish().status == (BUSY if patience_is_over else 0)
 
 
 def test_two_threads_in_one_slot_get_busy_and_nothing_crashes(private: Any) -> None:
@@ -244,7 +297,7 @@ def test_a_crash_in_a_private_control_ecall_is_repaired(private: Any) -> None:
     assert private.slot().call("empty").status == 0
 
 
-def test_an_image_without_the_sdk_cannot_be_started(images: Images) -> None:
+def test_an_image_without_the_sdk_is_entered_raw_and_cannot_be_started(images: Images) -> None:
     diag = ffi.new("struct teemate_diag *")
     pointer = ffi.new("struct teemate_enclave **")
     signature = ffi.new("uint8_t[]", images.bare.sigstruct.read_bytes())
@@ -253,4 +306,18 @@ def test_an_image_without_the_sdk_cannot_be_started(images: Images) -> None:
     assert lib.teemate_map(pointer[0], diag) == 0
     assert lib.teemate_private_start(pointer[0], diag) == -errno.ENOTSUP
     assert b"SDK" in ffi.string(diag.text)
+    args = ffi.new("struct teemate_slot_args *")
+    assert lib.teemate_enclave_tcs(pointer[0], ffi.addressof(args, "tcs_offset"), 1) >= 1
+    slot = Slot(pointer[0], args)
+    regs = ffi.new("struct teemate_regs *")
+    run = ffi.new("struct sgx_enclave_run *")
+    eenter, eresume, eexit = 2, 3, 4
+    for _ in range(3):
+        assert lib.teemate_slot_enter(slot.handle, regs, eenter, 0, run) == lib.TEEMATE_LEFT
+        assert run.function == eexit
+    assert lib.teemate_slot_enter(slot.handle, regs, 17, 0, run) == -errno.EINVAL
+    assert lib.teemate_slot_enter(slot.handle, regs, eresume, 0, run) == lib.TEEMATE_LEFT
+    assert (run.function, run.exception_vector) == (eresume, 13)
+    assert lib.teemate_slot_enter(slot.handle, regs, eenter, 0, run) == lib.TEEMATE_LEFT
+    assert slot.close() == 1
     lib.teemate_close(pointer[0])

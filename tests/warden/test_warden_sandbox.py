@@ -88,6 +88,15 @@ def test_prctl_can_only_do_what_the_child_needs(sandboxed: Path) -> None:
     assert run(sandboxed, "warden", "157", pr_set_dumpable).returncode == -signal.SIGSYS
 
 
+def test_it_can_ask_for_processes_but_not_kill_them(sandboxed: Path) -> None:
+    kill, ours = "62", str(os.getpid())
+    assert run(sandboxed, "warden", kill, ours, "0").returncode == 0
+    assert run(sandboxed, "warden", kill, ours, str(int(signal.SIGURG))).returncode == -signal.SIGSYS
+    tgkill, prlimit64 = "234", "302"
+    assert run(sandboxed, "warden", tgkill, ours, ours).returncode == -signal.SIGSYS
+    assert run(sandboxed, "warden", prlimit64, ours).returncode == -signal.SIGSYS
+
+
 def test_the_32_bit_system_calls_are_no_way_around(sandboxed: Path) -> None:
     x32_getpid = str(0x40000000 + CALLS["getpid"])
     assert run(sandboxed, "warden", x32_getpid).returncode == -signal.SIGSYS
