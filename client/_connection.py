@@ -317,6 +317,8 @@ class Connection:
         with self._lock:
             if number in self._waiting:
                 self._replies[number] = answer
+                # The listener reads on without an end: whoever waits hears of it here.
+                self._wake.notify_all()
                 return
             undo = self._orphans.pop(number, None) if isinstance(number, int) else None
         wire.close_all(fds)

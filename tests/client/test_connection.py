@@ -299,3 +299,24 @@ def test_a_child_of_fork_holds_nothing(script: Script) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert connection.request("ping").ok == {"still": "here"}
     connection.close()
+
+
+def test_a_request_is_answered_while_a_listener_reads(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits hears of an answer from the listener, not from the time-out."""
+    monkeypatch.setattr("teemate._connection.REPLY_TIMEOUT", 5.0)
+    rounds = 200
+
+    def broker(peer: Peer) -> None:
+        peer.greet()
+        for _ in range(rounds):
+            request = peer.read()
+            peer.say({"id": request["id"], "ok": {}})
+        assert peer.sock.recv(1) == b""
+
+    script.run(broker)
+    with contextlib.closing(Connection(script.path)) as connection:
+        connection.listen()
+        for _ in range(rounds):
+            assert connection.request("ping").ok == {}
