@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 import teemate
 from teemate.image import LayoutOptions, SigParams, build_image, generate_key, sign_with_key
 
