@@ -101,6 +101,7 @@ def run(args: list[str], invoke: Callable[..., Any] = cli.main) -> int:
     as_json = "--json" in args
     try:
         result = invoke(args=args, prog_name="teemate", standalone_mode=False)
+        sys.stdout.flush()  # here, where a closed pipe is still an answer and not a traceback
     except Error as error:
         show_error(error, as_json=as_json)
         return exit_status(error)
@@ -116,6 +117,8 @@ def run(args: list[str], invoke: Callable[..., Any] = cli.main) -> int:
         return 141
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        show_error(Error(f"{place}{error.strerror or error}", {"errno": error.errno}), as_json=as_json)
+        failure = Error(f"{place}{error.strerror or error}", {"errno": error.errno})
+        failure.code = "system"
+        show_error(failure, as_json=as_json)
         return 1
     return result if isinstance(result, int) else 0

@@ -7,7 +7,9 @@ but ``PATH`` reaches the compiler.
 
 from __future__ import annotations
 
+import errno
 import os
+import shlex
 import shutil
 import subprocess  # the compiler is called with a list of arguments, never through a shell
 import tempfile
@@ -84,7 +86,7 @@ def _flags(sdk: SdkPaths) -> _Flags:
 
 def compiler() -> list[str]:
     """The C compiler's command: ``CC``, or cc.  ImageError when there is none."""
-    command = os.environ.get("CC", "cc").split()
+    command = shlex.split(os.environ.get("CC", "cc"))
     if not command or shutil.which(command[0]) is None:
         raise problem(
             "build",
@@ -187,6 +189,8 @@ class _replacing:  # noqa: N801 (used as a function)
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
     def __enter__(self) -> Path:
+        if not self._path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(self._path.parent))
         return self._temporary
 
     def __exit__(self, kind: object, value: object, trace: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 BARE = """
         .text
@@ -42,14 +43,17 @@ TM_ECALL(hello)
 """
 
 
-def run_teemate(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run_teemate(
+    *args: object, cwd: Path | None = None, stdout: IO[bytes] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run the command as it is installed, in a process of its own."""
     program = Path(sys.executable).with_name("teemate")
     return subprocess.run(
         [str(program), *map(str, args)],
         cwd=cwd,
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=stdout or subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         check=False,
         timeout=120,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -233,3 +234,18 @@ def test_help_and_version_import_nothing_heavy() -> None:
     done = run_teemate("--version")
     assert done.returncode == 0
     assert done.stdout.startswith("teemate ")
+
+
+def test_a_place_that_is_not_there_is_named(sample_elf: Path, tmp_path: Path) -> None:
+    done = run_teemate("image", "build", "--elf", sample_elf, "-o", tmp_path / "lost" / "x.sgxs")
+    assert done.returncode == 1
+    assert f"{tmp_path / 'lost'}: there is no such folder" in done.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(signed_image: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as closed:
+        done = run_teemate("image", "info", signed_image, "--json", stdout=closed)
+    assert done.returncode == 141
+    assert done.stderr == ""
