@@ -208,6 +208,10 @@ static void raise_fault(struct sim_thread *thread, ucontext_t *uc, struct event 
 /* Have the host receive this signal at the AEP, on its own stack. */
 static void send_again(const struct sim_thread *thread, int sig, siginfo_t *info)
 {
+    uint64_t mask = SIM_MASK(sig);
+
+    /* Not right here; sigreturn opens it again. */
+    sim_syscall(SYS_rt_sigprocmask, SIG_BLOCK, (long)&mask, 0, 8);
     sim_syscall(SYS_rt_tgsigqueueinfo, sim_syscall(SYS_getpid, 0, 0, 0, 0), thread->tid, sig, (long)info);
 }
 
@@ -226,11 +230,15 @@ static void eexit(struct sim_thread *thread, ucontext_t *uc, uint64_t fs, uint64
     }
     if (SIM_STEP("EEXIT.RCX"))
         regs[REG_RCX] = (greg_t)(uintptr_t)sim_aep;
-    if (thread->entry->resumed) {
-        /* The enclave gives back the stack of the EENTER that it remembers; a call that was paused
-         * goes on below another caller's frame.  A signal may arrive before the trampoline looks. */
-        regs[REG_RSP] = (greg_t)thread->entry->rsp;
+    /*
+     * A call that was paused or interrupted and resumed from elsewhere comes back with the
+     * stack of its EENTER, which is long gone.  To our own code it returns on the stack
+     * that is there: a signal could arrive before the first instruction.
+     */
+    if ((target == (uint64_t)(uintptr_t)sim_exit || target == thread->enclave->base + thread->enclave->size) &&
+        (uint64_t)regs[REG_RBP] != thread->entry->rbp) {
         regs[REG_RBP] = (greg_t)thread->entry->rbp;
+        regs[REG_RSP] = (greg_t)thread->entry->rsp;
     }
     leave(thread, uc, target);
 }

@@ -35,6 +35,9 @@ CHECK_OFFSET(sim_entry, error, ENTRY_ERROR);
 CHECK_OFFSET(sim_entry, vector, ENTRY_VECTOR);
 CHECK_OFFSET(sim_entry, addr, ENTRY_ADDR);
 
+#ifndef SS_AUTODISARM
+#define SS_AUTODISARM (1u << 31) /* uapi linux/signal.h, which libc's headers do not go with */
+#endif
 #define RFLAGS_FIXED 0x202u /* bit 1 and IF */
 #define RFLAGS_TF 0x100u
 /* CF PF AF ZF SF DF OF RF AC ID and TF: what ERESUME loads (SDM, ERESUME). */
@@ -268,12 +271,19 @@ static void back_to_host(const struct sim_thread *thread)
 int sim_go(struct sim_thread *thread, struct sim_entry *entry)
 {
     struct teemate_enclave *enclave = entry->enclave;
-    stack_t stack = {.ss_sp = (uint8_t *)thread + SIM_HEADER_PAGES * SGX_PAGE, .ss_size = SIM_STACK_SIZE};
+    /*
+     * Disarmed while a handler runs: else sigreturn, from Linux 6.12 on, refuses to put the
+     * host's stack back because it looks at the handler's own stack pointer (x86 signal_64.c).
+     */
+    stack_t stack = {.ss_sp = (uint8_t *)thread + SIM_HEADER_PAGES * SGX_PAGE,
+                     .ss_size = SIM_STACK_SIZE,
+                     .ss_flags = (int)SS_AUTODISARM};
     uint64_t mask = inside_mask(), flags;
     struct sim_fault fault = {0};
     bool entered;
     int error;
 
+    sim_current = entry; /* again: an entry inside of ours may have been left by longjmp */
     if (entry->function != SGX_EENTER && entry->function != SGX_ERESUME)
         return -EINVAL;
     if (!reserved_clear(entry->run))
@@ -324,7 +334,6 @@ int sim_enter(struct teemate_enclave *enclave, uint64_t tcs_offset, struct teema
     struct sim_entry entry = {.regs = regs,
                               .run = run,
                               .function = function,
-                              .resumed = function == SGX_ERESUME,
                               .enclave = enclave,
                               .thread = thread,
                               .pause_after_ns = pause_after_ns,

@@ -2,7 +2,8 @@
 /*
  * Into a sim enclave and out of it.  sim_trampoline keeps what the C ABI wants kept
  * and has the contract of the vDSO's __vdso_sgx_enter_enclave: the enclave may do
- * what it likes with everything but RBP (RSP may be lower than it was).
+ * what it likes with the registers (RSP may be lower than it was; RBP must come back
+ * only for a user handler to find what the enclave left on the stack).
  *
  * The ways out (SIGILL at EEXIT, an exception, a tick) arrive by sigreturn: the
  * handler has put back mask, alternate stack, FS and GS, and RIP is one of
@@ -212,8 +213,14 @@ sim_region_end:
         .hidden sim_exit
 sim_exit:
         endbr64
-        mov     F_ENTRY(%rbp), %rax
-        mov     ENTRY_RUN(%rax), %rbx
+        /* Not by RBP: a call that was resumed from elsewhere has that of its EENTER. */
+        mov     sim_current@gottpoff(%rip), %rax
+        mov     %fs:(%rax), %rax
+        cmp     ENTRY_RBP(%rax), %rbp
+        je      1f
+        mov     ENTRY_RBP(%rax), %rbp
+        mov     ENTRY_RSP(%rax), %rsp
+1:      mov     ENTRY_RUN(%rax), %rbx
         movl    $LEAF_EEXIT, RUN_FUNCTION(%rbx)
         jmp     .Lkeep
 

@@ -87,7 +87,7 @@ struct sim_entry {
     uint32_t function; /* the leaf to execute */
     uint32_t error;    /* a fault of EENTER or ERESUME: error code, vector, address */
     uint32_t vector;
-    uint32_t resumed;  /* entered by ERESUME: what was EENTERed had another stack */
+    uint32_t reserved;
     uint64_t addr;
     struct teemate_enclave *enclave;
     struct sim_thread *thread;
