@@ -286,6 +286,9 @@ op_pattern:
         mov     40(%rsp), %rcx
         jmp     3b
 4:
+        lea     1536+120(%rsp), %rsp
+        pushfq
+        lea     -1536-112(%rsp), %rsp
         mov     40(%rsp), %rcx
         mov     %rax, 1536+0(%rsp)
         mov     %rcx, 1536+8(%rsp)

@@ -60,8 +60,7 @@ struct teemate_enclave *test_enclave(const struct options *options)
     add(enclave, DATA, NULL, SSA + TCS_COUNT * SSA_STRIDE - DATA,
         SGX_SECINFO_R | SGX_SECINFO_W | SGX_SECINFO_PT(SGX_PT_REG));
     for (unsigned i = 0; i < TCS_COUNT; i++) {
-        struct sgx_tcs tcs = {.flags = options->tcs_flags,
-                              .ossa = SSA + i * SSA_STRIDE,
+        struct sgx_tcs tcs = {.ossa = SSA + i * SSA_STRIDE,
                               .nssa = NSSA,
                               .oentry = ENTRY,
                               .ofsbase = FSPAGE,

@@ -36,7 +36,6 @@ struct options {
     uint64_t xfrm;
     uint32_t miscselect;
     uint64_t attributes;
-    uint64_t tcs_flags;
     uint64_t base; /* 0: BASE */
 };
 

@@ -1,0 +1,478 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include <errno.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/time.h>
+#include <sys/wait.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include "tests.h"
+
+static struct teemate_enclave *enclave;
+static volatile int received, on_host_stack;
+static volatile uint64_t word_seen;
+static uintptr_t stack_low, stack_high;
+static __thread int tls_mark;
+
+static void set_handler(int sig, void (*handler)(int, siginfo_t *, void *), int flags)
+{
+    struct sigaction action = {.sa_sigaction = handler, .sa_flags = SA_SIGINFO | flags};
+
+    CHECK(sigaction(sig, &action, NULL) == 0);
+}
+
+/* What a host's handler expects: its stack, its TLS, and (seen from here) a TCS that is free. */
+static void note(void)
+{
+    char here;
+
+    received++;
+    tls_mark++;
+    on_host_stack += (uintptr_t)&here > stack_low && (uintptr_t)&here < stack_high;
+    word_seen = tcs_word(enclave, 0);
+}
+
+static void stop_spinning(int sig, siginfo_t *info, void *context)
+{
+    (void)sig, (void)info, (void)context;
+    note();
+    board(enclave)[STOP] = 1;
+}
+
+static void prepare(void)
+{
+    pthread_attr_t attr;
+    void *low;
+    size_t size;
+
+    enclave = test_enclave_mapped(NULL);
+    CHECK(pthread_getattr_np(pthread_self(), &attr) == 0);
+    CHECK(pthread_attr_getstack(&attr, &low, &size) == 0);
+    pthread_attr_destroy(&attr);
+    stack_low = (uintptr_t)low;
+    stack_high = stack_low + size;
+}
+
+static void start_timer(int which, long microseconds, long again)
+{
+    struct itimerval timer = {.it_value.tv_usec = microseconds, .it_interval.tv_usec = again};
+
+    CHECK(setitimer(which, &timer, NULL) == 0);
+}
+
+/* OP_SPIN until a signal's handler ends it; how often was it paused? */
+static int spin(void)
+{
+    struct result r = enter(enclave, 0, OP_SPIN, 0, 0);
+    int pauses = 0;
+
+    while (r.outcome == TEEMATE_PAUSED) {
+        pauses++;
+        EQUAL(r.run.function, SGX_ERESUME);
+        r = resume(enclave, 0);
+    }
+    LEFT(r);
+    EQUAL(tcs_word(enclave, 0), IDLE(0));
+    return pauses;
+}
+
+static void an_alarm_reaches_the_host_while_a_thread_is_inside(void)
+{
+    prepare();
+    set_handler(SIGALRM, stop_spinning, 0);
+    start_timer(ITIMER_REAL, 3000, 0);
+    CHECK(spin() >= 1);
+    EQUAL(received, 1);
+    EQUAL(on_host_stack, 1);
+    EQUAL(tls_mark, 1);
+    EQUAL(word_seen, IDLE(1)); /* the thread was out, its frame saved */
+}
+
+struct sender {
+    pthread_t target;
+    int sig;
+};
+
+static void *send_when_inside(void *argument)
+{
+    struct sender *sender = argument;
+
+    while (__atomic_load_n(&board(enclave)[ROUNDS], __ATOMIC_RELAXED) == 0)
+        sched_yield();
+    pthread_kill(sender->target, sender->sig);
+    return NULL;
+}
+
+static void an_interrupt_from_another_thread_pauses_the_call(void)
+{
+    struct sender sender = {pthread_self(), SIGINT};
+    pthread_t other;
+
+    prepare();
+    set_handler(SIGINT, stop_spinning, 0);
+    CHECK(pthread_create(&other, NULL, send_when_inside, &sender) == 0);
+    EQUAL(enter(enclave, 0, OP_SPIN, 0, 0).outcome, TEEMATE_PAUSED);
+    EQUAL(received, 1); /* delivered before the call came back */
+    EQUAL(tcs_word(enclave, 0), IDLE(1));
+    LEFT(resume(enclave, 0));
+    pthread_join(other, NULL);
+}
+
+static void a_paused_call_can_be_abandoned(void)
+{
+    struct teemate_regs regs = {.rdi = OP_SPIN};
+    struct sgx_enclave_run run = {0};
+
+    prepare();
+    EQUAL(teemate_enter(enclave, tcs_of(0), &regs, SGX_EENTER, 1, &run), TEEMATE_PAUSED);
+    EQUAL(tcs_word(enclave, 0), IDLE(1));
+    LEFT(enter(enclave, 0, OP_REGISTERS, 0, 0));
+    EQUAL(board(enclave)[0], 1); /* RAX at entry */
+    board(enclave)[STOP] = 1;
+    LEFT(resume(enclave, 0)); /* and can still be brought to its end */
+}
+
+static void a_pause_comes_no_earlier_than_asked_for(void)
+{
+    struct teemate_regs regs = {.rdi = OP_SPIN};
+    struct sgx_enclave_run run = {0};
+    struct timespec from, to;
+
+    prepare();
+    clock_gettime(CLOCK_MONOTONIC, &from);
+    EQUAL(teemate_enter(enclave, tcs_of(0), &regs, SGX_EENTER, 30000000, &run), TEEMATE_PAUSED);
+    clock_gettime(CLOCK_MONOTONIC, &to);
+    CHECK((to.tv_sec - from.tv_sec) * 1000000000ll + to.tv_nsec - from.tv_nsec >= 30000000);
+}
+
+static void on_profile(int sig, siginfo_t *info, void *context)
+{
+    (void)sig, (void)info, (void)context;
+    note();
+    if (received == 20)
+        board(enclave)[STOP] = 1;
+}
+
+static void a_profiler_samples_on_the_hosts_stack(void)
+{
+    prepare();
+    set_handler(SIGPROF, on_profile, SA_RESTART);
+    start_timer(ITIMER_PROF, 1000, 1000);
+    spin();
+    start_timer(ITIMER_PROF, 0, 0);
+    CHECK(received >= 20);
+    EQUAL(on_host_stack, received);
+}
+
+static void a_child_that_ends_is_noticed_while_inside(void)
+{
+    prepare();
+    set_handler(SIGCHLD, stop_spinning, 0);
+    LEFT(enter(enclave, 0, OP_NOTHING, 0, 0));
+    if (fork() == 0)
+        _exit(0);
+    spin();
+    EQUAL(received, 1);
+}
+
+static sigjmp_buf out;
+
+static void jump_away(int sig, siginfo_t *info, void *context)
+{
+    (void)sig, (void)info, (void)context;
+    note();
+    siglongjmp(out, 1);
+}
+
+static void a_handler_may_jump_out_of_a_call(void)
+{
+    prepare();
+    set_handler(SIGALRM, jump_away, 0);
+    for (volatile unsigned i = 0; i < 3; i++) {
+        if (sigsetjmp(out, 1) == 0) {
+            start_timer(ITIMER_REAL, 3000, 0);
+            enter(enclave, i, OP_SPIN, 0, 0);
+            abort_test();
+        }
+        EQUAL(tcs_word(enclave, i), IDLE(1));
+        LEFT(enter(enclave, 8, OP_NOTHING, 0, 0));
+        EQUAL(enter(enclave, 9, OP_LANDING, 0, 0).outcome, TEEMATE_LANDED);
+    }
+}
+
+static void enter_again(int sig, siginfo_t *info, void *context)
+{
+    (void)sig, (void)info, (void)context;
+    note();
+    LEFT(enter(enclave, 0, OP_REGISTERS, 0, 0)); /* CSSA is 1 now */
+    EQUAL(board(enclave)[0], 1);
+    LEFT(enter(enclave, 7, OP_NOTHING, 0, 0));
+    board(enclave)[STOP] = 1;
+}
+
+static void a_handler_may_enter_while_its_thread_waits_at_the_aep(void)
+{
+    prepare();
+    set_handler(SIGALRM, enter_again, 0);
+    start_timer(ITIMER_REAL, 3000, 0);
+    spin();
+    EQUAL(received, 1);
+}
+
+static void a_foreign_alternate_stack_and_the_mask_are_put_back(void)
+{
+    static char stack[65536];
+    stack_t mine = {.ss_sp = stack, .ss_size = sizeof(stack)}, now;
+    struct teemate_regs regs = {.rdi = OP_SPIN};
+    struct sgx_enclave_run run = {0};
+    sigset_t mask, mask_now;
+
+    prepare();
+    CHECK(sigaltstack(&mine, NULL) == 0);
+    sigemptyset(&mask);
+    sigaddset(&mask, SIGUSR2);
+    sigaddset(&mask, SIGTERM);
+    sigprocmask(SIG_SETMASK, &mask, NULL);
+    for (int way = 0; way < 6; way++) {
+        switch (way) {
+        case 0:
+            LEFT(enter(enclave, 0, OP_NOTHING, 0, 0));
+            break;
+        case 1:
+            FAULTED(enter(enclave, 1, OP_DIVIDE, 0, 0), SGX_ERESUME, SGX_VECTOR_DE);
+            break;
+        case 2:
+            FAULTED(resume(enclave, 2), SGX_ERESUME, SGX_VECTOR_GP);
+            break;
+        case 3:
+            EQUAL(enter(enclave, 3, OP_LANDING, 0, 0).outcome, TEEMATE_LANDED);
+            break;
+        case 4:
+            EQUAL(teemate_enter(enclave, tcs_of(4), &regs, SGX_EENTER, 1, &run), TEEMATE_PAUSED);
+            break;
+        default:
+            EQUAL(teemate_enter(enclave, tcs_of(5), &regs, SGX_EREPORT, 0, &run), -EINVAL);
+        }
+        CHECK(sigaltstack(NULL, &now) == 0);
+        EQUAL((uintptr_t)now.ss_sp, (uintptr_t)stack);
+        EQUAL(now.ss_size, sizeof(stack));
+        sigprocmask(SIG_SETMASK, NULL, &mask_now);
+        CHECK(memcmp(&mask, &mask_now, 8) == 0);
+    }
+}
+
+static void on_alternate_stack(int sig, siginfo_t *info, void *context)
+{
+    (void)sig, (void)info, (void)context;
+    received++;
+    EQUAL(enter(enclave, 0, OP_NOTHING, 0, 0).outcome, -EDEADLK);
+}
+
+static void entering_from_a_handler_on_an_alternate_stack_is_refused(void)
+{
+    static char stack[65536];
+    stack_t mine = {.ss_sp = stack, .ss_size = sizeof(stack)};
+
+    prepare();
+    CHECK(sigaltstack(&mine, NULL) == 0);
+    set_handler(SIGUSR1, on_alternate_stack, SA_ONSTACK);
+    raise(SIGUSR1);
+    EQUAL(received, 1);
+    LEFT(enter(enclave, 0, OP_NOTHING, 0, 0));
+}
+
+/* ---- who owns SIGSEGV? ------------------------------------------------------- */
+
+static volatile int others, earlier;
+static struct sigaction before_other;
+
+static void skip_fault(void *context)
+{
+    ucontext_t *uc = context;
+
+    uc->uc_mcontext.gregs[REG_RIP] += 2; /* mov (%rax), %eax */
+}
+
+static void fault_on_the_host(void)
+{
+    uint64_t address = 8;
+
+    __asm__ volatile(".byte 0x8b, 0x00" : "+a"(address) : : "memory");
+}
+
+static void other_handler(int sig, siginfo_t *info, void *context)
+{
+    (void)sig, (void)info;
+    others++;
+    skip_fault(context);
+}
+
+static void faults_of_the_host_go_to_the_handler_that_was_there(void)
+{
+    set_handler(SIGSEGV, other_handler, 0);
+    prepare();
+    LEFT(enter(enclave, 0, OP_NOTHING, 0, 0));
+    fault_on_the_host();
+    EQUAL(others, 1);
+    FAULTED(enter(enclave, 0, OP_READ, 8, 0), SGX_ERESUME, SGX_VECTOR_PF);
+    EQUAL(others, 1);
+}
+
+static void a_handler_installed_later_is_named_and_put_behind_us(void)
+{
+    struct teemate_diag diag = {0};
+
+    prepare();
+    LEFT(enter(enclave, 0, OP_NOTHING, 0, 0));
+    EQUAL(teemate_signals_check(0, &diag), 0);
+    set_handler(SIGSEGV, other_handler, 0);
+    set_handler(SIGILL, other_handler, 0);
+    EQUAL(teemate_signals_check(0, &diag), -EUCLEAN);
+    EQUAL(diag.step, TEEMATE_STEP_SIGNALS);
+    CHECK(strstr(diag.text, "Illegal instruction"));
+    CHECK(strstr(diag.text, "sim-tests"));
+    /* The next entry puts itself before them. */
+    FAULTED(enter(enclave, 0, OP_READ, 8, 0), SGX_ERESUME, SGX_VECTOR_PF);
+    EQUAL(others, 0);
+    EQUAL(teemate_signals_check(0, &diag), 0);
+    fault_on_the_host();
+    EQUAL(others, 1);
+}
+
+static void a_check_puts_us_before_a_new_handler(void)
+{
+    prepare();
+    LEFT(enter(enclave, 0, OP_NOTHING, 0, 0));
+    set_handler(SIGSEGV, other_handler, 0);
+    EQUAL(teemate_signals_check(0, NULL), -EUCLEAN);
+    EQUAL(teemate_signals_check(1, NULL), 0);
+    FAULTED(enter(enclave, 0, OP_READ, 8, 0), SGX_ERESUME, SGX_VECTOR_PF);
+    fault_on_the_host();
+    EQUAL(others, 1);
+}
+
+static void earlier_handler(int sig, siginfo_t *info, void *context)
+{
+    (void)sig, (void)info;
+    earlier++;
+    skip_fault(context);
+}
+
+static void calling_handler(int sig, siginfo_t *info, void *context)
+{
+    others++;
+    before_other.sa_sigaction(sig, info, context); /* which is ours */
+}
+
+static void a_handler_that_calls_its_predecessor_does_not_go_in_circles(void)
+{
+    struct sigaction action = {.sa_sigaction = calling_handler, .sa_flags = SA_SIGINFO};
+
+    set_handler(SIGSEGV, earlier_handler, 0);
+    prepare();
+    LEFT(enter(enclave, 0, OP_NOTHING, 0, 0));
+    for (int i = 1; i <= 20; i++) { /* again and again, as some libraries do */
+        CHECK(sigaction(SIGSEGV, &action, i == 1 ? &before_other : NULL) == 0);
+        EQUAL(teemate_signals_check(1, NULL), 0);
+        LEFT(enter(enclave, 1, OP_NOTHING, 0, 0));
+        fault_on_the_host();
+        EQUAL(others, i);
+        EQUAL(earlier, i);
+    }
+}
+
+/* As faulthandler does it: put the predecessor back and raise again. */
+static void raising_handler(int sig, siginfo_t *info, void *context)
+{
+    (void)info;
+    others++;
+    sigaction(sig, &before_other, NULL);
+    raise(sig);
+    skip_fault(context);
+}
+
+static void counting_handler(int sig, siginfo_t *info, void *context)
+{
+    (void)sig, (void)info, (void)context;
+    earlier++;
+}
+
+static void a_handler_that_restores_and_raises_reaches_the_one_before_us(void)
+{
+    struct sigaction action = {.sa_sigaction = raising_handler, .sa_flags = SA_SIGINFO | SA_NODEFER};
+
+    set_handler(SIGSEGV, counting_handler, 0);
+    prepare();
+    LEFT(enter(enclave, 0, OP_NOTHING, 0, 0));
+    CHECK(sigaction(SIGSEGV, &action, &before_other) == 0);
+    EQUAL(teemate_signals_check(1, NULL), 0);
+    fault_on_the_host();
+    EQUAL(others, 1);
+    EQUAL(earlier, 1);
+    LEFT(enter(enclave, 0, OP_NOTHING, 0, 0));
+}
+
+static void on_sent_segv(int sig, siginfo_t *info, void *context)
+{
+    (void)sig, (void)context;
+    EQUAL((unsigned)info->si_code, (unsigned)SI_TKILL);
+    note();
+    board(enclave)[STOP] = 1;
+}
+
+static void a_segv_that_somebody_sent_is_the_hosts(void)
+{
+    struct sender sender = {pthread_self(), SIGSEGV};
+    pthread_t other;
+
+    set_handler(SIGSEGV, on_sent_segv, 0);
+    prepare();
+    CHECK(pthread_create(&other, NULL, send_when_inside, &sender) == 0);
+    CHECK(spin() >= 1);
+    EQUAL(received, 1);
+    EQUAL(on_host_stack, 1);
+    pthread_join(other, NULL);
+}
+
+static void fault_as_a_child(void *unused)
+{
+    (void)unused;
+    enclave = test_enclave_from_fd(dup(enclave->fd), true);
+    LEFT(enter(enclave, 0, OP_NOTHING, 0, 0));
+    fault_on_the_host();
+}
+
+static void a_fault_without_any_handler_ends_the_process_as_ever(void)
+{
+    int pid, status;
+
+    prepare();
+    pid = start_child(fault_as_a_child, NULL);
+    CHECK(waitpid(pid, &status, 0) == pid);
+    CHECK(WIFSIGNALED(status));
+    EQUAL(WTERMSIG(status), SIGSEGV);
+}
+
+const struct test signal_tests[] = {
+    TEST(an_alarm_reaches_the_host_while_a_thread_is_inside),
+    TEST(an_interrupt_from_another_thread_pauses_the_call),
+    TEST(a_paused_call_can_be_abandoned),
+    TEST(a_pause_comes_no_earlier_than_asked_for),
+    TEST(a_profiler_samples_on_the_hosts_stack),
+    TEST(a_child_that_ends_is_noticed_while_inside),
+    TEST(a_handler_may_jump_out_of_a_call),
+    TEST(a_handler_may_enter_while_its_thread_waits_at_the_aep),
+    TEST(a_foreign_alternate_stack_and_the_mask_are_put_back),
+    TEST(entering_from_a_handler_on_an_alternate_stack_is_refused),
+    TEST(faults_of_the_host_go_to_the_handler_that_was_there),
+    TEST(a_handler_installed_later_is_named_and_put_behind_us),
+    TEST(a_check_puts_us_before_a_new_handler),
+    TEST(a_handler_that_calls_its_predecessor_does_not_go_in_circles),
+    TEST(a_handler_that_restores_and_raises_reaches_the_one_before_us),
+    TEST(a_segv_that_somebody_sent_is_the_hosts),
+    TEST(a_fault_without_any_handler_ends_the_process_as_ever),
+    {0},
+};
