@@ -114,7 +114,7 @@ def run(args: list[str], invoke: Callable[..., Any] = cli.main) -> int:
     except BrokenPipeError:
         # The reader has seen enough (`teemate ... | head`); nothing may be flushed to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
-        return 141
+        return 1  # as click and rich have it
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         failure = Error(f"{place}{error.strerror or error}", {"errno": error.errno})

@@ -247,5 +247,5 @@ def test_a_reader_that_has_seen_enough_is_no_error(signed_image: Path) -> None:
     os.close(read)
     with os.fdopen(write, "wb") as closed:
         done = run_teemate("image", "info", signed_image, "--json", stdout=closed)
-    assert done.returncode == 141
+    assert done.returncode == 1
     assert done.stderr == ""
