@@ -30,7 +30,6 @@ struct repair {
      * there was no attempt.
      */
     int (*resume)(struct repair *repair, uint64_t tcs_offset);
-    void *context;
     uint32_t frames; /* resumed so far, for statistics */
 };
 

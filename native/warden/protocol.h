@@ -26,7 +26,8 @@ enum warden_op {
      * control key.  Result: control result of SET_KEY. */
     WARDEN_START = 1,
     /* body.control, entered through warden TCS 0 or 1: ARM, CLEAR, RESET, SSA,
-     * TIME, AUTHOR, REPORT.  The MAC is the broker's. */
+     * TIME, AUTHOR, REPORT.  The MAC is the broker's.  When the enclave faulted:
+     * status -EFAULT, vector, and in result what SSA says of the frame. */
     WARDEN_CONTROL = 2,
     /* body.control.slot: enter through that slot's own TCS and tell its CSSA.
      * status -EBUSY when EENTER faults. */
@@ -70,7 +71,9 @@ struct warden_reply {
     int32_t status;      /* 0, a negative errno, or (control) a tm_status with `entered` set */
     uint32_t entered;    /* the enclave answered: status is a tm_status */
     uint32_t vector;     /* when an entry faulted: exception vector + 1, else 0 */
-    uint32_t repaired;   /* START: how many SSA frames of the warden's TCSs were unwound */
+    /* How many SSA frames of the warden's TCSs were unwound: at START, or before this
+     * request since an earlier one had faulted.  DEAD: 1 when the TCS was busy. */
+    uint32_t repaired;
     struct tm_control_result result;
     char text[128];      /* what went wrong, for the log */
 };

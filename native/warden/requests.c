@@ -115,7 +115,6 @@ static int warden_repair(struct warden *warden, uint32_t *frames, struct teemate
         .tcs = warden->tcs,
         .nssa = warden->header.nssa,
         .resume = warden_resume,
-        .context = warden,
     };
     int result = repair_run(&repair, diag);
 

@@ -49,7 +49,7 @@ bool warden_wants_time(const struct warden *warden);
 /* Tell it; a failure shows with the next request. */
 void warden_tick(struct warden *warden);
 
-/* `resume` of struct repair; context is the struct warden. */
+/* `resume` of struct repair. */
 int warden_resume(struct repair *repair, uint64_t tcs_offset);
 
 #endif

@@ -15,6 +15,7 @@ from images import Images
 from warden_harness import Slot
 
 from teemate._native import ffi, lib
+from teemate.vault import Vault
 
 SPACE, BUSY, UNKNOWN, OCALL_FAILED, ARGUMENT = -7, -8, -2, -10, -1
 
@@ -37,10 +38,31 @@ def test_all_slots_of_a_private_enclave_are_armed(private: Any) -> None:
     assert lib.teemate_private_slot(private.handle, 3, args) == -errno.ENOENT
 
 
+class VaultCaller:
+    """What teemate.vault.Vault wants of a slot."""
+
+    def __init__(self, slot: Slot) -> None:
+        self._slot = slot
+
+    def call(
+        self, name: str, payload: bytes = b"", timeout: float | None = None, *, max_reply: int = 65536
+    ) -> bytes:
+        result = self._slot.call(name, payload, capacity=max_reply)
+        assert (result.outcome, result.status) == (lib.TEEMATE_CALL_DONE, 0), (name, result.status)
+        return result.out
+
+
 def test_the_vault_puts_and_gets_by_name(make_private: Callable[..., Any], images: Images) -> None:
-    vault = make_private(image=(images.vault.sgxs, images.vault.sigstruct))
-    slot = vault.slot()
-    assert slot.call("empty").status == 0
+    private = make_private(image=(images.vault.sgxs, images.vault.sigstruct))
+    one, two = (Vault(VaultCaller(private.slot(n))) for n in range(2))
+    one.put(b"key", b"value")
+    entry = two.get(b"key")
+    assert entry is not None
+    assert entry.value == b"value"
+    two.put(b"key", b"another", ttl_ms=3_600_000)
+    again = one.get(b"key")
+    assert again is not None
+    assert again.value == b"another"
 
 
 def test_an_output_that_does_not_fit_tells_how_much_it_needs(private: Any) -> None:

@@ -97,7 +97,8 @@ class Warden:
         with theirs:
             # 3 is where a warden looks; the shell puts it there without touching our descriptors.
             self.process = subprocess.Popen(
-                ["/bin/sh", "-c", 'exec "$0" 3<&0 0</dev/null', str(warden_program())], stdin=theirs
+                ["/bin/sh", "-c", 'exec "$0" 3<&0 0</dev/null', str(warden_program())],
+                stdin=theirs.fileno().fileno(),
             )
         self._id = 0
 
@@ -218,7 +219,7 @@ class Warden:
     def close(self) -> int:
         """Close the socketpair and return how the warden ended."""
         self.socket.close()
-        return self.process.wait(timeout=60)
+        return int(self.process.wait(timeout=60))
 
     def descriptors(self) -> list[str]:
         """Return what the warden's descriptors are."""
