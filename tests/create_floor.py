@@ -9,14 +9,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def build_floor(folder: Path) -> Path:
-    """Compile the floor into `folder` as the library is compiled; returns the program."""
+def build_floor(folder: Path, name: str = "create_floor") -> Path:
+    """Compile tests/floor/NAME.c into `folder` as the library is compiled; returns the program."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     assert compiler is not None, "the tests need a C compiler"
     lib = ROOT / "native" / "lib"
-    sources = [ROOT / "tests" / "floor" / "create_floor.c", lib / "sha256.c", lib / "hmac.c"]
+    sources = [ROOT / "tests" / "floor" / f"{name}.c", lib / "sha256.c", lib / "hmac.c"]
     command = [compiler, "-std=gnu17", "-O3", "-Wall", "-Wextra", "-Werror", f"-I{lib}"]
-    program = folder / "create_floor"
+    program = folder / name
     subprocess.run([*command, *map(str, sources), "-o", str(program)], check=True)
     return program
 
