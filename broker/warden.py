@@ -110,6 +110,7 @@ class Warden:
         generation: int = 0,
         key: bytes = bytes(16),
         data: bytes = b"",
+        deadline: float | None = None,
     ) -> WardenReply:
         """A control ECALL; the reply's status is the enclave's own, whatever it is."""
 
@@ -117,7 +118,7 @@ class Warden:
             return self._key.control(op, slot, generation=generation, key=key, data=data)
 
         for attempt in (1, 2):
-            reply = await self._request(WardenOp.CONTROL, body)
+            reply = await self._request(WardenOp.CONTROL, body, deadline)
             if reply.entered:
                 return reply
             self._failed += 1
@@ -149,21 +150,21 @@ class Warden:
 
     # -- requests ----------------------------------------------------------------
 
-    async def _request(self, op: WardenOp, body: _Body) -> WardenReply:
+    async def _request(self, op: WardenOp, body: _Body, deadline: float | None = None) -> WardenReply:
         for attempt in (1, 2):
             async with self._lock:
-                reply = await self._ask(op, body, last=attempt == 2)
+                reply = await self._ask(op, body, deadline or self._deadline, last=attempt == 2)
             if reply is not None:
                 return reply
         raise AssertionError("the second attempt returns or raises")
 
-    async def _ask(self, op: WardenOp, body: _Body, *, last: bool) -> WardenReply | None:
+    async def _ask(self, op: WardenOp, body: _Body, deadline: float, *, last: bool) -> WardenReply | None:
         """One attempt under the lock; None when the warden failed and another attempt may be made."""
         if self._closed:
             raise WardenError("the enclave was destroyed")
         await self._ensure_started()
         try:
-            return await self._exchange(op, body(), self._deadline)
+            return await self._exchange(op, body(), deadline)
         except _FailedError as failed:
             await self._report_and_kill(op, failed)
             if last:
