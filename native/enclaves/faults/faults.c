@@ -134,7 +134,10 @@ TM_CONTROL(hang)
 
 TM_CONTROL(hang_locked)
 {
-    return tm_lock(&mutex) ? TM_E_BUSY : forever();
+    int status = tm_lock(&mutex);
+
+    /* The last one who hung here is dead; its lock is ours now. */
+    return status && status != TM_E_OWNERDEAD ? status : forever();
 }
 
 TM_CONTROL(crash)
@@ -152,7 +155,9 @@ TM_CONTROL(lock)
 {
     int status = tm_lock(&mutex);
 
-    if (!status)
+    if (status == TM_E_OWNERDEAD)
+        tm_mutex_consistent(&mutex);
+    if (!status || status == TM_E_OWNERDEAD)
         tm_unlock(&mutex);
     return status;
 }
