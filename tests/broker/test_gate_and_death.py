@@ -1,0 +1,245 @@
+"""What stolen and forged keys open (nothing), and what becomes of slots whose holders die in them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from images import Images
+from raw_client import RawClient
+from running_broker import RunningBroker
+
+from teemate._native import ffi, lib
+
+Connect = Callable[..., RawClient]
+
+TM_E_STATE = -5
+TM_E_MAC = -4
+
+CLIENT = """
+import os, sys
+import teemate
+socket, how = sys.argv[1:]
+
+def park(data):
+    print("parked", flush=True)
+    sys.stdin.read()
+
+with teemate.connect(socket) as broker, broker.attach("faults", slots=1) as enclave:
+    with enclave.slot() as slot:
+        slot.call("echo", b"warm")
+        print("ready", flush=True)
+        if how == "loop":
+            slot.call("loop")
+        elif how == "park":
+            slot.call("ocall", ocalls={"echo": park})
+        else:
+            sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def faults_broker(broker: Callable[..., RunningBroker], images: Images) -> RunningBroker:
+    """A broker with the faults image, for root."""
+    return broker(f"""
+[administrators]
+uids = [0]
+[[enclave]]
+name = "faults"
+image = "{images.faults.sgxs}"
+sigstruct = "{images.faults.sigstruct}"
+[[enclave.attach]]
+uid = 0
+""")
+
+
+class Holder:
+    """A client program that stands in the enclave in a chosen way."""
+
+    def __init__(self, broker: RunningBroker, how: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CLIENT, broker.socket, how], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        self.expect("ready")
+        if how == "park":
+            self.expect("parked")
+        if how == "loop":
+            # The loop is all that it still spends time on: seeing it run means that it is inside.
+            begin = self.cpu_ticks()
+            while self.cpu_ticks() < begin + 10:
+                os.sched_yield()
+
+    def expect(self, word: str) -> None:
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == word.encode() + b"\n"
+
+    def cpu_ticks(self) -> int:
+        with open(f"/proc/{self.process.pid}/stat") as file:
+            return int(file.read().rsplit(")", 1)[1].split()[11])
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            stream.close()
+
+
+@contextmanager
+def holder(broker: RunningBroker, how: str) -> Iterator[Holder]:
+    found = Holder(broker, how)
+    try:
+        yield found
+    finally:
+        found.kill()
+
+
+def slot_counts(admin: RawClient) -> dict[str, int]:
+    counts: dict[str, int] = admin.ok("enclaves")["enclaves"][0]["slots"]
+    return counts
+
+
+def until(admin: RawClient, **expected: int) -> dict[str, int]:
+    """Ask until the slots are so; each turn is a round trip."""
+    while True:
+        counts = slot_counts(admin)
+        if all(counts[key] == value for key, value in expected.items()):
+            return counts
+
+
+@pytest.mark.parametrize(("how", "why"), [("loop", "interrupted"), ("park", "parked")])
+def test_a_slot_whose_holder_dies_in_it_is_quarantined_with_the_reason(
+    faults_broker: RunningBroker, connect: Connect, how: str, why: str
+) -> None:
+    admin = connect(faults_broker)
+    with holder(faults_broker, how):
+        assert slot_counts(admin)["used"] == 1
+    counts = until(admin, used=0, withheld=0)
+    assert counts["quarantined"] == 1
+    (record,) = [record for record in faults_broker.log() if record["event"] == "slot quarantined"]
+    assert why in str(record["reason"])
+    got = admin.ok("attach", enclave="faults", slots=counts["total"] - 1, wait=20)
+    assert record["slot"] not in [slot["slot"] for slot in got["slots"]]
+
+
+def test_a_slot_whose_holder_dies_outside_is_free_again(
+    faults_broker: RunningBroker, connect: Connect
+) -> None:
+    admin = connect(faults_broker)
+    with holder(faults_broker, "idle"):
+        total = slot_counts(admin)["total"]
+    admin.ok("attach", enclave="faults", slots=total, wait=20)
+    assert slot_counts(admin)["quarantined"] == 0
+
+
+def test_a_slot_that_is_revoked_while_its_holder_is_stopped_inside_is_quarantined(
+    faults_broker: RunningBroker, connect: Connect
+) -> None:
+    admin = connect(faults_broker)
+    with holder(faults_broker, "loop") as inside:
+        inside.process.send_signal(signal.SIGSTOP)
+        ok = admin.ok("revoke", enclave="faults", grace=0)
+        assert ok == {"grants": 1, "cleared": 0, "quarantined": 1, "leaked": 1}
+    assert until(admin, used=0)["quarantined"] == 1
+
+
+class Attacker:
+    """Maps the enclave from a raw attach and enters slots with whatever key it likes."""
+
+    def __init__(self, client: RawClient) -> None:
+        self.ok = client.ok("attach", enclave="faults", slots=1)
+        info = self.ok["enclave"]
+        segments = ffi.new("struct teemate_segment[]", [tuple(s) for s in self.ok["segments"]])
+        handle = ffi.new("struct teemate_enclave **")
+        fd, arena = (os.dup(fd) for fd in client.fds[-2:])
+        error = lib.teemate_open(
+            lib.TEEMATE_SIM, fd, info["base"], info["size"], segments, len(segments), handle, ffi.NULL
+        )
+        assert error == 0
+        self.enclave = handle[0]
+        assert lib.teemate_map(self.enclave, ffi.NULL) == 0
+        assert lib.teemate_map_arena(self.enclave, arena, ffi.NULL) == 0
+        os.close(arena)
+
+    def call(self, slot: dict[str, Any]) -> tuple[int, int]:
+        """Outcome and status of an ECALL through `slot` with what it says."""
+        args = ffi.new("struct teemate_slot_args *")
+        args.index, args.tcs_offset, args.generation = slot["slot"], slot["tcs"], slot["generation"]
+        ffi.memmove(args.key, slot["key"], 16)
+        ffi.memmove(args.bind, slot["bind"], 88)
+        handle = ffi.new("struct teemate_slot **")
+        assert lib.teemate_slot_open(self.enclave, args, handle, ffi.NULL) == 0
+        call = ffi.new("struct teemate_call *")
+        assert lib.teemate_slot_call(handle[0], b"empty", 5, b"", 0, ffi.NULL, 0, 0, call) == 0
+        lib.teemate_slot_close(handle[0])
+        return call.outcome, call.status
+
+    def close(self) -> None:
+        lib.teemate_close(self.enclave)
+
+
+@pytest.fixture
+def attacker(faults_broker: RunningBroker, connect: Connect) -> Iterator[tuple[RawClient, Attacker]]:
+    client = connect(faults_broker)
+    attacker = Attacker(client)
+    yield client, attacker
+    attacker.close()
+
+
+DONE, REVOKED = lib.TEEMATE_CALL_DONE, lib.TEEMATE_CALL_REVOKED
+
+
+def test_a_forged_key_opens_no_slot_neither_one_s_own_nor_another_s(
+    attacker: tuple[RawClient, Attacker], faults_broker: RunningBroker, connect: Connect
+) -> None:
+    _, thief = attacker
+    (mine,) = thief.ok["slots"]
+    (theirs,) = connect(faults_broker).ok("attach", enclave="faults", slots=1)["slots"]
+    for bit in (0, 63, 64, 127):
+        key = bytearray(mine["key"])
+        key[bit // 8] ^= 1 << bit % 8
+        assert thief.call(mine | {"key": bytes(key)})[0] == REVOKED
+    assert thief.call(theirs | {"key": mine["key"]})[0] == REVOKED
+    assert thief.call(theirs | {"key": bytes(16)})[0] == REVOKED
+    assert thief.call(mine | {"slot": 0, "tcs": mine["tcs"] - 4096 * mine["slot"]})[0] == REVOKED
+    assert thief.call(mine) == (DONE, 0)
+
+
+def test_a_forged_identity_is_not_bound(attacker: tuple[RawClient, Attacker]) -> None:
+    _, thief = attacker
+    (mine,) = thief.ok["slots"]
+    bind = bytearray(mine["bind"])
+    bind[40] ^= 1  # uid
+    assert thief.call(mine | {"bind": bytes(bind)}) == (DONE, TM_E_MAC)
+    assert thief.call(mine | {"bind": bytes(88)}) == (DONE, TM_E_STATE)
+    assert thief.call(mine) == (DONE, 0)
+
+
+def test_a_key_of_an_earlier_assignment_opens_nothing(
+    attacker: tuple[RawClient, Attacker], faults_broker: RunningBroker, connect: Connect
+) -> None:
+    client, thief = attacker
+    (old,) = thief.ok["slots"]
+    assert thief.call(old) == (DONE, 0)
+    client.ok("slots.release", grant=thief.ok["grant"], slots=[old["slot"]], clean=True)
+    other = connect(faults_broker)
+    total = slot_counts(other)["total"]
+    new = {s["slot"]: s for s in other.ok("attach", enclave="faults", slots=total, wait=20)["slots"]}
+    assert thief.call(old)[0] == REVOKED
+    assert thief.call(new[old["slot"]] | {"key": old["key"]})[0] == REVOKED
+    assert thief.call(new[old["slot"]]) == (DONE, 0), "the guard of this test: with the key it opens"
+
+
+def test_a_revoked_key_opens_nothing(
+    attacker: tuple[RawClient, Attacker], faults_broker: RunningBroker, connect: Connect
+) -> None:
+    _, thief = attacker
+    (mine,) = thief.ok["slots"]
+    connect(faults_broker).ok("revoke", grant=thief.ok["grant"], grace=0)
+    assert thief.call(mine)[0] == REVOKED
