@@ -98,7 +98,7 @@ class Warden:
             # 3 is where a warden looks; the shell puts it there without touching our descriptors.
             self.process = subprocess.Popen(
                 ["/bin/sh", "-c", 'exec "$0" 3<&0 0</dev/null', str(warden_program())],
-                stdin=theirs.fileno().fileno(),
+                stdin=theirs.fileno(),
             )
         self._id = 0
 
