@@ -106,14 +106,15 @@ static uint32_t exitinfo(const struct sim_thread *thread, uint32_t vector)
         return vector | SGX_EXITINFO_HARDWARE | SGX_EXITINFO_VALID;
     case SGX_VECTOR_BP:
         return vector | SGX_EXITINFO_SOFTWARE | SGX_EXITINFO_VALID;
-    case SGX_VECTOR_DE:
     case SGX_VECTOR_DB:
+        return vector | SGX_EXITINFO_HARDWARE | SGX_EXITINFO_VALID;
+    case SGX_VECTOR_DE:
     case SGX_VECTOR_BR:
     case SGX_VECTOR_UD:
     case SGX_VECTOR_MF:
     case SGX_VECTOR_AC:
     case SGX_VECTOR_XM:
-        return vector | SGX_EXITINFO_HARDWARE | SGX_EXITINFO_VALID;
+        return SIM_STEP("AEX.EXITINFO") ? vector | SGX_EXITINFO_HARDWARE | SGX_EXITINFO_VALID : 0;
     default:
         return 0;
     }
@@ -165,9 +166,11 @@ static bool aex(struct sim_thread *thread, ucontext_t *uc, const struct event *e
         .r9 = (uint64_t)regs[REG_R9], .r10 = (uint64_t)regs[REG_R10], .r11 = (uint64_t)regs[REG_R11],
         .r12 = (uint64_t)regs[REG_R12], .r13 = (uint64_t)regs[REG_R13], .r14 = (uint64_t)regs[REG_R14],
         .r15 = (uint64_t)regs[REG_R15], .rflags = flags, .rip = rip, .ursp = ursp, .urbp = urbp,
-        .exitinfo = event->exception ? exitinfo(thread, event->vector) : 0, .fsbase = fs, .gsbase = gs,
+        .exitinfo = event->exception ? exitinfo(thread, event->vector)
+                    : SIM_STEP("AEX.EXITINFO.EVENT") ? 0
+                                                     : SGX_EXITINFO_VALID, .fsbase = fs, .gsbase = gs,
     };
-    if (saved->exitinfo && (event->vector == SGX_VECTOR_PF || event->vector == SGX_VECTOR_GP))
+    if (saved->exitinfo && (event->vector == SGX_VECTOR_PF || event->vector == SGX_VECTOR_GP) && SIM_STEP("AEX.EXINFO"))
         *exinfo = (struct sgx_exinfo){.maddr = event->vector == SGX_VECTOR_PF ? event->addr : 0,
                                       .errcd = event->error};
     swap_xsave(thread, uc);
@@ -255,11 +258,8 @@ static void enclu(struct sim_thread *thread, ucontext_t *uc, uint64_t fs, uint64
         return;
     case SGX_EENTER:
     case SGX_ERESUME:
-        if (SIM_STEP("ENCLU.INSIDE")) {
-            raise_fault(thread, uc, (struct event){.vector = SGX_VECTOR_GP}, fs, gs);
-            return;
-        }
-        break;
+        raise_fault(thread, uc, (struct event){.vector = SGX_VECTOR_GP}, fs, gs);
+        return;
     default:
         break;
     }
@@ -368,8 +368,9 @@ void sim_inside(struct sim_thread *thread, int sig, siginfo_t *info, void *conte
         struct event event = {.exception = sig == SIGTRAP, .vector = vector};
 
         send_again(thread, sig, info);
+        /* An enclave that traps in a loop is never inside for long enough to be ticked. */
         if (aex(thread, uc, &event, fs, gs))
-            leave(thread, uc, (uint64_t)(uintptr_t)sim_aep);
+            leave(thread, uc, (uint64_t)(uintptr_t)(is_over(thread->entry) ? sim_paused : sim_aep));
         return;
     }
     if ((sig == SIGILL || (sig == SIGSEGV && !(vector == SGX_VECTOR_PF && regs[REG_ERR] & SGX_PF_I))) &&

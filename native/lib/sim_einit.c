@@ -103,10 +103,11 @@ int sim_init(struct teemate_enclave *enclave, const struct sgx_sigstruct *sigstr
                   (attributes.flags ^ sigstruct->attributes.flags) & sigstruct->attributemask.flags & ~SGX_ATTR_INIT))
         return refuse(diag, -EACCES, SGX_INVALID_ATTRIBUTE, offsetof(struct sgx_sigstruct, attributes),
                       "the SIGSTRUCT does not allow these ATTRIBUTES (a debug enclave needs a SIGSTRUCT that allows it)");
-    if (SIM_CHECK("EINIT.XFRM", (attributes.xfrm ^ sigstruct->attributes.xfrm) & sigstruct->attributemask.xfrm))
+    /* The loader takes XFRM and MISCSELECT from the SIGSTRUCT: no caller can make them differ. */
+    if ((attributes.xfrm ^ sigstruct->attributes.xfrm) & sigstruct->attributemask.xfrm)
         return refuse(diag, -EACCES, SGX_INVALID_ATTRIBUTE, offsetof(struct sgx_sigstruct, attributes) + 8,
                       "the SIGSTRUCT does not allow this XFRM");
-    if (SIM_CHECK("EINIT.MISCSELECT", (secs->miscselect ^ sigstruct->miscselect) & sigstruct->miscmask))
+    if ((secs->miscselect ^ sigstruct->miscselect) & sigstruct->miscmask)
         return refuse(diag, -EACCES, SGX_INVALID_ATTRIBUTE, offsetof(struct sgx_sigstruct, miscselect),
                       "the SIGSTRUCT does not allow this MISCSELECT");
 

@@ -76,7 +76,10 @@ static bool fault_pf(struct sim_fault *fault, uint32_t error, uint64_t addr)
     return false;
 }
 
-/* The TCS that RBX names, or NULL with the fault. */
+/*
+ * The TCS that RBX names, or NULL with the fault.  Branches without an id cannot be reached
+ * from user mode; tests/conformance/table tells why.
+ */
 static struct sim_tcs *find_tcs(struct teemate_enclave *enclave, uint64_t addr, struct sim_fault *fault)
 {
     struct sim_mapping *sim = enclave->sim;
@@ -98,7 +101,7 @@ static struct sim_tcs *find_tcs(struct teemate_enclave *enclave, uint64_t addr, 
         return NULL;
     }
     if (SIM_CHECK("EENTER.TCS.TYPE", SIM_EPCM_TYPE(entry) != SGX_PT_TCS) || index >= SIM_TCS_MAX ||
-        SIM_CHECK("EENTER.TCS.PENDING", entry & SIM_EPCM_PENDING) ||
+        entry & SIM_EPCM_PENDING ||
         SIM_CHECK("EENTER.TCS.MODIFIED", entry & SIM_EPCM_MODIFIED)) {
         fault_pf(fault, SGX_PF_SGX | SGX_PF_P | SGX_PF_U, addr);
         return NULL;
@@ -118,8 +121,9 @@ static uint8_t *find_frame(struct teemate_enclave *enclave, const struct sim_tcs
     uint64_t size = (uint64_t)enclave->info.ssa_frame_pages * SGX_PAGE;
     uint64_t addr = enclave->base + tcs->ossa + index * size;
 
-    for (uint64_t at = addr; at < addr + size; at += SGX_PAGE)
-        if (!sim_access(enclave, at, SGX_PAGE, SGX_PF_W, fault) && SIM_STEP("EENTER.SSA"))
+    /* By count, not by end: OSSA is anything when somebody scribbled over the table. */
+    for (uint64_t at = 0; at < size; at += SGX_PAGE)
+        if (!sim_access(enclave, addr + at, SGX_PAGE, SGX_PF_W, fault) && SIM_STEP("EENTER.SSA"))
             return NULL;
     return sim_at(enclave, addr);
 }
@@ -138,9 +142,13 @@ static bool enter_checks(struct teemate_enclave *enclave, struct sim_thread *thr
     thread->tcs = find_tcs(enclave, entry->run->tcs, fault);
     if (!thread->tcs)
         return false;
-    if (SIM_CHECK("EENTER.SECS.INIT", !(header->attributes.flags & SGX_ATTR_INIT)))
+    if (SIM_CHECK("EENTER.OSSA", thread->tcs->ossa & (SGX_PAGE - 1)))
         return fault_gp(fault);
-    if (SIM_CHECK("EENTER.XFRM", enclave->info.xfrm & ~xcr0()))
+    if (SIM_CHECK("EENTER.OFSBASE", thread->tcs->ofsbase & (SGX_PAGE - 1)))
+        return fault_gp(fault);
+    if (SIM_CHECK("EENTER.OGSBASE", thread->tcs->ogsbase & (SGX_PAGE - 1)))
+        return fault_gp(fault);
+    if (!(header->attributes.flags & SGX_ATTR_INIT) || enclave->info.xfrm & ~xcr0())
         return fault_gp(fault);
     thread->word = atomic_load(&thread->tcs->word);
     if (SIM_CHECK("EENTER.TCS.BUSY", thread->word & SIM_TCS_BUSY))

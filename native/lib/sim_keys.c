@@ -89,7 +89,7 @@ static void depend_on_policy(struct sim_key_dependencies *key, const struct sim_
                              const struct sgx_keyrequest *request)
 {
     key->keypolicy = request->keypolicy;
-    if (request->keypolicy & POLICY_ISVFAMILYID)
+    if (SIM_CHECK("EGETKEY.POLICY.ISVFAMILYID", request->keypolicy & POLICY_ISVFAMILYID))
         memcpy(key->isvfamilyid, secs->isvfamilyid, sizeof(key->isvfamilyid));
     if (SIM_CHECK("EGETKEY.POLICY.NOISVPRODID", request->keypolicy & POLICY_NOISVPRODID))
         key->isvprodid = 0;
@@ -97,7 +97,7 @@ static void depend_on_policy(struct sim_key_dependencies *key, const struct sim_
         memcpy(key->configid, secs->configid, sizeof(key->configid));
         key->configsvn = request->configsvn;
     }
-    if (request->keypolicy & POLICY_ISVEXTPRODID)
+    if (SIM_CHECK("EGETKEY.POLICY.ISVEXTPRODID", request->keypolicy & POLICY_ISVEXTPRODID))
         memcpy(key->isvextprodid, secs->isvextprodid, sizeof(key->isvextprodid));
 }
 

@@ -66,6 +66,7 @@ int sim_restrict_permissions(struct teemate_enclave *enclave, uint64_t offset, u
 int sim_modify_types(struct teemate_enclave *enclave, uint64_t offset, uint64_t length, uint64_t type,
                      uint64_t *result, uint64_t *count)
 {
+    static const struct sgx_tcs empty;
     int error = check_range(enclave, offset, length);
 
     *result = *count = 0;
@@ -75,8 +76,16 @@ int sim_modify_types(struct teemate_enclave *enclave, uint64_t offset, uint64_t 
         return -EINVAL;
     for (; *count < length; *count += SGX_PAGE) {
         _Atomic uint64_t *entry = &enclave->sim->epcm[(offset + *count) / SGX_PAGE];
-        uint64_t word = atomic_load(entry), next;
+        uint64_t word = atomic_load(entry), next, index = 0;
 
+        /* A place in the table now, so that the page can be mapped as a TCS; EACCEPT fills it. */
+        if (type == SGX_PT_TCS && word & SIM_EPCM_VALID && SIM_EPCM_TYPE(word) == SGX_PT_REG) {
+            int place = sim_tcs_enlist(enclave->sim, offset + *count, &empty);
+
+            if (place < 0)
+                return place;
+            index = (uint64_t)place;
+        }
         do {
             if (!(word & SIM_EPCM_VALID))
                 error = -EFAULT;
@@ -89,7 +98,7 @@ int sim_modify_types(struct teemate_enclave *enclave, uint64_t offset, uint64_t 
                 *result = SGX_PAGE_NOT_MODIFIABLE;
                 error = -EFAULT;
             }
-            next = SIM_EPCM_VALID | SIM_EPCM_MODIFIED | type << SIM_EPCM_TYPE_SHIFT |
+            next = SIM_EPCM_VALID | SIM_EPCM_MODIFIED | type << SIM_EPCM_TYPE_SHIFT | index << SIM_EPCM_TCS_SHIFT |
                    (type == SGX_PT_TCS ? 3ull : SIM_EPCM_MAX(word)) << SIM_EPCM_MAX_SHIFT;
         } while (!error && !atomic_compare_exchange_weak(entry, &word, next));
         if (error)
