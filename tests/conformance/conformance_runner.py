@@ -1,0 +1,86 @@
+"""Build runner.c with the library's sources, and run cases with it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from conformance_table import HERE, LIB, Row
+
+#: Which backend the table is run on: sim, or sgx where the driver is.
+BACKEND = os.environ.get("TEEMATE_CONFORMANCE_BACKEND", "sim")
+#: A mutant may hang: then its cases end in the runner's alarm, one after the other.
+PATIENCE = 300.0
+
+
+def library_sources() -> list[Path]:
+    """What native/lib/meson.build makes libteemate of: its static libraries."""
+    text = (LIB / "meson.build").read_text()
+    listed = "".join(re.findall(r"static_library\((.*?)\n\)", text, re.DOTALL))
+    return [LIB / name for name in re.findall(r"'([\w.]+\.[cS])'", listed)]
+
+
+def build_runner(folder: Path, flags: Iterable[str] = ()) -> Path:
+    """Compile the runner and the library, from the same sources as the package; two files at a time."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    assert compiler is not None, "the tests need a C compiler"
+    include = LIB.parent / "include"
+    # The signal handlers need -fno-stack-protector (see meson.build); it does not hurt the others.
+    common = [
+        compiler,
+        "-std=gnu17",
+        "-O1",
+        "-g",
+        "-Wall",
+        "-Wextra",
+        "-fno-stack-protector",
+        "-D_GNU_SOURCE",
+    ]
+    common += [f"-I{include}", f"-I{LIB}", *flags]
+
+    def compile_one(source: Path) -> str:
+        output = folder / f"{source.name}.o"
+        subprocess.run([*common, "-c", str(source), "-o", str(output)], check=True)
+        return str(output)
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        objects = list(pool.map(compile_one, [*library_sources(), HERE / "runner.c", HERE / "sgx2.c"]))
+    program = folder / "runner"
+    subprocess.run([*common, *objects, "-o", str(program), "-lpthread"], check=True)
+    return program
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runner:
+    program: Path
+    images: Path
+    backend: str
+
+    def run(self, rows: Iterable[Row], *, mutant: str | None = None) -> dict[str, str]:
+        """Run the rows' cases, each in a process of its own; what each saw, by id."""
+        rows = list(rows)
+        seen: dict[str, str] = {}
+        for needs in sorted({row.needs or "" for row in rows}):
+            lines = "".join(f"{row.id}|{row.case}\n" for row in rows if (row.needs or "") == needs)
+            environment = dict(os.environ) | {"TEEMATE_SIM_CPU": needs}
+            if mutant is not None:
+                environment["TEEMATE_SIM_MUTANT"] = mutant
+            result = subprocess.run(
+                [str(self.program), self.backend, str(self.images)],
+                input=lines,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE,
+                check=False,
+            )
+            for line in result.stdout.splitlines():
+                name, _, text = line.partition("|")
+                seen[name] = text
+        return seen
