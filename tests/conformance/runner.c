@@ -527,7 +527,7 @@ static void step_pause(char **words, char *seen, size_t size)
 {
     run.pause = 1000000;
     enter(words[1], SGX_EENTER, OP_SPIN, &run.paused, &run.run, &run.regs, seen, size);
-    run.pause = SECONDS(5);
+    run.pause = SECONDS(2);
 }
 
 static void count_trap(int sig)
@@ -543,7 +543,7 @@ static void step_trap(char *seen, size_t size)
     run.pause = 1000000;
     run.block = (struct block){.rax = 6};
     enter_main("t0", SGX_EENTER, OP_FAULT, seen, size);
-    run.pause = SECONDS(5);
+    run.pause = SECONDS(2);
     if (run.traps)
         snprintf(seen + strlen(seen), size - strlen(seen), ", signals");
 }
@@ -731,7 +731,7 @@ int main(int argc, char **argv)
     }
     run.backend = strcmp(argv[1], "sgx") == 0 ? TEEMATE_SGX : TEEMATE_SIM;
     run.folder = argv[2];
-    run.pause = SECONDS(5);
+    run.pause = SECONDS(2);
     read_places();
     while (getline(&line, &size, stdin) > 0) {
         int status;
