@@ -167,7 +167,7 @@ def describe_fault(
     text = f"{enclave}: {doing}: {vector_name(vector)}"
     if vector == 14:
         where = f"base + {address - base:#x}" if base <= address < base + size else f"{address:#x}"
-        text += f" at {where}"
+        text += f" in the page at {where}"  # the processor clears the low 12 bits
     if run.function == _EENTER:
         text += (
             " while entering: the TCS is busy or has no SSA frame left, or the enclave's memory is gone: "

@@ -181,7 +181,6 @@ def test_a_call_from_an_ocall_handler_in_the_same_slot_is_busy(faults: Enclave) 
     [
         ("divide", number(1), "#DE"),
         ("illegal", b"", "#UD"),
-        ("cpuid", b"", "#UD"),
         ("fault_line", b"", "#PF"),
         ("overflow_stack", b"", "#PF"),
     ],
@@ -206,7 +205,8 @@ def test_a_fault_is_shown_as_function_and_line(images: Images, faults: Enclave) 
     line = next(n for n, text in enumerate(source.read_text().splitlines(), 1) if "FAULT LINE" in text)
     with faults.slot() as slot, pytest.raises(teemate.EnclaveFault) as caught:
         slot.call("fault_line")
-    assert f"fault_at_known_line (faults.c:{line})" in str(caught.value).replace(f"{source.parent}/", "")
+    assert "in fault_at_known_line (" in caught.value.message
+    assert f"faults.c:{line})" in caught.value.message
 
 
 def test_a_call_that_takes_too_long_is_given_up_and_costs_one_slot(faults: Enclave) -> None:
