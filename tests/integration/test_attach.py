@@ -116,7 +116,7 @@ def test_slots_are_acquired_and_released(broker: StartBroker, policy: str) -> No
             enclave.release(2)
         with enclave.slot() as slot:
             slot.call("empty")
-        with pytest.raises(teemate.LimitReached, match="slots_per_client"):
+        with pytest.raises(teemate.Busy, match="slots_per_client"):
             enclave.acquire(8)
 
 
