@@ -265,6 +265,20 @@ def test_both_of_the_wardens_tcs_can_be_repaired_at_once(faults: Gate) -> None:
     assert faults.author(b"echo", tcs=1).status == OK
 
 
+def test_a_death_at_any_instruction_leaves_the_heap_whole(faults: Gate) -> None:
+    holder = faults.assign(2)
+    deaths = 60
+    for death in range(deaths):
+        interrupt(faults, b"churn", death % 2)
+        repair(faults, death % 2)
+        status, reply = holder.call(b"churned")
+        assert status == OK, death
+        linked, _, _, blocks, _, _, owned = struct.unpack("<7Q", reply)
+        # What is linked is kept and nothing else is; each death loses two blocks at most.
+        assert blocks - owned == linked
+        assert owned <= 2 * (death + 1)
+
+
 def test_a_lock_that_a_dead_warden_held_is_free_after_its_repair(faults: Gate) -> None:
     interrupt(faults, b"hang_locked", 0)
     repair(faults, 0)

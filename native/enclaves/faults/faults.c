@@ -473,6 +473,90 @@ TM_ECALL(heap)
     return status ? status : tm_reply(rq, &stats, sizeof(stats));
 }
 
+/*
+ * Blocks that come and go as a program's would: filled, then linked and kept in one
+ * transaction; unlinked and owned in one, then freed.  The warden is killed in it.
+ */
+#define CHURNED 32u
+static uint64_t *churned[CHURNED];
+
+static int churn_once(uint64_t random)
+{
+    uint64_t size = 16 + (random >> 8) % 3000, *fresh = NULL, *old;
+    size_t place = random % CHURNED;
+    struct tm_txn txn;
+    int status;
+
+    if (random >> 62) {
+        fresh = tm_alloc(size);
+        if (!fresh)
+            return TM_E_NOMEM;
+        fresh[0] = (uint64_t)fresh;
+        fresh[1] = size;
+        memset(fresh + 2, (int)place, size - 16);
+    }
+    status = tm_lock(&other);
+    if (status == TM_E_OWNERDEAD)
+        tm_mutex_consistent(&other);
+    else if (status)
+        return status;
+    old = churned[place];
+    tm_txn_begin(&txn);
+    tm_txn_set_ptr(&txn, &churned[place], fresh);
+    if (fresh)
+        tm_txn_keep(&txn, fresh);
+    if (old)
+        tm_txn_own(&txn, old);
+    tm_txn_commit(&txn);
+    tm_unlock(&other);
+    tm_free(old);
+    return 0;
+}
+
+TM_CONTROL(churn)
+{
+    int status = 0;
+
+    while (!status) {
+        uint64_t random;
+
+        tm_random(&random, sizeof(random));
+        status = churn_once(random);
+    }
+    return status;
+}
+
+/* Every block is whole, and nothing is kept but they: blocks linked, then tm_heap_stats. */
+TM_ECALL(churned)
+{
+    struct tm_heap_stats stats;
+    uint64_t linked = 0;
+    int status = tm_lock(&other);
+
+    if (status == TM_E_OWNERDEAD)
+        tm_mutex_consistent(&other);
+    else if (status)
+        return status;
+    for (size_t i = 0; i < CHURNED; i++) {
+        const uint8_t *bytes = (const uint8_t *)churned[i];
+
+        if (!bytes)
+            continue;
+        linked++;
+        if (churned[i][0] != (uint64_t)bytes || tm_block_size(bytes) < churned[i][1])
+            status = 100;
+        for (uint64_t n = 16; !status && n < churned[i][1]; n++)
+            if (bytes[n] != i)
+                status = 101;
+    }
+    tm_unlock(&other);
+    if (!status || status == TM_E_OWNERDEAD)
+        status = tm_heap_check(&stats);
+    if (!status)
+        status = answer(rq, linked);
+    return status ? status : tm_reply(rq, &stats, sizeof(stats));
+}
+
 /* ---- keys --------------------------------------------------------------------------------- */
 
 /* u64 policy, then text: sealed with the additional data "faults". */
