@@ -11,7 +11,8 @@
 
 #define CPU_AES 1u   /* AES-NI, PCLMULQDQ and SSSE3 */
 #define CPU_SHA 2u   /* the SHA extensions and SSE4.1 */
-#define CPU_KNOWN 4u /* CPUID has been asked */
+#define CPU_AVX2 4u  /* AVX2 and BMI2, switched on by the operating system; never inside an enclave */
+#define CPU_KNOWN 8u /* CPUID has been asked */
 
 #if defined(TEEMATE_CRYPTO_PORTABLE)
 
@@ -53,8 +54,17 @@ static inline unsigned cpu_features(void)
     features = CPU_KNOWN;
     if ((leaf1_ecx & bit_AES) && (leaf1_ecx & bit_PCLMUL) && (leaf1_ecx & bit_SSSE3))
         features |= CPU_AES;
+    if ((leaf1_ecx & bit_OSXSAVE) && (leaf7_ebx & bit_AVX2) && (leaf7_ebx & bit_BMI2)) {
+        unsigned low, high;
+        __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+        if ((low & 6) == 6) /* XCR0: SSE and AVX state */
+            features |= CPU_AVX2;
+    }
     if ((leaf7_ebx & bit_SHA) && (leaf1_ecx & bit_SSE4_1) && (leaf1_ecx & bit_SSSE3))
         features |= CPU_SHA;
+#ifdef TEEMATE_CRYPTO_NO_SHA /* tests: a CPU without the SHA extensions */
+    features &= ~CPU_SHA;
+#endif
     __atomic_store_n(&cached, features, __ATOMIC_RELAXED);
     return features;
 }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Hash blocks of 4 KiB for about a second, as `openssl speed -evp sha256 -bytes 4096` does; prints MB/s. */
+/* Hash 4 KiB blocks for a second of processor time, as `openssl speed -bytes 4096` does; prints MB/s. */
 #include <stdio.h>
 #include <time.h>
 
@@ -9,7 +9,7 @@ static double now(void)
 {
     struct timespec time;
 
-    clock_gettime(CLOCK_MONOTONIC, &time);
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
     return (double)time.tv_sec + (double)time.tv_nsec / 1e9;
 }
 

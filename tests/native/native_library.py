@@ -13,9 +13,10 @@ from cffi import FFI
 ROOT = Path(__file__).parents[2]
 LIB = ROOT / "native" / "lib"
 CRYPTO = ["sha256.c", "hmac.c", "aes.c", "cmac.c", "gcm.c", "rsa3072.c"]
-#: As the library builds them, with plain C only, and as they go into enclaves.
+#: As the library builds them, without the SHA extensions, with plain C only, and as they go into enclaves.
 VARIANTS: dict[str, list[str]] = {
     "host": [],
+    "avx2": ["-DTEEMATE_CRYPTO_NO_SHA"],
     "portable": ["-DTEEMATE_CRYPTO_PORTABLE"],
     "enclave": ["-DTEEMATE_ENCLAVE", "-ffreestanding"],
 }
