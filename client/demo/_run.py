@@ -39,6 +39,8 @@ class Listener(Protocol):
 class _Side(NamedTuple):
     """One way of doing the work."""
 
+    times: list[float]
+    """Milliseconds until the first reply."""
     inside: list[dict[str, Any]]
     done: list[dict[str, Any]]
     counters: list[int]
@@ -77,8 +79,8 @@ async def _run(clients: int, calls: int, heap: int, backend: str, listener: List
         arguments += ["--pages", str(private.pages // clients)]
         floor = await _floor(arguments, clients, listener)
     _check_measurements(image, info.mrenclave, [*shared.inside, *private.inside])
-    attach = quantiles([message["ms"] for message in shared.inside])
-    conventional = quantiles([message["ms"] for message in private.inside])
+    attach = quantiles(shared.times)
+    conventional = quantiles(private.times)
     done = [*shared.done, *private.done]
     return Figures(
         backend=info.backend,
@@ -142,7 +144,10 @@ async def _side(
         listener.phase(f"{way}: all come inside at once")
         for program in programs:
             await program.tell("go")
-        inside = [await program.hear("inside", INSIDE_TIMEOUT) for program in programs]
+        times = [(await program.hear("inside", INSIDE_TIMEOUT))["ms"] for program in programs]
+        for program in programs:
+            await program.tell("prepare")
+        inside = [await program.hear("prepared", INSIDE_TIMEOUT) for program in programs]
         # All are attached now: that is when memory counts.
         files = {(message["file"][0], message["file"][1]): message["pages"] for message in inside}
         pss = sum(pss_outside(pid, files) for pid in [*(program.pid for program in programs), *service])
@@ -157,7 +162,7 @@ async def _side(
             await program.tell("quit")
         for program in programs:
             await program.finish(END_TIMEOUT)
-    return _Side(inside, done, counters, pss + pages * 4096, pages)
+    return _Side(times, inside, done, counters, pss + pages * 4096, pages)
 
 
 async def _work(programs: Sequence[Program], calls: int, listener: Listener) -> list[dict[str, Any]]:
@@ -175,10 +180,20 @@ async def _work(programs: Sequence[Program], calls: int, listener: Listener) -> 
 
     for program in programs:
         await program.tell("work")
-    async with trio.open_nursery(strict_exception_groups=False) as nursery:
-        for index in range(len(programs)):
-            nursery.start_soon(follow, index)
+    try:
+        async with trio.open_nursery() as nursery:
+            for index in range(len(programs)):
+                nursery.start_soon(follow, index)
+    except BaseExceptionGroup as group:
+        # One program's trouble ends the others; Ctrl-C counts for more than what it caused.
+        raise _first(group) from None
     return done
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    interrupts, rest = group.split(KeyboardInterrupt)
+    one = (interrupts or rest or group).exceptions[0]
+    return _first(one) if isinstance(one, BaseExceptionGroup) else one
 
 
 async def _floor(arguments: Sequence[str], clients: int, listener: Listener) -> list[float]:
