@@ -129,7 +129,7 @@ def test_a_released_slot_is_scrubbed_before_its_next_holder(broker: StartBroker,
         generations.append((slot.index, slot.generation))
         found = struct.unpack("<3Q", slot.call("search"))
         assert sum(found) > 0
-    with teemate.connect(running.socket) as client, client.attach("faults") as enclave, enclave.slot() as slot:
+    with teemate.connect(running.socket) as later, later.attach("faults") as enclave, enclave.slot() as slot:
         generations.append((slot.index, slot.generation))
         assert struct.unpack("<3Q", slot.call("search")) == (0, 0, 0)
     (index, before), (again, after) = generations
