@@ -13,7 +13,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any, final
 
-from teemate import errors
+from teemate import errors, wire
 from teemate._native import ffi, lib
 from teemate.broker.control import ControlKey, SlotKey
 from teemate.broker.limits import Charge
@@ -301,7 +301,8 @@ class Enclave:
             "pages": built.pages,
             "owner": policy.owner,
         }
-        self.segments = [list(segment) for segment in built.segments]
+        self.segments = wire.Encoded(built.segments)
+        """As every reply to `attach` has them."""
 
     @property
     def geometry(self) -> Geometry:
