@@ -26,8 +26,10 @@ def library_sources() -> list[Path]:
     return [LIB / name for name in re.findall(r"'([\w.]+\.[cS])'", listed)]
 
 
-def build_runner(folder: Path, flags: Iterable[str] = ()) -> Path:
-    """Compile the runner and the library, from the same sources as the package; two files at a time."""
+def build_runner(
+    folder: Path, flags: Iterable[str] = (), programs: Iterable[str] = ("runner.c", "sgx2.c")
+) -> Path:
+    """Compile a program and the library, from the same sources as the package; two files at a time."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     assert compiler is not None, "the tests need a C compiler"
     include = LIB.parent / "include"
@@ -50,7 +52,7 @@ def build_runner(folder: Path, flags: Iterable[str] = ()) -> Path:
         return str(output)
 
     with ThreadPoolExecutor(max_workers=2) as pool:
-        objects = list(pool.map(compile_one, [*library_sources(), HERE / "runner.c", HERE / "sgx2.c"]))
+        objects = list(pool.map(compile_one, [*library_sources(), *(HERE / name for name in programs)]))
     program = folder / "runner"
     subprocess.run([*common, *objects, "-o", str(program), "-lpthread"], check=True)
     return program
