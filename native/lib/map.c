@@ -21,12 +21,15 @@
 #include "enclave.h"
 #include "teemate_abi.h"
 
+#define NAME_MAX_SHOWN 100
 #define RESERVE_FLAGS (MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
 
 /* Name what lies in [start, end): "/usr/lib/libfoo.so (7f.. - 7f..)". */
 static void name_mapping(uint64_t start, uint64_t end, char *text, size_t size)
 {
     char line[512], path[256];
+    const char *name;
+    size_t length;
     FILE *maps = fopen("/proc/self/maps", "re");
 
     snprintf(text, size, "another mapping");
@@ -40,7 +43,9 @@ static void name_mapping(uint64_t start, uint64_t end, char *text, size_t size)
             continue;
         if (from >= end || to <= start)
             continue;
-        snprintf(text, size, "%s at %#" PRIx64 "-%#" PRIx64, path[0] ? path : "an anonymous mapping", from, to);
+        length = strlen(path); /* the end of a long path says more than its beginning */
+        name = !length ? "an anonymous mapping" : length > NAME_MAX_SHOWN ? path + length - NAME_MAX_SHOWN : path;
+        snprintf(text, size, "%.*s at %#" PRIx64 "-%#" PRIx64, NAME_MAX_SHOWN, name, from, to);
         break;
     }
     fclose(maps);

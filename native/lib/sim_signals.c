@@ -249,6 +249,15 @@ static int choose_tick(void)
     return SIGRTMAX - 1; /* Go handles all of them: chained like the others */
 }
 
+/* dlclose() must not take the code away: handlers and the ticker stay for the life of the process. */
+static void stay_loaded(void)
+{
+    Dl_info who;
+
+    if (dladdr((void *)on_signal, &who) && who.dli_fname)
+        dlopen(who.dli_fname, RTLD_NOW | RTLD_NOLOAD | RTLD_NODELETE);
+}
+
 int sim_signals_install(void)
 {
     int error = 0;
@@ -259,6 +268,7 @@ int sim_signals_install(void)
     if (!atomic_load(&tick_signal))
         atomic_store(&tick_signal, choose_tick());
     pthread_mutex_unlock(&lock);
+    stay_loaded();
     for (uint32_t i = 0; i < OWNED && !error; i++)
         error = adopt(owned[i]);
     if (!error)

@@ -96,6 +96,9 @@ struct sim_entry {
     struct sim_entry *outer; /* the entry whose user handler or signal handler we are in */
 };
 
+/* Whatever the build's flags: a lazily bound call would run the dynamic linker with the enclave's FS. */
+#pragma GCC visibility push(hidden)
+
 /* sim_entry.S */
 int sim_trampoline(struct sim_thread *thread, struct sim_entry *entry);
 void sim_landing(void);
@@ -144,6 +147,8 @@ int sim_ticker_start(void);
 void sim_ticker_wake(void);
 void sim_ticker_forked(void);
 extern _Atomic uint32_t sim_ticker_asleep;
+
+#pragma GCC visibility pop
 
 /* No TLS, no libc: also while FS is the enclave's. */
 static inline long sim_syscall(long number, long a, long b, long c, long d)
