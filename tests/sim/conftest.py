@@ -36,7 +36,7 @@ class Toolchain:
     def compile(self, source: Path) -> Path:
         output = self.directory / f"{source.stem}.o"
         extra = INSIDE_FLAGS if source.name in INSIDE else []
-        self.run([*self.flags, *extra, "-c", source, "-o", output])
+        self.run([*self.flags, "-fvisibility=hidden", *extra, "-c", source, "-o", output])
         return output
 
     def library(self) -> Path:

@@ -24,6 +24,7 @@
 
         .section .rodata
         .globl  enclave_code, enclave_code_end
+        .hidden enclave_code, enclave_code_end, enclave_divide
         .balign 4096
 enclave_code:
         .rept   8

@@ -24,6 +24,13 @@ static void set_handler(int sig, void (*handler)(int, siginfo_t *, void *), int 
     CHECK(sigaction(sig, &action, NULL) == 0);
 }
 
+static void start_timer(int which, long microseconds, long again)
+{
+    struct itimerval timer = {.it_value.tv_usec = microseconds, .it_interval.tv_usec = again};
+
+    CHECK(setitimer(which, &timer, NULL) == 0);
+}
+
 /* What a host's handler expects: its stack, its TLS, and (seen from here) a TCS that is free. */
 static void note(void)
 {
@@ -38,6 +45,10 @@ static void note(void)
 static void stop_spinning(int sig, siginfo_t *info, void *context)
 {
     (void)sig, (void)info, (void)context;
+    if (sig == SIGALRM && !board(enclave)[ROUNDS])
+        return; /* too early: the timer comes again */
+    if (sig == SIGALRM)
+        start_timer(ITIMER_REAL, 0, 0);
     note();
     board(enclave)[STOP] = 1;
 }
@@ -54,13 +65,6 @@ static void prepare(void)
     pthread_attr_destroy(&attr);
     stack_low = (uintptr_t)low;
     stack_high = stack_low + size;
-}
-
-static void start_timer(int which, long microseconds, long again)
-{
-    struct itimerval timer = {.it_value.tv_usec = microseconds, .it_interval.tv_usec = again};
-
-    CHECK(setitimer(which, &timer, NULL) == 0);
 }
 
 /* OP_SPIN until a signal's handler ends it; how often was it paused? */
@@ -83,7 +87,7 @@ static void an_alarm_reaches_the_host_while_a_thread_is_inside(void)
 {
     prepare();
     set_handler(SIGALRM, stop_spinning, 0);
-    start_timer(ITIMER_REAL, 3000, 0);
+    start_timer(ITIMER_REAL, 3000, 3000);
     CHECK(spin() >= 1);
     EQUAL(received, 1);
     EQUAL(on_host_stack, 1);
@@ -183,6 +187,9 @@ static sigjmp_buf out;
 static void jump_away(int sig, siginfo_t *info, void *context)
 {
     (void)sig, (void)info, (void)context;
+    if (!board(enclave)[ROUNDS])
+        return;
+    start_timer(ITIMER_REAL, 0, 0);
     note();
     siglongjmp(out, 1);
 }
@@ -192,8 +199,9 @@ static void a_handler_may_jump_out_of_a_call(void)
     prepare();
     set_handler(SIGALRM, jump_away, 0);
     for (volatile unsigned i = 0; i < 3; i++) {
+        board(enclave)[ROUNDS] = 0;
         if (sigsetjmp(out, 1) == 0) {
-            start_timer(ITIMER_REAL, 3000, 0);
+            start_timer(ITIMER_REAL, 3000, 3000);
             enter(enclave, i, OP_SPIN, 0, 0);
             abort_test();
         }
@@ -206,6 +214,9 @@ static void a_handler_may_jump_out_of_a_call(void)
 static void enter_again(int sig, siginfo_t *info, void *context)
 {
     (void)sig, (void)info, (void)context;
+    if (!board(enclave)[ROUNDS])
+        return;
+    start_timer(ITIMER_REAL, 0, 0);
     note();
     LEFT(enter(enclave, 0, OP_REGISTERS, 0, 0)); /* CSSA is 1 now */
     EQUAL(board(enclave)[0], 1);
@@ -217,7 +228,7 @@ static void a_handler_may_enter_while_its_thread_waits_at_the_aep(void)
 {
     prepare();
     set_handler(SIGALRM, enter_again, 0);
-    start_timer(ITIMER_REAL, 3000, 0);
+    start_timer(ITIMER_REAL, 3000, 3000);
     spin();
     EQUAL(received, 1);
 }
