@@ -74,6 +74,10 @@ static struct {
     uint8_t buffer[4096] __attribute__((aligned(4096))); /* "host": memory outside of ELRANGE */
 } run;
 
+static void host_code(void)
+{
+}
+
 static void die(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn));
 static void die(const char *format, ...)
 {
@@ -98,7 +102,7 @@ static char *word(char **words, const char *key)
     return NULL;
 }
 
-/* NAME, NAME+N, NAME-N or a number; names are places in ELRANGE, or "host". */
+/* NAME, NAME+N, NAME-N or a number; names are places in ELRANGE, or "host" and "hostcode". */
 static uint64_t value(const char *text)
 {
     char name[24], *end;
@@ -113,6 +117,8 @@ static uint64_t value(const char *text)
     name[n] = 0;
     if (strcmp(name, "host") == 0) {
         result = (uint64_t)run.buffer;
+    } else if (strcmp(name, "hostcode") == 0) {
+        result = (uint64_t)host_code;
     } else {
         size_t i;
 
