@@ -86,7 +86,7 @@ static __attribute__((noinline)) int run_small(const struct tm_ecall_entry *entr
 static int run_large(const struct tm_ecall_entry *entry, struct tm_request *rq, uint64_t in)
 {
     void *copy;
-    int status = heap_alloc(rq->in_len, &copy);
+    int status = tm_try_alloc(rq->in_len, &copy);
 
     if (status)
         return status;

@@ -177,7 +177,7 @@ static int heap_lock(void)
     return status;
 }
 
-int heap_alloc(size_t length, void **result)
+int tm_try_alloc(size_t length, void **result)
 {
     struct free_block *found;
     struct tm_txn txn;
@@ -225,7 +225,7 @@ void *tm_alloc(size_t size)
 {
     void *block;
 
-    heap_alloc(size, &block);
+    tm_try_alloc(size, &block);
     return block;
 }
 

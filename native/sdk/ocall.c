@@ -12,7 +12,8 @@ static struct ocall_answer leave(uint64_t kind, uint64_t length)
 {
     struct ocall_answer answer = tm_gate_ocall(kind, length, random_word() | 1);
 
-    if (answer.status < 0) {
+    /* Whatever the host calls its failure: an author sees one status. */
+    if (answer.status) {
         answer.status = TM_E_OCALL;
         answer.length = 0;
     }
@@ -42,7 +43,7 @@ int tm_ocall(const char *name, const void *in, size_t in_len, void *out, size_t 
     memcpy(buffer + sizeof(length) + name_len, in, in_len);
     answer = leave(TM_OCALL_NAMED, total);
     if (answer.status)
-        return (int)answer.status;
+        return TM_E_OCALL;
     if (answer.length > self->call.ocall_cap)
         return TM_E_OCALL;
     if (answer.length > out_cap)

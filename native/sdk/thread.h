@@ -139,8 +139,6 @@ int64_t ecall(struct thread *self, uint64_t address, uint64_t *length);
 int64_t author_control(const uint8_t data[256], struct tm_control_result *result);
 uint64_t random_word(void);
 uint64_t thread_owner(void); /* generation << 16 | slot + 1 of the running slot: locks, blocks */
-/* 0, TM_E_NOMEM, or TM_E_BUSY when the heap's lock was not to be had. */
-int heap_alloc(size_t length, void **result);
 void time_set(uint64_t nanoseconds);
 void heap_start(void);
 struct tm_holder lock_refused(void); /* who made this slot's last tm_lock() fail */

@@ -133,6 +133,9 @@ void tm_print(const char *format, ...) __attribute__((format(printf, 1, 2)));
  * the same tm_txn that links it.
  */
 void *tm_alloc(size_t size);
+/* The same, and why not: TM_E_NOMEM, or TM_E_BUSY when the heap's lock was not to be had. */
+int tm_try_alloc(size_t size, void **block);
+/* NULL is fine.  A block whose lock was not to be had stays its slot's until repair. */
 void tm_free(void *block);
 /* Usable bytes of a block. */
 size_t tm_block_size(const void *block);

@@ -204,11 +204,12 @@ int table_put(const struct place *place, struct value *value, uint64_t *compare)
     uint64_t hash = hash_of(place);
     struct shard *shard = shard_of(hash);
     struct entry *fresh, *old, **link;
-    int status;
+    void *block;
+    int status = tm_try_alloc(sizeof(*fresh) + place->key_length + value->length, &block);
 
-    fresh = tm_alloc(sizeof(*fresh) + place->key_length + value->length);
-    if (!fresh)
-        return TM_E_NOMEM;
+    if (status)
+        return status;
+    fresh = block;
     fresh->hash = hash;
     fresh->expires = value->expires;
     fresh->value_length = value->length;

@@ -253,16 +253,15 @@ TM_ECALL(export)
     struct vault_page page = {0};
     struct place prefix;
     struct binding binding;
-    uint8_t small[SMALL_PAGE], *sealed;
-    void *block;
+    uint8_t small[SMALL_PAGE];
+    void *block, *sealed;
     size_t length;
     int status = scan(rq, true, sizeof(page) + TM_SEAL_OVERHEAD, &prefix, &page, small, &block, &length);
 
     if (status)
         return status;
-    sealed = tm_alloc(length + TM_SEAL_OVERHEAD);
-    status = TM_E_NOMEM;
-    if (sealed) {
+    status = tm_try_alloc(length + TM_SEAL_OVERHEAD, &sealed);
+    if (!status) {
         binding = binding_of(&prefix);
         status = tm_seal(SGX_KEYPOLICY_MRSIGNER, &binding, sizeof(binding), block ? block : small, length, sealed);
     }
@@ -315,7 +314,7 @@ TM_ECALL(import)
     struct vault_import head;
     struct binding binding;
     struct place place;
-    uint8_t *records;
+    void *records;
     size_t length;
     int status;
 
@@ -327,9 +326,9 @@ TM_ECALL(import)
     if (tm_reply_room(rq) < sizeof(page))
         return tm_reply(rq, &page, sizeof(page));
     length = rq->in_len - sizeof(head) - TM_SEAL_OVERHEAD;
-    records = tm_alloc(length);
-    if (!records)
-        return TM_E_NOMEM;
+    status = tm_try_alloc(length, &records);
+    if (status)
+        return status;
     binding = binding_of(&place);
     status = tm_unseal(&binding, sizeof(binding), rq->in + sizeof(head), rq->in_len - sizeof(head), records);
     if (!status)
