@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from image_sources import run_teemate
 
-from teemate.cli.main import cli
+import teemate
+from teemate.cli.main import COMMANDS, cli
 from teemate.image import inspect, save_key, sgxs
 from teemate.image.sigstruct import SIZE
 
@@ -249,3 +252,46 @@ def test_a_reader_that_has_seen_enough_is_no_error(signed_image: Path) -> None:
         done = run_teemate("image", "info", signed_image, "--json", stdout=closed)
     assert done.returncode == 1
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_there_and_explains_itself(name: str) -> None:
+    result = invoke(name, "--help")
+    assert result.exit_code == 0
+    assert "Usage: " in result.output
+
+
+def test_an_unknown_command_is_wrong_usage() -> None:
+    done = run_teemate("imgae")
+    assert done.returncode == 2
+    assert "No such command 'imgae'" in done.stderr
+
+
+def test_the_most_slots_that_build_allows_load_and_answer(
+    sample_elf: Path, key_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "many.sgxs"
+    refused = run_teemate("image", "build", "--elf", sample_elf, "-o", output, "--slots", "1000")
+    assert refused.returncode == 3
+    found = re.search(r"at most (\d+) slots", refused.stderr.replace("\n", " "))
+    assert found is not None
+    most = int(found[1])
+    built = run_teemate(
+        "image",
+        "build",
+        "--elf",
+        sample_elf,
+        "-o",
+        output,
+        "--slots",
+        most,
+        "--stack",
+        "8K",
+        "--key",
+        key_file,
+    )
+    assert built.returncode == 0, built.stderr
+    with teemate.create_enclave(output, output.with_suffix(".sig"), backend="sim") as enclave:
+        with contextlib.ExitStack() as stack:
+            slots = [stack.enter_context(enclave.slot()) for _ in range(most)]
+            assert [slot.call("hello", b"x") for slot in slots] == [b"two"] * most
