@@ -36,7 +36,7 @@ OK_RULES = {
 
 @cache
 def schema(rule: str) -> pycddl.Schema:
-    """The schema with `rule` as its root, since `message` accepts any operation as an unknown one."""
+    """The schema with `rule`, a name or an expression, as its root: `message` accepts unknown operations."""
     return pycddl.Schema(f"root = {rule}\n{SCHEMA.read_text()}")
 
 
@@ -64,10 +64,11 @@ class Recorder:
             schema(f"{message['event']}-event").validate_cbor(data)
             self.seen[f"event {message['event']}"] += 1
             return
-        schema("error-reply" if "error" in message else "ok-reply").validate_cbor(data)
         op = self._asked.get((connection, message["id"]), "")
-        if "ok" in message and op in OK_RULES:
-            schema(OK_RULES[op]).validate_cbor(cbor2.dumps(message["ok"]))
+        if "ok" in message:
+            rule = OK_RULES[op]
+            schema(f'{{ "id": id, "ok": {rule}, * tstr => any }}').validate_cbor(data)
             self.seen[f"{op} ok"] += 1
-        if "error" in message:
+        else:
+            schema("error-reply").validate_cbor(data)
             self.seen[f"{op} error {message['error']['code']}"] += 1

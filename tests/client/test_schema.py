@@ -39,6 +39,7 @@ def test_an_answer_is_judged_by_what_was_asked() -> None:
     recorder.sent(1, cbor2.dumps(ATTACH))
     with pytest.raises(pycddl.ValidationError):
         recorder.received(1, cbor2.dumps({"id": 1, "ok": {}}))
+    recorder.sent(2, cbor2.dumps({"id": 1, "op": "ping"}))
     recorder.received(2, cbor2.dumps({"id": 1, "ok": {}}))
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import pytest
 from conftest import enclave_policy
 from images import Images
+from other_client import OtherClient
 from running_broker import RunningBroker
 
 import teemate
@@ -40,7 +41,7 @@ def slots_of(running: RunningBroker, name: str) -> teemate.SlotCounts:
 
 def test_a_forged_key_does_not_open_the_gate(broker: StartBroker, policy: str) -> None:
     running = broker(policy)
-    with attached(running, "vault") as honest, attached(running, "vault") as forger:
+    with OtherClient(running.socket, "vault") as honest, attached(running, "vault") as forger:
         key = forger._unopened[0].key
         for forged in (bytes(16), bytes([key[0] ^ 1]) + key[1:], key[:15] + bytes([key[15] ^ 0x80])):
             slot = Slot(forger, forger._unopened[0]._replace(key=forged))
@@ -50,8 +51,7 @@ def test_a_forged_key_does_not_open_the_gate(broker: StartBroker, policy: str) -
         slot = give_other_key(forger)
         slot.call("empty")
         slot._close()
-        with honest.slot() as mine:
-            assert mine.call("echo", b"fine") == b"fine"
+        assert honest.call("echo", b"fine") == b"fine"
 
 
 def test_a_forged_identity_is_refused_inside(broker: StartBroker, policy: str) -> None:
@@ -103,8 +103,8 @@ def test_grants_and_slots_of_other_clients_cannot_be_named(
     broker: StartBroker, policy: str, op: str
 ) -> None:
     running = broker(policy)
-    with attached(running, "vault") as victim, attached(running, "vault") as attacker:
-        theirs, mine = victim._unopened[0].slot, attacker._unopened[0].slot
+    with OtherClient(running.socket, "vault") as victim, attached(running, "vault") as attacker:
+        theirs, mine = victim.slots[0], attacker._unopened[0].slot
         connection = attacker._connection
         extra = {"slots.release": {"slots": [theirs], "clean": True}, "slots.acquire": {"count": 1}}
         with pytest.raises(teemate.Error) as caught:
@@ -114,18 +114,16 @@ def test_grants_and_slots_of_other_clients_cannot_be_named(
             connection.request(
                 "slots.release", {"grant": attacker.grant, "slots": [mine, theirs], "clean": True}
             )
-        with victim.slot() as slot:
-            assert slot.call("echo", b"here") == b"here"
+        assert victim.call("echo", b"here") == b"here"
 
 
 def test_a_fault_costs_one_slot_and_nobody_else_notices(broker: StartBroker, policy: str) -> None:
     running = broker(policy)
-    with attached(running, "faults") as neighbour:
+    with OtherClient(running.socket, "faults") as neighbour:
         with attached(running, "faults") as enclave, enclave.slot() as slot:
             with pytest.raises(teemate.EnclaveFault, match="#PF"):
                 slot.call("fault_line")
-        with neighbour.slot() as slot:
-            assert slot.call("echo", b"here") == b"here"
+        assert neighbour.call("echo", b"here") == b"here"
         with attached(running, "faults") as again, again.slot() as slot:
             slot.call("empty")
     assert slots_of(running, "faults").quarantined == 1
@@ -154,6 +152,7 @@ def test_a_revoked_client_gets_revoked_and_its_old_key_never_opens(
         assert (done.grants, done.quarantined, done.leaked) == (1, 0, 0)
         with pytest.raises(teemate.Revoked), enclave.slot() as slot:
             slot.call("empty")
+        enclave.detach()
         with attached(running, "vault") as fresh:
             replay = Slot(fresh, grant)
             with pytest.raises(teemate.Revoked):
