@@ -13,7 +13,7 @@ from pathlib import Path
 
 from conformance_table import HERE, LIB, Row
 
-#: Which backend the table is run on: sim, or sgx where the driver is.
+#: Which backend the table is run on: sim; sgx where the driver is, or sgx-machine in the emulator.
 BACKEND = os.environ.get("TEEMATE_CONFORMANCE_BACKEND", "sim")
 #: A mutant may hang: then its cases end in the runner's alarm, one after the other.
 PATIENCE = 300.0

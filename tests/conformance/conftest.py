@@ -47,5 +47,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     unreachable = sum(row.unreachable is not None for row in rows)
     terminalreporter.write_line(
         f"conformance on {BACKEND}: {len(rows)} branches, {tested} tested, {unreachable} not reachable, "
-        f"{len(rows) - tested - unreachable} not shown; mutants killed: {killed['killed']} of {killed['run']}"
+        f"{len(rows) - tested - unreachable} not shown"
+        + (f"; mutants killed: {killed['killed']} of {killed['run']}" if killed["run"] else "")
     )

@@ -732,10 +732,10 @@ int main(int argc, char **argv)
     size_t size = 0;
 
     if (argc != 3) {
-        fprintf(stderr, "usage: runner sim|sgx FOLDER < cases\n");
+        fprintf(stderr, "usage: runner sim|sgx|sgx-machine FOLDER < cases\n");
         return 2;
     }
-    run.backend = strcmp(argv[1], "sgx") == 0 ? TEEMATE_SGX : TEEMATE_SIM;
+    run.backend = strncmp(argv[1], "sgx", 3) == 0 ? TEEMATE_SGX : TEEMATE_SIM;
     run.folder = argv[2];
     run.pause = SECONDS(2);
     read_places();
