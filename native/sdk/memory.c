@@ -3,11 +3,42 @@
 #include "crypto.h"
 #include "thread.h"
 
+/* Moves that compile to one load and one store, whatever the alignment. */
+typedef uint64_t word __attribute__((aligned(1), may_alias));
+typedef uint32_t half __attribute__((aligned(1), may_alias));
+typedef long long vector __attribute__((vector_size(16), aligned(1), may_alias));
+
+#define REP_MOVS 256u /* from here on its start-up cost is made up for */
+
 void *memcpy(void *restrict to, const void *restrict from, size_t length)
 {
+    uint8_t *target = to;
+    const uint8_t *source = from;
     void *result = to;
 
-    __asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(length) : : "memory");
+    if (length >= REP_MOVS) {
+        __asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(length) : : "memory");
+    } else if (length >= 16) {
+        /* The last 16 bytes first: they may overlap what the loop moves. */
+        vector last = *(const vector *)(source + length - 16);
+
+        for (size_t i = 0; i + 16 < length; i += 16)
+            *(vector *)(target + i) = *(const vector *)(source + i);
+        *(vector *)(target + length - 16) = last;
+    } else if (length >= 8) {
+        word first = *(const word *)source, last = *(const word *)(source + length - 8);
+
+        *(word *)target = first;
+        *(word *)(target + length - 8) = last;
+    } else if (length >= 4) {
+        half first = *(const half *)source, last = *(const half *)(source + length - 4);
+
+        *(half *)target = first;
+        *(half *)(target + length - 4) = last;
+    } else {
+        for (size_t i = 0; i < length; i++)
+            *(volatile uint8_t *)(target + i) = source[i];
+    }
     return result;
 }
 
@@ -16,8 +47,10 @@ void *memmove(void *to, const void *from, size_t length)
     uint8_t *target = to;
     const uint8_t *source = from;
 
-    if ((uintptr_t)target - (uintptr_t)source >= length)
-        return memcpy(to, from, length);
+    if ((uintptr_t)target - (uintptr_t)source >= length) {
+        __asm__ volatile("rep movsb" : "+D"(target), "+S"(source), "+c"(length) : : "memory");
+        return to;
+    }
     /* Backwards by words without touching DF, so that an AEX never shows it set. */
     while (length >= 8) {
         uint64_t word;
