@@ -221,7 +221,10 @@ extern uint32_t tm_lock_patience;
 /* RDRAND; panics when the CPU has no randomness left after many tries. */
 void tm_random(void *data, size_t length);
 
-/* Nanoseconds of CLOCK_REALTIME as the host last told; never goes back; 0: not yet told. */
+/*
+ * Nanoseconds of CLOCK_REALTIME as the host last told; never goes back; 0: not yet told.
+ * Images built with `teemate image build --time` are told several times a second.
+ */
 uint64_t tm_time(void);
 
 /* EREPORT.  `target` NULL: this enclave. */

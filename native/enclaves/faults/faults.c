@@ -241,6 +241,25 @@ TM_ECALL(print)
     return 0;
 }
 
+/* Operation, target, source, length, then 1024 bytes: what they are after memcpy, memmove or memset. */
+TM_ECALL(memory)
+{
+    uint8_t bytes[1024];
+    uint64_t to = argument(rq, 1), from = argument(rq, 2), length = argument(rq, 3);
+
+    if (rq->in_len != 32 + sizeof(bytes) || to > sizeof(bytes) || from > sizeof(bytes) ||
+        length > sizeof(bytes) - (to > from ? to : from))
+        return TM_E_ARGUMENT;
+    memcpy(bytes, rq->in + 32, sizeof(bytes));
+    if (argument(rq, 0) == 0)
+        memcpy(bytes + to, bytes + from, length);
+    else if (argument(rq, 0) == 1)
+        memmove(bytes + to, bytes + from, length);
+    else
+        memset(bytes + to, (int)from, length);
+    return tm_reply(rq, bytes, sizeof(bytes));
+}
+
 /* ---- OCALLs ------------------------------------------------------------------------ */
 
 /* The request goes to the OCALL "echo", what comes back is the reply. */
