@@ -17,6 +17,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -249,12 +250,16 @@ static int choose_tick(void)
     return SIGRTMAX - 1; /* Go handles all of them: chained like the others */
 }
 
-/* dlclose() must not take the code away: handlers and the ticker stay for the life of the process. */
+/*
+ * dlclose() must not take the code away: handlers and the ticker stay for the life of the process.
+ * A program that has the library linked in stays anyway, and may no longer open files (the warden).
+ */
 static void stay_loaded(void)
 {
     Dl_info who;
 
-    if (dladdr((void *)on_signal, &who) && who.dli_fname)
+    if (dladdr((void *)on_signal, &who) && who.dli_fname &&
+        (uintptr_t)who.dli_fbase != (getauxval(AT_PHDR) & ~(uintptr_t)(SGX_PAGE - 1)))
         dlopen(who.dli_fname, RTLD_NOW | RTLD_NOLOAD | RTLD_NODELETE);
 }
 
