@@ -310,7 +310,8 @@ static void scribble_tables(void)
 
         switch (random64() % 6) {
         case 0:
-            sim->tcs[0].ossa = nasty();
+            /* The second puts the frame at the very end of the address space. */
+            sim->tcs[0].ossa = random64() % 2 ? nasty() : 0 - enclave->base - SGX_PAGE;
             break;
         case 1:
             atomic_store(&sim->tcs[0].word, nasty() & ~SIM_TCS_BUSY);
