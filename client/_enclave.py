@@ -209,6 +209,10 @@ class Enclave:
         results = [slot._close() for slot in slots]
         return all(results)
 
+    def _called(self) -> None:
+        """Count a call that has ended."""
+        self._calls += 1
+
     def _slot_closed(self, slot: Slot, clean: bool) -> None:
         """Tell whoever gave the slot that it will not be used any more."""
 

@@ -106,11 +106,11 @@ class GrantedEnclave(Enclave):
 
     # ---- hooks of Enclave --------------------------------------------------------------
 
-    def _give_back(self, slot: Slot) -> None:
-        super()._give_back(slot)
-        if not self._listening and self._calls:
+    def _called(self) -> None:
+        self._calls += 1
+        if not self._listening:
             # From here on a revocation is heard even when the program makes no requests; not
-            # earlier, since a thread costs more than the rest of a cold attach.
+            # earlier, since a cold attach has no thread to spare.
             self._listening = True
             self._connection.listen()
 

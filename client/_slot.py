@@ -175,7 +175,7 @@ class Slot:
                 raise self._ended(name)
             if error:
                 raise self._refused(error, f"call {name!r}")
-            self._enclave._calls += 1
+            self._enclave._called()
             if failed is not None:
                 raise failed
             length = call.out_length
@@ -238,7 +238,7 @@ class Slot:
             if call.run.function != _EEXIT:
                 call.outcome = _FAULT
                 raise self._ended("enter")
-            self._enclave._calls += 1
+            self._enclave._called()
             return Exit(regs.rdi, regs.rsi, regs.rdx, regs.r8, regs.r9, call.run.function)
         finally:
             self._busy.release()
