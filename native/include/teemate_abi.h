@@ -108,11 +108,19 @@ enum tm_status {
     TM_E_STATE = -5,     /* not now: wrong generation, or the key is already another one */
     TM_E_NOMEM = -6,     /* the enclave's heap is full */
     TM_E_SPACE = -7,     /* the output does not fit; RDX tells how much is needed */
-    TM_E_BUSY = -8,      /* waited longer than lock_patience for a lock */
+    TM_E_BUSY = -8,      /* waited longer than lock_patience; the output is struct tm_holder */
     TM_E_OWNERDEAD = -9, /* a lock's holder died; its data may need repair */
     TM_E_OCALL = -10,    /* the caller refused or failed an OCALL */
     TM_E_NOTREADY = -11, /* the enclave has no control key yet */
 };
+
+/* Who holds the lock that was not to be had. */
+struct tm_holder {
+    uint32_t slot;
+    uint32_t reserved;   /* 0 */
+    uint64_t generation; /* of the slot's assignment; 0: the warden */
+};
+_Static_assert(sizeof(struct tm_holder) == 16, "tm_holder");
 
 /*
  * One ECALL.  Copied in once, before anything in it is looked at; every range

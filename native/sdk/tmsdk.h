@@ -186,12 +186,6 @@ struct tm_mutex {
 struct tm_cond {
     _Atomic uint64_t signals;
 };
-struct tm_holder {
-    uint32_t slot;
-    uint32_t reserved;
-    uint64_t generation;
-};
-
 /*
  * 0 when the mutex is ours; TM_E_OWNERDEAD when it is ours but its last holder
  * died (put its data right, then tm_mutex_consistent()); TM_E_BUSY when the same
