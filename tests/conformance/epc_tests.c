@@ -249,6 +249,55 @@ static void pages_are_counted(void)
     sim_close(&raw);
 }
 
+static void read_whole(const char *name, void *data, size_t size)
+{
+    char path[512];
+    int fd;
+
+    snprintf(path, sizeof(path), "%s/%s", folder, name);
+    fd = open(path, O_RDONLY);
+    CHECK(read(fd, data, size) == (ssize_t)size);
+    close(fd);
+}
+
+/* EINIT of the plain image's SIGSTRUCT for a SECS that the loader would not have made. */
+static int einit(uint32_t miscselect, uint64_t xfrm, struct teemate_diag *diag)
+{
+    struct teemate_enclave raw = {.fd = -1};
+    struct create_params params = {.base = 0x400000000000, .size = ENCLAVE_SIZE, .ssa_frame_pages = 1,
+                                   .miscselect = miscselect,
+                                   .attributes = {.flags = SGX_ATTR_MODE64BIT, .xfrm = xfrm}};
+    struct sgx_sigstruct sigstruct;
+    uint8_t mrenclave[32];
+    int error, again;
+
+    read_whole("plain.good.sig", &sigstruct, sizeof(sigstruct));
+    read_whole("plain.mrenclave", mrenclave, sizeof(mrenclave));
+    CHECK(sim_create(&raw, &params, NULL) == 0);
+    error = sim_init(&raw, &sigstruct, mrenclave, diag);
+    again = sim_init(&raw, &sigstruct, mrenclave, NULL);
+    CHECK(again == (error ? error : -EINVAL));
+    if (!error)
+        CHECK(sim_add_pages(&raw, 0, NULL, 4096, SGX_SECINFO_PT(SGX_PT_REG) | 1, false, false, NULL) == -EINVAL);
+    sim_close(&raw);
+    close(raw.fd);
+    return error;
+}
+
+static void einit_below_the_loader(void)
+{
+    struct teemate_diag diag = {0};
+
+    CHECK(einit(0, SGX_XFRM_LEGACY, &diag) == 0);
+    CHECK(einit(SGX_MISC_EXINFO, SGX_XFRM_LEGACY, &diag) == -EACCES);
+    CHECK(diag.step == TEEMATE_STEP_EINIT && diag.code == SGX_INVALID_ATTRIBUTE);
+    CHECK(diag.offset == offsetof(struct sgx_sigstruct, miscselect));
+    if (__builtin_cpu_supports("avx")) {
+        CHECK(einit(0, SGX_XFRM_LEGACY | SGX_XFRM_AVX, &diag) == -EACCES);
+        CHECK(diag.code == SGX_INVALID_ATTRIBUTE && diag.offset == offsetof(struct sgx_sigstruct, attributes) + 8);
+    }
+}
+
 static uint64_t random_state = 88172645463325252ull;
 
 static uint64_t random64(void)
@@ -451,6 +500,7 @@ static const struct test {
     {"unfinished", unfinished},
     {"secs_checks", secs_checks},
     {"eadd_checks", eadd_checks},
+    {"einit_below_the_loader", einit_below_the_loader},
     {"pages_are_counted", pages_are_counted},
     {"scribble_header", scribble_header},
     {"scribble_tables", scribble_tables},

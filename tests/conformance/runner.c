@@ -21,6 +21,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -650,6 +651,8 @@ static void step(char **words, char *seen, size_t size)
         step_add(words, seen, size);
     else if (strcmp(verb, "target") == 0)
         step_target(words, seen, size);
+    else if (strcmp(verb, "munmap") == 0)
+        snprintf(seen, size, munmap((void *)value(words[1]), value(words[2])) ? "not unmapped" : "ok");
     else if (strcmp(verb, "copy") == 0)
         snprintf(seen, size, copy(word(words, "tcs"), (void *)value(words[1]), (void *)value(words[2]), value(words[3])) ? "ok" : "not copied");
     else if (strcmp(verb, "via") == 0)

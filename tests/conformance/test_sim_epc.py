@@ -48,6 +48,10 @@ def test_eadd_checks_pages_and_tcss(program: Path, material: Path) -> None:
     check(program, material, "eadd_checks")
 
 
+def test_einit_checks_what_no_loader_gets_wrong(program: Path, material: Path) -> None:
+    check(program, material, "einit_below_the_loader")
+
+
 def test_blocks_of_the_file_are_the_pages_that_were_added(program: Path, material: Path) -> None:
     check(program, material, "pages_are_counted")
 
