@@ -1,21 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* What a warden does for its broker; protocol.h tells what each request means. */
 #include <errno.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-#include <unistd.h>
 
 #include "crypto.h"
 #include "sim.h"
 #include "slot.h"
 #include "warden.h"
-
-/* How long START waits for the end of a thread that the last warden left behind. */
-#define HOLDER_PATIENCE_MS 2000
 
 static void __attribute__((format(printf, 3, 4))) refuse(struct warden_reply *reply, int status, const char *format, ...)
 {
@@ -74,39 +69,6 @@ static int start_open(struct warden *warden, const struct warden_request *reques
     return result;
 }
 
-/* The sim's word of a TCS, NULL when its table has none of that offset. */
-static struct sim_tcs *sim_tcs_of(const struct teemate_enclave *enclave, uint64_t offset)
-{
-    uint32_t count = atomic_load(&enclave->sim->header->tcs_count);
-
-    for (uint32_t i = 0; i < count && i < SIM_TCS_MAX; i++) {
-        if (enclave->sim->tcs[i].offset == offset)
-            return &enclave->sim->tcs[i];
-    }
-    return NULL;
-}
-
-/*
- * The last warden is dead: the broker has reaped it.  But the child that it may
- * have made for a resume ends a moment later, and only then is 'busy' the mark of
- * a dead one.  The thread id stands in memory that clients can write, so this is
- * bounded.
- */
-static void start_await_holder(const struct teemate_enclave *enclave, uint64_t offset)
-{
-    const struct timespec pause = {.tv_nsec = 1000000};
-    struct sim_tcs *tcs = sim_tcs_of(enclave, offset);
-
-    for (int waited = 0; tcs != NULL && waited < HOLDER_PATIENCE_MS; waited++) {
-        uint64_t word = atomic_load(&tcs->word);
-        pid_t holder = (pid_t)SIM_TCS_HOLDER(word);
-
-        if ((word & SIM_TCS_BUSY) == 0 || holder <= 0 || (kill(holder, 0) != 0 && errno == ESRCH))
-            return;
-        clock_nanosleep(CLOCK_MONOTONIC, 0, &pause, NULL);
-    }
-}
-
 static int warden_repair(struct warden *warden, uint32_t *frames, struct teemate_diag *diag)
 {
     struct repair repair = {
@@ -152,23 +114,6 @@ static int start_key(struct warden *warden, struct warden_reply *reply, struct t
     return exit.status == TM_E_STATE ? 1 : 0;
 }
 
-/* On the sim the processor does not bury the dead. */
-static int start_bury(const struct warden *warden, struct teemate_diag *diag)
-{
-    if (warden->enclave->backend->id != TEEMATE_SIM)
-        return 0;
-    for (uint64_t slot = 0; slot < TM_WARDEN_SLOTS; slot++) {
-        int result;
-
-        start_await_holder(warden->enclave, warden->tcs[slot]);
-        result = sim_tcs_bury(warden->enclave, warden->tcs[slot]);
-        if (result < 0)
-            return diag_set(diag, result, TEEMATE_STEP_ENTER, 0, slot, "TCS %llu could not be buried: %s",
-                            (unsigned long long)slot, strerror(-result));
-    }
-    return 0;
-}
-
 /* Everything after the request has been looked at. */
 static int start_run(struct warden *warden, const struct warden_request *request, struct warden_fds *fds,
                      struct warden_reply *reply, struct teemate_diag *diag)
@@ -176,8 +121,12 @@ static int start_run(struct warden *warden, const struct warden_request *request
     int again;
     int result = start_open(warden, request, fds, diag);
 
-    if (result == 0)
-        result = start_bury(warden, diag);
+    for (uint64_t slot = 0; result == 0 && slot < TM_WARDEN_SLOTS; slot++) {
+        result = warden_bury(warden->enclave, warden->tcs[slot]);
+        if (result < 0)
+            diag_set(diag, result, TEEMATE_STEP_ENTER, 0, slot, "TCS %llu could not be buried: %s",
+                     (unsigned long long)slot, strerror(-result));
+    }
     if (result < 0)
         return result;
     again = start_key(warden, reply, diag);

@@ -14,13 +14,56 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "sandbox.h"
 #include "sim.h"
 #include "warden.h"
 
+/* How long to wait for the end of a thread that is about to be killed. */
+#define HOLDER_PATIENCE_MS 2000
+
 enum { CHILD_LANDED = 0, CHILD_ELSEWHERE = 1, CHILD_UNABLE = 2 };
+
+/* The sim's word of a TCS, NULL when its table has none of that offset. */
+static struct sim_tcs *sim_tcs_of(const struct teemate_enclave *enclave, uint64_t offset)
+{
+    uint32_t count = atomic_load(&enclave->sim->header->tcs_count);
+
+    for (uint32_t i = 0; i < count && i < SIM_TCS_MAX; i++) {
+        if (enclave->sim->tcs[i].offset == offset)
+            return &enclave->sim->tcs[i];
+    }
+    return NULL;
+}
+
+/* The thread id stands in memory that clients can write, so the wait for its end is bounded. */
+static void await_holder(const struct teemate_enclave *enclave, uint64_t offset)
+{
+    const struct timespec pause = {.tv_nsec = 1000000};
+    struct sim_tcs *tcs = sim_tcs_of(enclave, offset);
+
+    for (int waited = 0; tcs != NULL && waited < HOLDER_PATIENCE_MS; waited++) {
+        uint64_t word = atomic_load(&tcs->word);
+        pid_t holder = (pid_t)SIM_TCS_HOLDER(word);
+
+        if ((word & SIM_TCS_BUSY) == 0 || holder <= 0 || (kill(holder, 0) != 0 && errno == ESRCH))
+            return;
+        clock_nanosleep(CLOCK_MONOTONIC, 0, &pause, NULL);
+    }
+}
+
+int warden_bury(struct teemate_enclave *enclave, uint64_t tcs_offset)
+{
+    int result;
+
+    if (enclave->backend->id != TEEMATE_SIM)
+        return 0;
+    await_holder(enclave, tcs_offset);
+    result = sim_tcs_bury(enclave, tcs_offset);
+    return result < 0 ? result : 0;
+}
 
 static int child_map(const struct teemate_enclave *parent, uint64_t tcs_offset, struct teemate_enclave **enclave)
 {
@@ -75,8 +118,6 @@ int warden_resume(struct repair *repair, uint64_t tcs_offset)
         return -ECHILD;
     if (WIFEXITED(status) && WEXITSTATUS(status) == CHILD_LANDED)
         return 0;
-    /* It was killed, perhaps inside: then the TCS is still busy, on the sim. */
-    if (repair->enclave->backend->id == TEEMATE_SIM && sim_tcs_bury(repair->enclave, tcs_offset) < 0)
-        return -EIO;
-    return 1;
+    /* It was killed, perhaps inside; or it met a child of the last warden that was still there. */
+    return warden_bury(repair->enclave, tcs_offset) < 0 ? -EIO : 1;
 }

@@ -49,6 +49,14 @@ bool warden_wants_time(const struct warden *warden);
 /* Tell it; a failure shows with the next request. */
 void warden_tick(struct warden *warden);
 
+/*
+ * On the sim the processor does not bury the dead.  One of the warden's own TCSs, whose
+ * last user has ended or is about to: the last warden is reaped, but a child
+ * that it made for a resume ends a moment later, and only then is 'busy' the mark
+ * of a dead one.  Fails with the errno of sim_tcs_bury().
+ */
+int warden_bury(struct teemate_enclave *enclave, uint64_t tcs_offset);
+
 /* `resume` of struct repair. */
 int warden_resume(struct repair *repair, uint64_t tcs_offset);
 

@@ -54,6 +54,26 @@ def test_a_hundred_hanging_control_ecalls_leave_the_enclave_usable(
     usable(warden, enclave)
 
 
+def test_a_repair_can_be_killed_at_any_point_and_done_again(
+    make_warden: Callable[[], Warden], enclave: Enclave
+) -> None:
+    for turn in range(20):
+        warden = make_warden()
+        reply = warden.start(enclave)
+        assert (reply.status, reply.text) == (0, b"")
+        warden.send_author(enclave, "hang")
+        assert not warden.answers_within(DEADLINE)
+        warden.kill()
+        for part in range(3):
+            warden = make_warden()
+            warden.send_start(enclave)
+            warden.answers_within((turn * 3 + part) * 0.0003)
+            warden.kill()
+    warden = make_warden()
+    assert warden.start(enclave).status == 0
+    usable(warden, enclave)
+
+
 def test_a_crash_in_a_control_ecall_is_told_and_the_next_request_works(
     started: Warden, enclave: Enclave
 ) -> None:
