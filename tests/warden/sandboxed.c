@@ -3,8 +3,11 @@
  * Goes into the warden's sandbox and tries something, for test_warden_sandbox.py:
  *   sandboxed warden|child NUMBER [ARGUMENT [ARGUMENT]]   a system call; exits 0 when it came back
  *   sandboxed fork                             fork and wait as the warden does
+ *   sandboxed open                             open a file; exits with the errno
  *   sandboxed show                             prints what was given up (before the filter)
  */
+#include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -68,6 +71,8 @@ int main(int argc, char **argv)
         pthread_join(thread, NULL);
         return WEXITSTATUS(status);
     }
+    if (strcmp(argv[1], "open") == 0)
+        return open("/proc/self/maps", O_RDONLY) < 0 ? errno : 0;
     if (argc < 3 || (strcmp(argv[1], "child") == 0 && sandbox_filter_child() < 0))
         return 2;
     syscall(atol(argv[2]), argc > 3 ? strtol(argv[3], NULL, 0) : 0, argc > 4 ? strtol(argv[4], NULL, 0) : 0, 0, 0, 0, 0);
