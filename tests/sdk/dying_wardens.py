@@ -33,7 +33,7 @@ from images import BuiltImage
 
 from teemate._native import ffi
 
-ROUNDS = 1000
+ROUNDS = 5000
 ATTEMPTS = 6
 """An operation that was done before its warden could die is done again, which must change nothing."""
 
