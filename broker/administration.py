@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import stat
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, final
@@ -53,6 +53,8 @@ class Administration:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._building: set[str] = set()
+        self.not_built: set[str] = set()
+        """Enclaves of the policy that failed to start with the broker."""
 
     # -- making ----------------------------------------------------------------
 
@@ -73,6 +75,7 @@ class Administration:
                 finally:
                     os.close(fd)
             except (OSError, errors.Error, WardenError) as error:
+                self.not_built.add(policy.name)
                 service.log.warning(
                     "enclave not built", enclave=policy.name, image=str(policy.image), reason=str(error)
                 )
@@ -200,39 +203,28 @@ class Administration:
 
     async def _destroy(self, client: Client, enclave: Enclave) -> Answer:
         service = self._service
-        done = trio.Event()
         revoked = 0
 
         async def run() -> None:
-            # Goes on when the administrator's connection ends in the middle.
             nonlocal revoked
-            try:
-                revoked = len(enclave.grants)
-                why = f"enclave {enclave.name} is destroyed"
-                await self._revoke_all(
-                    [service.grants[number] for number in enclave.grants],
-                    None,
-                    f"uid {client.identity.uid}",
-                    why,
-                )
-                for number in list(enclave.grants):  # who has not given it up by now only keeps the memory
-                    grant = service.grants[number]
-                    grant.client.send({"event": "lost", "grant": number, "enclave": enclave.name})
-                del service.enclaves[enclave.name]
-                await self._take_down(enclave)
-                service.audit.changed(
-                    client.identity, client=client.number, operation="destroy", enclave=enclave.name
-                )
-            finally:
-                done.set()
+            revoked = len(enclave.grants)
+            by, why = f"uid {client.identity.uid}", f"enclave {enclave.name} is destroyed"
+            await self._revoke_all([service.grants[number] for number in enclave.grants], None, by, why)
+            for number in list(enclave.grants):  # who has not given it up by now only keeps the memory
+                grant = service.grants[number]
+                grant.client.send({"event": "lost", "grant": number, "enclave": enclave.name})
+            del service.enclaves[enclave.name]
+            await self._take_down(enclave)
+            service.audit.changed(
+                client.identity, client=client.number, operation="destroy", enclave=enclave.name
+            )
 
         enclave.state = EnclaveState.DRAINING
         enclave.reason = "being destroyed"
         service.reclaimer.refuse(
             enclave.slots.waiting(), errors.Draining(f"enclave {enclave.name!r} is being destroyed")
         )
-        service.reclaimer.nursery.start_soon(run)
-        await done.wait()
+        await self._finish_in_background(run)
         return Answer({"revoked": revoked})
 
     async def _take_down(self, enclave: Enclave) -> None:
@@ -271,18 +263,13 @@ class Administration:
         return self._revoke(client, args, grants)
 
     async def _revoke(self, client: Client, args: Revoke, grants: list[Grant]) -> Answer:
-        done = trio.Event()
         counts: list[dict[str, int]] = []
 
         async def run() -> None:
-            try:
-                by = f"uid {client.identity.uid}"
-                counts.extend(await self._revoke_all(grants, args.grace, by, args.reason or "asked for"))
-            finally:
-                done.set()
+            by = f"uid {client.identity.uid}"
+            counts.extend(await self._revoke_all(grants, args.grace, by, args.reason or "asked for"))
 
-        self._service.reclaimer.nursery.start_soon(run)
-        await done.wait()
+        await self._finish_in_background(run)
         total = {key: sum(count[key] for count in counts) for key in ("cleared", "quarantined", "leaked")}
         return Answer({"grants": len(grants), **total})
 
@@ -329,8 +316,12 @@ class Administration:
                 "client killed", client=client.number, pid=client.identity.pid, grant=grant.number,
                 reason="did not acknowledge a revocation, and revoke_kill = true",
             )  # fmt: skip
-            with contextlib.suppress(ProcessLookupError):
+            try:
                 signal.pidfd_send_signal(client.pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # has ended by itself
+            except PermissionError:
+                service.log.warning("client not killed", pid=client.identity.pid, reason="no permission")
             with trio.move_on_after(_KILL_PATIENCE):
                 await outcome.finished.wait()
         leaked = await self._put_aside(grant, why)
@@ -356,7 +347,7 @@ class Administration:
             if index not in grant.charges:  # acknowledged meanwhile
                 continue
             leaked += 1
-            if word in (SlotWord.INSIDE, SlotWord.PARKED):
+            if word not in (None, SlotWord.FREE, SlotWord.ARMED):
                 grant.charges.pop(index).release()
                 reclaimer.quarantine(
                     grant.enclave, index, f"revoked ({why}) while its holder had it {word.name.lower()}"
@@ -370,6 +361,24 @@ class Administration:
                 pid=grant.client.identity.pid, slots=leaked,
             )  # fmt: skip
         return leaked
+
+    async def _finish_in_background(self, run: Callable[[], Awaitable[None]]) -> None:
+        """Wait for `run`, which goes on when the connection that asked for it ends in the middle."""
+        done = trio.Event()
+        failures: list[Exception] = []
+
+        async def guarded() -> None:
+            try:
+                await run()
+            except Exception as error:
+                failures.append(error)
+            finally:
+                done.set()
+
+        self._service.reclaimer.spawn(guarded)
+        await done.wait()
+        if failures:
+            raise failures[0]
 
     # -- looking -----------------------------------------------------------------
 

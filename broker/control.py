@@ -53,11 +53,17 @@ class SlotWord(enum.IntEnum):
     ARMED = 1
     INSIDE = 2
     PARKED = 3
+    UNKNOWN = 0x7F
+    """None of those: on the sim anybody who maps the enclave can write there."""
 
     @classmethod
     def of(cls, word: int) -> SlotWord:
         """Return the state in a slot word; TM_SLOT_CLEARED (0x80) says that its key is gone already."""
         return cls(word & 0x7F)
+
+    @classmethod
+    def _missing_(cls, value: object) -> SlotWord:
+        return cls.UNKNOWN
 
 
 @final

@@ -8,6 +8,7 @@ tasks of the broker's own, off the path of any request, so a client that leaves 
 from __future__ import annotations
 
 import os
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, final
 
 import trio
@@ -49,11 +50,17 @@ class Reclaimer:
             task_status.started()
             await trio.sleep_forever()
 
-    @property
-    def nursery(self) -> trio.Nursery:
-        """Where work goes on that no client's end may interrupt."""
+    def spawn(self, function: Callable[..., Awaitable[object]], *args: object) -> None:
+        """Start work that no client's end may interrupt; a bug in it is logged and ends nothing else."""
+
+        async def guarded() -> None:
+            try:
+                await function(*args)
+            except Exception as error:
+                self._log.error("internal error", task=function.__name__, exc_info=error)
+
         assert self._nursery is not None
-        return self._nursery
+        self._nursery.start_soon(guarded)
 
     # -- ways back ---------------------------------------------------------------
 
@@ -62,15 +69,13 @@ class Reclaimer:
         grant.charges.pop(index).release()
         grant.in_reclaim += 1
         grant.enclave.slots.returned(index)
-        self.nursery.start_soon(self._recycle, grant, index, dead)
+        self.spawn(self._recycle, grant, index, dead)
 
     def withhold(self, grant: Grant, indices: list[int], reason: str) -> None:
         """The slots are not the client's any more, but its process may still use them."""
         for index in indices:
             grant.enclave.slots.withhold(index, reason)
-            self.nursery.start_soon(
-                self.clear, grant.enclave, index, grant.enclave.slot_keys[index].generation
-            )
+            self.spawn(self.clear, grant.enclave, index, grant.enclave.slot_keys[index].generation)
         self._log.warning(
             "slots withheld", enclave=grant.enclave.name, grant=grant.number, pid=grant.client.identity.pid,
             slots=indices, reason=reason,
@@ -115,9 +120,11 @@ class Reclaimer:
         try:
             await self._scrub(enclave, index, dead)
             await self.arm(enclave, index)
-        except (_UncleanError, WardenError) as error:
+        except Exception as error:
             if isinstance(error, EnclaveBrokenError):
                 self.give_up(enclave, str(error))
+            elif not isinstance(error, _UncleanError | WardenError):
+                self._log.error("internal error", task="recycle", exc_info=error)
             self.quarantine(enclave, index, str(error))
             if grant.outcome is not None:
                 grant.outcome.quarantined += 1
@@ -148,7 +155,7 @@ class Reclaimer:
             raise _UncleanError(
                 f"its holder left it interrupted (CSSA {reply.result.cssa}, {word.name.lower()})"
             )
-        if word in (SlotWord.INSIDE, SlotWord.PARKED):
+        if word is not SlotWord.FREE:
             raise _UncleanError(f"its holder left it {word.name.lower()}")
         _require(await warden.control(ControlOp.RESET, index), "reset it")
 

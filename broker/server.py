@@ -7,7 +7,6 @@ import errno
 import os
 import socket
 import stat
-from dataclasses import dataclass
 from typing import final
 
 import trio
@@ -16,14 +15,14 @@ from teemate import errors, wire
 from teemate.broker.connection import Client
 from teemate.broker.identity import identify
 from teemate.broker.limits import Resource
-from teemate.broker.service import Service
+from teemate.broker.service import ServerStatistics, Service
 
 __all__ = ["Server", "ServerStatistics", "bind"]
 
 _BACKLOG = 1024
 _ACCEPT_PAUSE = 0.1
 """Seconds to wait when the kernel has no descriptor or memory for another connection."""
-_SCARCE = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+_GONE_ALREADY = {errno.ECONNABORTED, errno.EINTR}
 
 
 def bind(path: str, *, mode: int, gid: int | None) -> socket.socket:
@@ -72,15 +71,6 @@ def _somebody_listens(path: str) -> bool:
         return True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerStatistics:
-    """Connections that were accepted, refused before they became clients, and ended by a breach."""
-
-    accepted: int
-    refused: int
-    breaches: int
-
-
 @final
 class Server:
     """Listens until it is cancelled."""
@@ -90,6 +80,7 @@ class Server:
         self._accepted = 0
         self._refused = 0
         self._breaches = 0
+        service.server_statistics = self.statistics
 
     async def run(self, listeners: list[socket.socket]) -> None:
         """Serve every client of `listeners`, which stay the caller's."""
@@ -106,7 +97,7 @@ class Server:
                 await trio.lowlevel.wait_readable(listener)
                 continue
             except OSError as error:
-                if error.errno in _SCARCE:
+                if error.errno not in _GONE_ALREADY:
                     self._service.log.warning("cannot accept", reason=error.strerror)
                     await trio.sleep(_ACCEPT_PAUSE)
                 continue

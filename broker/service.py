@@ -7,7 +7,8 @@ so an attach that finds slots free is answered in the task that received it.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import trio
@@ -32,7 +33,16 @@ from teemate.broker.slots import SlotState, Ticket
 if TYPE_CHECKING:
     from teemate.broker.connection import Client
 
-__all__ = ["Service"]
+__all__ = ["ServerStatistics", "Service"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerStatistics:
+    """Connections that were accepted, refused before they became clients, and ended by a breach."""
+
+    accepted: int
+    refused: int
+    breaches: int
 
 
 class Service:
@@ -59,6 +69,7 @@ class Service:
         self.clients: dict[int, Client] = {}
         self.enclaves: dict[str, Enclave] = {}
         self.grants: dict[int, Grant] = {}
+        self.server_statistics: Callable[[], ServerStatistics] | None = None
         self._last_client = 0
         self._last_grant = 0
 
@@ -114,6 +125,8 @@ class Service:
 
         """
         enclave = self.enclaves.get(name)
+        if enclave is None and name in self.administration.not_built:
+            raise errors.NotFound(f"enclave {name!r} could not be built: the broker's log has the reason")
         if enclave is None:
             raise errors.NotFound(f"there is no enclave {name!r}: `teemate status` lists those that are")
         return enclave
@@ -411,6 +424,7 @@ class Service:
             "granted": self.audit.granted_count,
             "denied": self.audit.denied_count,
             "revoked": self.audit.revoked_count,
+            "server": asdict(self.server_statistics()) if self.server_statistics else {},
             "addresses": asdict(self.addresses.statistics()),
             "processes": asdict(self.processes.statistics()),
             "users": [asdict(account) for account in self.ledger.statistics().accounts],

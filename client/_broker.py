@@ -238,7 +238,13 @@ class Broker:
 
     def clients(self) -> list[ClientInfo]:
         """Return everybody who is connected."""
-        return [ClientInfo.parse(client) for client in self._request("clients")["clients"]]
+        found: list[ClientInfo] = []
+        after: int | None = 0
+        while after is not None:  # a reply has as many as fit into a message
+            ok = self._request("clients", {"after": after})
+            found += [ClientInfo.parse(client) for client in ok["clients"]]
+            after = ok.get("next")
+        return found
 
     def stats(self) -> dict[str, Any]:
         """Return the broker's statistics, by part."""
