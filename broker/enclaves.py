@@ -302,6 +302,9 @@ class Enclave:
             "owner": policy.owner,
         }
         self.segments = wire.Encoded(built.segments)
+        # cbor2 imports the email package when it first looks for the encoder of a type that it does
+        # not know; the first client to attach would wait 10 ms for that.
+        wire.encode({"segments": self.segments})
         """As every reply to `attach` has them."""
 
     @property

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Broker", "connect"]
 
+_SEGMENTS = ffi.typeof("struct teemate_segment[]")
+_open = lib.teemate_open
+_map_arena = lib.teemate_map_arena
 _BACKENDS = {"sim": lib.TEEMATE_SIM, "sgx": lib.TEEMATE_SGX}
 
 
@@ -139,21 +142,19 @@ class Broker:
         try:
             try:
                 info = EnclaveInfo.parse(ok["enclave"])
-                segments = ffi.new("struct teemate_segment[]", ok["segments"])
+                segments = ffi.new(_SEGMENTS, ok["segments"])
                 backend = _BACKENDS[info.backend]
             except BaseException:
                 os.close(enclave_fd)
                 raise
             handle = new_handle()
             diag = new_diag()
-            error = lib.teemate_open(
-                backend, enclave_fd, info.base, info.size, segments, len(segments), handle, diag
-            )
+            error = _open(backend, enclave_fd, info.base, info.size, segments, len(segments), handle, diag)
             if error:
                 raise native_error(error, diag, f"opening enclave {info.name!r}")
             native = handle[0]
             map_enclave(native, info.name)
-            error = lib.teemate_map_arena(native, arena_fd, diag)
+            error = _map_arena(native, arena_fd, diag)
             if error:
                 failure = native_error(error, diag, f"mapping the arena of {info.name!r}")
                 lib.teemate_close(native)

@@ -35,6 +35,9 @@ REPLY_TIMEOUT = 60.0
 SLICE = 0.05
 """Seconds between two looks at whether the caller still wants the answer."""
 
+# Encoded once, which also brings the encoder into memory before the first request.
+_HELLO = wire.encode({"id": 0, "op": "hello", "args": {"version": PROTOCOL_VERSION}})
+
 Check = Callable[[], None]
 """Raises when the caller no longer wants the result."""
 
@@ -205,12 +208,13 @@ class Connection:
         return number
 
     def _greet(self) -> None:
-        args: dict[str, object] = {"version": PROTOCOL_VERSION}
+        hello = _HELLO
         if self._client:
-            args["client"] = self._client
+            args = {"version": PROTOCOL_VERSION, "client": self._client}
+            hello = wire.encode({"id": 0, "op": "hello", "args": args})
         with self._lock:
             if not self._greeted:
-                wire.send(self._socket, wire.encode({"id": 0, "op": "hello", "args": args}))
+                wire.send(self._socket, hello)
                 self._greeted = True
 
     # ---- receiving ------------------------------------------------------------------
@@ -279,7 +283,7 @@ class Connection:
             )
             return
         try:
-            message = wire.decode(packet.data)
+            message = wire.decode_trusted(packet.data)
         except ProtocolError as error:
             wire.close_all(packet.fds)
             self._end(error)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Enclave", "SlotLease"]
 
+_ENCLAVE = ffi.typeof("struct teemate_enclave **")
+_map = lib.teemate_map
 SLOT_WAIT = 10.0
 LEAVE_WAIT = 1.0
 """Seconds that calls in other threads get to end when the enclave is detached."""
@@ -231,7 +233,7 @@ class Enclave:
 def map_enclave(handle: Any, name: str) -> None:
     """Map all but the TCSs of an enclave; on failure it is closed."""
     diag = new_diag()
-    error = lib.teemate_map(handle, diag)
+    error = _map(handle, diag)
     if error:
         lib.teemate_close(handle)
         raise native_error(error, diag, f"mapping enclave {name!r}")
@@ -239,4 +241,4 @@ def map_enclave(handle: Any, name: str) -> None:
 
 def new_handle() -> Any:
     """Return room for a ``struct teemate_enclave *``."""
-    return ffi.new("struct teemate_enclave **")
+    return ffi.new(_ENCLAVE)

@@ -69,9 +69,12 @@ FORKED = (
 )
 
 
+_DIAG = ffi.typeof("struct teemate_diag *")
+
+
 def new_diag() -> Any:
     """Return an empty ``struct teemate_diag *``."""
-    return ffi.new("struct teemate_diag *")
+    return ffi.new(_DIAG)
 
 
 def native_error(error: int, diag: Any, doing: str) -> Error:

@@ -45,6 +45,16 @@ _FAULT = lib.TEEMATE_CALL_FAULT
 _REVOKED = lib.TEEMATE_CALL_REVOKED
 _LEFT = lib.TEEMATE_LEFT
 _MONOTONIC = time.monotonic
+# Types and functions that a cold attach needs: cffi looks each up once, here rather than there.
+_CALL = ffi.typeof("struct teemate_call *")
+_ARGS = ffi.typeof("struct teemate_slot_args *")
+_SLOT = ffi.typeof("struct teemate_slot **")
+_BYTES = ffi.typeof("uint8_t[]")
+_slot_open = lib.teemate_slot_open
+_slot_call = lib.teemate_slot_call
+_slot_resume = lib.teemate_slot_resume
+_slot_answer = lib.teemate_slot_answer
+_slot_close = lib.teemate_slot_close
 
 Check = Callable[[], None]
 
@@ -63,18 +73,18 @@ class Slot:
         """Once it is closed: whether no call was left in it."""
         self._enclave = enclave
         self._busy = threading.Lock()
-        self._call = ffi.new("struct teemate_call *")
+        self._call = ffi.new(_CALL)
         self._capacity = 0
         self._out: Any = None
-        args = ffi.new("struct teemate_slot_args *")
+        args = ffi.new(_ARGS)
         args.index = grant.slot
         args.tcs_offset = grant.tcs
         args.generation = grant.generation
         ffi.memmove(args.key, grant.key, 16)
         ffi.memmove(args.bind, grant.bind, 88)
-        handle = ffi.new("struct teemate_slot **")
+        handle = ffi.new(_SLOT)
         diag = new_diag()
-        error = lib.teemate_slot_open(enclave._handle(), args, handle, diag)
+        error = _slot_open(enclave._handle(), args, handle, diag)
         ffi.memmove(args.key, bytes(16), 16)
         if error:
             raise native_error(error, diag, f"{enclave.name}: opening slot {self.index}")
@@ -142,21 +152,21 @@ class Slot:
             data = payload if type(payload) is bytes else bytes(payload)
             encoded = name.encode()
             if self._capacity < max_reply:
-                self._out = ffi.new("uint8_t[]", max_reply)
+                self._out = ffi.new(_BYTES, max_reply)
                 self._capacity = max_reply
             call = self._call
             call.outcome = _DONE
             failed: Exception | None = None
             pause = PAUSE_NS if timeout is None or timeout > 0.02 else max(1, int(timeout * 1e9))
             try:
-                error = lib.teemate_slot_call(
+                error = _slot_call(
                     handle, encoded, len(encoded), data, len(data), self._out, max_reply, pause, call
                 )
                 while not error and call.outcome != _DONE:
                     outcome = call.outcome
                     if outcome == _PAUSED:
                         pause = self._go_on(name, deadline, check)
-                        error = lib.teemate_slot_resume(handle, pause, call)
+                        error = _slot_resume(handle, pause, call)
                     elif outcome == _OCALL:
                         status, answer = -2, b""  # TM_E_UNKNOWN: no handler of that name
                         handler, request = self._ocall(ocalls)
@@ -165,7 +175,7 @@ class Slot:
                                 status, answer = 0, bytes(handler(request))
                             except Exception as reason:
                                 status, failed = -10, failed or reason  # TM_E_OCALL
-                        error = lib.teemate_slot_answer(handle, status, answer, len(answer), PAUSE_NS, call)
+                        error = _slot_answer(handle, status, answer, len(answer), PAUSE_NS, call)
                     else:
                         break
             except BaseException as reason:
@@ -334,7 +344,7 @@ class Slot:
             return None
         try:
             if self._handle is not None:
-                result = lib.teemate_slot_close(self._handle)
+                result = _slot_close(self._handle)
                 if result < 0:
                     return None
                 self._handle = None

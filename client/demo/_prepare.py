@@ -44,14 +44,14 @@ class DemoImage(NamedTuple):
 
 
 def prepare_image(folder: Path, *, heap: int, clients: int) -> DemoImage:
-    """Lay the shipped vault's ELF out with `heap` bytes and enough slots; needs no compiler."""
+    """Lay the shipped vault's ELF out with `heap` bytes and a slot for each client; needs no compiler."""
     source = shipped(ENCLAVE)
     header = inspect(source.sgxs).header
     if header is None:
         raise InternalError(f"{source.sgxs} is no image of the SDK: install TeeMate anew")
     options = replace(
         LayoutOptions(),
-        slots=max(header.client_slots, clients),
+        slots=clients,
         io_slots=header.io_slots,
         stack=header.stack_size,
         heap=heap,

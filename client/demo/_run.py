@@ -141,10 +141,8 @@ async def _side(
 ) -> _Side:
     listener.phase(f"{way}: {clients} programs start")
     async with _programs(way, arguments, clients, calls) as programs:
-        listener.phase(f"{way}: all come inside at once")
-        for program in programs:
-            await program.tell("go")
-        times = [(await program.hear("inside", INSIDE_TIMEOUT))["ms"] for program in programs]
+        listener.phase(f"{way}: one after the other comes inside, and stays")
+        times = [await _come_inside(program) for program in programs]
         for program in programs:
             await program.tell("prepare")
         inside = [await program.hear("prepared", INSIDE_TIMEOUT) for program in programs]
@@ -163,6 +161,12 @@ async def _side(
         for program in programs:
             await program.finish(END_TIMEOUT)
     return _Side(times, inside, done, counters, pss + pages * 4096, pages)
+
+
+async def _come_inside(program: Program) -> float:
+    await program.tell("go")
+    milliseconds: float = (await program.hear("inside", INSIDE_TIMEOUT))["ms"]
+    return milliseconds
 
 
 async def _work(programs: Sequence[Program], calls: int, listener: Listener) -> list[dict[str, Any]]:
@@ -199,9 +203,7 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
 async def _floor(arguments: Sequence[str], clients: int, listener: Listener) -> list[float]:
     listener.phase("the floor: the same memory and hashing, without an enclave")
     async with _programs("floor", arguments, clients, 0) as programs:
-        for program in programs:
-            await program.tell("go")
-        times = [(await program.hear("inside", INSIDE_TIMEOUT))["ms"] for program in programs]
+        times = [await _come_inside(program) for program in programs]
         for program in programs:
             await program.finish(END_TIMEOUT)
     return times
