@@ -70,10 +70,11 @@ struct backend {
                 const uint8_t mrenclave[32], struct teemate_diag *diag);
     /* An enclave of somebody else's making: fill info from the file. */
     int (*open)(struct teemate_enclave *enclave, struct teemate_diag *diag);
-    /* Over the PROT_NONE reservation that map.c has made. */
-    int (*map)(struct teemate_enclave *enclave, const struct teemate_segment *segment,
-               struct teemate_diag *diag);
+    /* All segments but the TCSs, over the PROT_NONE reservation that map.c has made and will
+     * keep out of fork as a whole. */
+    int (*map)(struct teemate_enclave *enclave, struct teemate_diag *diag);
     int (*map_tcs)(struct teemate_enclave *enclave, uint64_t offset, struct teemate_diag *diag);
+    /* The page is mapped no more, and its place stays reserved. */
     int (*unmap_tcs)(struct teemate_enclave *enclave, uint64_t offset);
     /* The vDSO's contract: returns what it returns; `pause` as in teemate_enter. */
     int (*enter)(struct teemate_enclave *enclave, uint64_t tcs_offset, struct teemate_regs *regs,

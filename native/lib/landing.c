@@ -25,7 +25,5 @@ int landing_map(uint64_t address)
     memset(page, 0xcc, SGX_PAGE); /* int3: nobody enters in the middle */
     memcpy(code + 6, &target, sizeof(target));
     memcpy(page, code, sizeof(code));
-    if (mprotect(page, SGX_PAGE, PROT_READ | PROT_EXEC) || madvise(page, SGX_PAGE, MADV_DONTFORK))
-        return -errno;
-    return 0;
+    return mprotect(page, SGX_PAGE, PROT_READ | PROT_EXEC) ? -errno : 0;
 }

@@ -51,16 +51,6 @@ static void name_mapping(uint64_t start, uint64_t end, char *text, size_t size)
     fclose(maps);
 }
 
-/* Put the reservation back over a part of it. */
-static int unreserve_part(uint64_t address, uint64_t size)
-{
-    void *at = mmap((void *)address, size, PROT_NONE, RESERVE_FLAGS | MAP_FIXED, -1, 0);
-
-    if (at == MAP_FAILED || madvise(at, size, MADV_DONTFORK))
-        return -errno;
-    return 0;
-}
-
 static int reserve(struct teemate_enclave *enclave, struct teemate_diag *diag)
 {
     uint64_t size = 2 * enclave->size;
@@ -85,11 +75,6 @@ static int reserve(struct teemate_enclave *enclave, struct teemate_diag *diag)
         return diag_set(diag, -error, TEEMATE_STEP_MAP, 0, 0,
                         "cannot reserve %" PRIu64 " MiB of address space at %#" PRIx64 ": %s; look at RLIMIT_AS (ulimit -v)",
                         size >> 20, enclave->base, strerror(error));
-    if (madvise(at, size, MADV_DONTFORK)) {
-        error = errno;
-        munmap(at, size);
-        return diag_set(diag, -error, TEEMATE_STEP_MAP, 0, 0, "cannot keep the enclave out of fork: %s", strerror(error));
-    }
     return 0;
 }
 
@@ -126,13 +111,16 @@ int teemate_map(struct teemate_enclave *enclave, struct teemate_diag *diag)
         pthread_mutex_unlock(&enclave->lock);
         return error;
     }
-    for (size_t i = 0; i < enclave->segment_count && !error; i++)
-        if (enclave->segments[i].type != SGX_PT_TCS)
-            error = enclave->backend->map(enclave, &enclave->segments[i], diag);
+    error = enclave->backend->map(enclave, diag);
     if (!error) {
         error = landing_map(TM_LANDING(enclave->base, enclave->size));
         if (error)
             diag_set(diag, error, TEEMATE_STEP_MAP, 0, 0, "cannot make the landing page: %s", strerror(-error));
+    }
+    /* Once for all: a fork() in between takes along what the child is told not to use. */
+    if (!error && madvise((void *)enclave->base, 2 * enclave->size, MADV_DONTFORK)) {
+        error = -errno;
+        diag_set(diag, error, TEEMATE_STEP_MAP, 0, 0, "cannot keep the enclave out of fork: %s", strerror(-error));
     }
     if (error)
         munmap((void *)enclave->base, 2 * enclave->size);
@@ -179,11 +167,8 @@ int teemate_unmap_tcs(struct teemate_enclave *enclave, uint64_t offset)
     if (offset % SGX_PAGE || offset >= enclave->size)
         return -EINVAL;
     pthread_mutex_lock(&enclave->lock);
-    if (enclave->mapped) {
+    if (enclave->mapped)
         error = enclave->backend->unmap_tcs(enclave, offset);
-        if (!error)
-            error = unreserve_part(enclave->base + offset, SGX_PAGE);
-    }
     pthread_mutex_unlock(&enclave->lock);
     return error;
 }

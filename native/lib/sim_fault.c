@@ -2,7 +2,7 @@
 /*
  * The EPCM's say in accesses of enclave code, and the page table that follows it.
  *
- * A process's page table is a cache: everything starts without permission (sim_flush, once)
+ * A process's page table is a cache: everything starts without permission (sim_backend.c)
  * and sim_page_fault gives runs of pages what the mapping and the EPCM both allow.  So
  * attaching costs nothing per page, and taking a permission away is one count (the epoch)
  * that every process compares before it enters.
@@ -174,9 +174,6 @@ void sim_flush(struct teemate_enclave *enclave)
 
     if (atomic_load(&sim->epoch) == epoch || !enclave->mapped)
         return;
-    for (size_t i = 0; i < enclave->segment_count; i++)
-        if (enclave->segments[i].type != SGX_PT_TCS)
-            mprotect((void *)(enclave->base + enclave->segments[i].offset), enclave->segments[i].size,
-                     PROT_NONE);
+    mprotect((void *)enclave->base, enclave->size, PROT_NONE);
     atomic_store(&sim->epoch, epoch);
 }

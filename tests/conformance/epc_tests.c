@@ -477,9 +477,8 @@ static void windows_of_pages(void)
     struct sim_fault fault;
     struct sgx_enclave_run run;
 
-    CHECK(atomic_load(&enclave->sim->epoch) == 0);
-    CHECK(write_inside(enclave, DATA, &run) == -1);
     CHECK(atomic_load(&enclave->sim->epoch) == atomic_load(&enclave->sim->header->epoch));
+    CHECK(write_inside(enclave, DATA, &run) == -1);
     CHECK(sim_page_fault(enclave, enclave->base + DATA, SGX_PF_U | SGX_PF_W, &fault) == 0);
     /* Host code of this process reaches the page that the fault opened, and its neighbour. */
     *(volatile uint8_t *)(enclave->base + DATA) = 1;
