@@ -205,13 +205,18 @@ enum teemate_outcome {
  * Enter through the TCS at `tcs_offset` (mapped before) with function EENTER
  * (2) or ERESUME (3), with the contract of the vDSO's __vdso_sgx_enter_enclave,
  * run->user_handler included.  run->tcs and run->function are set here.
- * While the thread is inside, asynchronous signals wait; the call is paused when
- * one is pending for this thread, and after `pause_after_ns` (0: never; a lower
- * bound, the resolution is some milliseconds).
- * Returns enum teemate_outcome, or -EINVAL (reserved bytes, function, TCS not
- * mapped), -ENOTCONN (a child of fork), -EDEADLK (this thread is inside already),
- * -EUCLEAN (somebody replaced the library's signal handlers and it could not
- * put itself before them; diag of teemate_signals_check tells who).
+ * While the thread is inside, asynchronous signals wait.  When one is pending for
+ * this thread it is interrupted, the signal's handler runs on the host's stack,
+ * and the call returns paused; also after `pause_after_ns` (0: never; a lower
+ * bound, the resolution is some milliseconds).  A paused call may be resumed
+ * from another depth of the stack and by another thread.
+ * Returns enum teemate_outcome, or -EINVAL (reserved bytes, function, enclave not
+ * mapped), -ENOTCONN (a child of fork), -EDEADLK (this thread is inside already,
+ * or in a signal handler on an alternate stack), -ENOMEM and -EAGAIN (no memory or
+ * thread for the ticker), -EUCLEAN (somebody replaced the library's signal
+ * handlers and it could not put itself before them; diag of
+ * teemate_signals_check tells who).  A TCS that is busy or not mapped is an
+ * exception of EENTER in `run`: #GP or #PF.
  */
 int teemate_enter(struct teemate_enclave *enclave, uint64_t tcs_offset, struct teemate_regs *regs,
                   uint32_t function, uint64_t pause_after_ns, struct sgx_enclave_run *run);

@@ -145,6 +145,17 @@ struct event {
     uint64_t addr;
 };
 
+/* Of the instruction that ends at `rip`: INT3, or INT 3 in two bytes. */
+static uint64_t breakpoint_length(const struct sim_thread *thread, uint64_t rip)
+{
+    const uint8_t *code;
+
+    if (!sim_in_elrange(thread->enclave, rip - 2, 2))
+        return 1;
+    code = sim_at(thread->enclave, rip - 2);
+    return code[0] == 0xcd && code[1] == 3 ? 2 : 1;
+}
+
 /* SDM volume 3D, "Asynchronous Enclave Exits": SSA[CSSA], then the TCS, then the synthetic state. */
 static bool aex(struct sim_thread *thread, ucontext_t *uc, const struct event *event, uint64_t fs, uint64_t gs)
 {
@@ -158,7 +169,7 @@ static bool aex(struct sim_thread *thread, ucontext_t *uc, const struct event *e
         flags |= RFLAGS_RF;
     /* INT3 is a fault, with RIP at it, unless a debugger opted in (SDM, "INT3 Treatment"). */
     if (event->exception && event->vector == SGX_VECTOR_BP && !opted_in(thread) && SIM_STEP("AEX.BP"))
-        rip -= 1;
+        rip -= breakpoint_length(thread, rip);
     *saved = (struct sgx_gprs){
         .rax = (uint64_t)regs[REG_RAX], .rcx = (uint64_t)regs[REG_RCX], .rdx = (uint64_t)regs[REG_RDX],
         .rbx = (uint64_t)regs[REG_RBX], .rsp = (uint64_t)regs[REG_RSP], .rbp = (uint64_t)regs[REG_RBP],

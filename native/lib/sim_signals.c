@@ -13,11 +13,11 @@
  */
 #include <dlfcn.h>
 #include <errno.h>
+#include <link.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -256,11 +256,12 @@ static int choose_tick(void)
  */
 static void stay_loaded(void)
 {
+    struct link_map *map = NULL;
     Dl_info who;
 
-    if (dladdr((void *)on_signal, &who) && who.dli_fname &&
-        (uintptr_t)who.dli_fbase != (getauxval(AT_PHDR) & ~(uintptr_t)(SGX_PAGE - 1)))
-        dlopen(who.dli_fname, RTLD_NOW | RTLD_NOLOAD | RTLD_NODELETE);
+    /* The loader's own name, so that it finds the library without opening a file; the program has none. */
+    if (dladdr1((void *)on_signal, &who, (void **)&map, RTLD_DL_LINKMAP) && map && map->l_name[0])
+        dlopen(map->l_name, RTLD_NOW | RTLD_NOLOAD | RTLD_NODELETE);
 }
 
 int sim_signals_install(void)

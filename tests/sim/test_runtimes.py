@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Toolchain
-from sim_programs import run_program
+from sim_programs import Toolchain, run_program
 
 PRELUDE = """
 import faulthandler, signal, sys, threading, time
