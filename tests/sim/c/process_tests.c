@@ -4,6 +4,7 @@
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -226,6 +227,22 @@ static void a_child_of_fork_holds_nothing_and_attaches_itself(void)
     LEFT(enter(parents, 0, OP_NOTHING, 0, 0));
 }
 
+static void a_bare_clone_is_another_process_too(void)
+{
+    long pid;
+
+    parents = test_enclave_mapped(NULL);
+    LEFT(enter(parents, 0, OP_NOTHING, 0, 0));
+    pid = syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0); /* no pthread_atfork handler runs */
+    CHECK(pid >= 0);
+    if (!pid) {
+        EQUAL(enter(parents, 0, OP_NOTHING, 0, 0).outcome, -ENOTCONN);
+        _exit(0);
+    }
+    child_ends((int)pid);
+    LEFT(enter(parents, 0, OP_NOTHING, 0, 0));
+}
+
 static volatile bool other_stops;
 
 static void *spin_thread(void *unused)
@@ -256,6 +273,7 @@ const struct test process_tests[] = {
     TEST(the_dead_leave_a_busy_tcs_that_can_be_buried),
     TEST(whoever_is_killed_leaves_the_state_before_or_after),
     TEST(a_child_of_fork_holds_nothing_and_attaches_itself),
+    TEST(a_bare_clone_is_another_process_too),
     TEST(forking_while_another_thread_is_inside_hurts_nobody),
     {0},
 };

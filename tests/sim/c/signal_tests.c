@@ -426,6 +426,35 @@ static void a_handler_that_restores_and_raises_reaches_the_one_before_us(void)
     LEFT(enter(enclave, 0, OP_NOTHING, 0, 0));
 }
 
+#define CROWD(n)                                                        \
+    static void crowd_##n(int sig, siginfo_t *info, void *context)      \
+    {                                                                   \
+        (void)sig, (void)info, (void)context;                           \
+        abort_test();                                                   \
+    }
+CROWD(0) CROWD(1) CROWD(2) CROWD(3) CROWD(4) CROWD(5) CROWD(6) CROWD(7)
+
+static void a_crowd_of_handlers_that_we_cannot_remember_is_an_error(void)
+{
+    void (*const crowd[])(int, siginfo_t *, void *) = {crowd_0, crowd_1, crowd_2, crowd_3,
+                                                       crowd_4, crowd_5, crowd_6, crowd_7};
+    struct teemate_diag diag = {0};
+
+    prepare();
+    LEFT(enter(enclave, 0, OP_NOTHING, 0, 0)); /* behind us: the default action, and room for seven */
+    for (int i = 0; i < 7; i++) {
+        set_handler(SIGILL, crowd[i], 0);
+        LEFT(enter(enclave, 0, OP_NOTHING, 0, 0));
+    }
+    set_handler(SIGILL, crowd[7], 0);
+    EQUAL(enter(enclave, 0, OP_NOTHING, 0, 0).outcome, -EUCLEAN);
+    EQUAL(teemate_signals_check(1, &diag), -EUCLEAN);
+    CHECK(strstr(diag.text, "Illegal instruction"));
+    EQUAL(tcs_word(enclave, 0), IDLE(0));
+    set_handler(SIGILL, crowd[3], 0); /* one that we know */
+    LEFT(enter(enclave, 0, OP_NOTHING, 0, 0));
+}
+
 static void on_sent_segv(int sig, siginfo_t *info, void *context)
 {
     (void)sig, (void)context;
@@ -483,6 +512,7 @@ const struct test signal_tests[] = {
     TEST(a_check_puts_us_before_a_new_handler),
     TEST(a_handler_that_calls_its_predecessor_does_not_go_in_circles),
     TEST(a_handler_that_restores_and_raises_reaches_the_one_before_us),
+    TEST(a_crowd_of_handlers_that_we_cannot_remember_is_an_error),
     TEST(a_segv_that_somebody_sent_is_the_hosts),
     TEST(a_fault_without_any_handler_ends_the_process_as_ever),
     {0},
