@@ -6,6 +6,7 @@ are `clean`; it relies on that when it hands them to somebody else.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -115,8 +116,12 @@ class GrantedEnclave(Enclave):
             self._connection.listen()
 
     def _slot_closed(self, slot: Slot, clean: bool) -> None:
-        if slot.revoked is None and not self._connection.lost:
-            self._connection.post(
+        if slot.revoked is not None or self._connection.lost:
+            return
+        # Waits for the answer, so that the slot is where it belongs when the caller goes on; what
+        # the caller has to hear is why the slot broke, not that its grant ended meanwhile.
+        with contextlib.suppress(Error):
+            self._connection.request(
                 "slots.release", {"grant": self.grant, "slots": [slot.index], "clean": clean}
             )
 
