@@ -29,7 +29,8 @@ import trio
 
 from teemate import errors, wire
 from teemate.broker.limits import Account, Charge, Resource
-from teemate.broker.operations import Answer, Method, Request, find_method, parse_request
+from teemate.broker.operations import Method, find_method
+from teemate.broker.requests import Answer, Request, parse_request
 
 if TYPE_CHECKING:
     from teemate.broker.grants import Grant

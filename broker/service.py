@@ -15,7 +15,7 @@ import trio
 from structlog.typing import FilteringBoundLogger
 
 from teemate import errors
-from teemate.broker import operations
+from teemate.broker import requests
 from teemate.broker.addresses import Addresses
 from teemate.broker.administration import Administration
 from teemate.broker.audit import Audit
@@ -24,10 +24,11 @@ from teemate.broker.enclaves import Enclave, EnclaveState, choose_backend
 from teemate.broker.grants import Grant, Waiter
 from teemate.broker.identity import principal
 from teemate.broker.limits import Charge, Ledger, Resource
-from teemate.broker.operations import Answer
 from teemate.broker.policy import Policy
 from teemate.broker.processes import Processes
 from teemate.broker.reclaim import Reclaimer
+from teemate.broker.requests import Answer
+from teemate.broker.revocation import Revocation
 from teemate.broker.slots import SlotState, Ticket
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Service:
         self.processes = Processes()
         self.reclaimer = Reclaimer(self.processes, log)
         self.administration = Administration(self)
+        self.revocation = Revocation(self)
         self.clients: dict[int, Client] = {}
         self.enclaves: dict[str, Enclave] = {}
         self.grants: dict[int, Grant] = {}
@@ -149,7 +151,7 @@ class Service:
 
     # -- attach and acquire ------------------------------------------------------
 
-    def attach(self, client: Client, args: operations.Attach) -> operations.Result:
+    def attach(self, client: Client, args: requests.Attach) -> requests.Result:
         """Give a grant with `args.slots` slots, now or when they are free."""
         enclave = self.enclave(args.enclave)
         missing = self._missing_rule(client, enclave)
@@ -208,7 +210,7 @@ class Service:
         }
         return Answer(ok, (built.fd, built.arena))
 
-    def acquire(self, client: Client, args: operations.Acquire) -> operations.Result:
+    def acquire(self, client: Client, args: requests.Acquire) -> requests.Result:
         """Give a grant more slots, now or when they are free."""
         grant = self._grant(client, args.grant)
         if grant.revoked:
@@ -336,7 +338,7 @@ class Service:
 
     # -- release and detach ------------------------------------------------------
 
-    def release(self, client: Client, args: operations.Release) -> operations.Result:
+    def release(self, client: Client, args: requests.Release) -> requests.Result:
         """Take slots back; without `clean` they are withheld for as long as the process lives."""
         grant = self._grant(client, args.grant)
         foreign = [index for index in args.slots if index not in grant.charges]
@@ -350,7 +352,7 @@ class Service:
             answer["withheld"] = withheld
         return Answer(answer)
 
-    def detach(self, client: Client, args: operations.Detach) -> operations.Result:
+    def detach(self, client: Client, args: requests.Detach) -> requests.Result:
         """End a grant; its slots go the way of `release`."""
         grant = self._grant(client, args.grant)
         self._give_back(grant, grant.slots, clean=args.clean)
@@ -400,19 +402,19 @@ class Service:
 
     # -- administrators ------------------------------------------------------------
 
-    def create(self, client: Client, args: operations.Create, image_fd: int) -> operations.Result:
+    def create(self, client: Client, args: requests.Create, image_fd: int) -> requests.Result:
         """See :class:`Administration`; the descriptor is its own."""
         return self.administration.create(client, args, image_fd)
 
-    def destroy(self, client: Client, args: operations.Destroy) -> operations.Result:
+    def destroy(self, client: Client, args: requests.Destroy) -> requests.Result:
         """See :class:`Administration`."""
         return self.administration.destroy(client, args)
 
-    def revoke(self, client: Client, args: operations.Revoke) -> operations.Result:
-        """See :class:`Administration`."""
-        return self.administration.revoke(client, args)
+    def revoke(self, client: Client, args: requests.Revoke) -> requests.Result:
+        """See :class:`Revocation`."""
+        return self.revocation.revoke(client, args)
 
-    def list_clients(self, args: operations.Clients) -> Answer:
+    def list_clients(self, args: requests.Clients) -> Answer:
         """See :class:`Administration`."""
         return self.administration.list_clients(args)
 
