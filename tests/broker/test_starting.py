@@ -118,9 +118,8 @@ def test_an_image_without_the_sdk_needs_the_policy_s_word_and_its_slots_are_used
     assert ok["enclave"]["isolation"] == "none"
     assert not ok["enclave"]["sdk"]
     client.ok("detach", grant=ok["grant"], clean=True)
-    (record,) = [r for r in running.log() if r["event"] == "slot quarantined"] or [None]
-    assert record is None or "without the SDK" in str(record["reason"])
-    (info,) = client.ok("enclaves")["enclaves"]
+    while (info := client.ok("enclaves")["enclaves"][0])["slots"]["quarantined"] == 0:
+        client.ok("ping")  # the slot is put aside after the reply
     assert info["slots"]["free"] == info["slots"]["total"] - 1
     (reason,) = [r["reason"] for r in running.log() if r["event"] == "slot quarantined"]
     assert "without the SDK" in str(reason)
