@@ -58,7 +58,9 @@ class CgroupTree:
 
     def path_of(self, membership: bytes) -> str:
         """Return the path that /proc/PID/cgroup has for this hierarchy, empty when it has none."""
-        for line in membership.decode("utf-8", "surrogateescape").splitlines():
+        # Only a newline ends a line: a group's name may hold form feeds and the like, where
+        # str.splitlines() would let its user begin a line of his own.
+        for line in membership.decode("utf-8", "surrogateescape").split("\n"):
             _, _, rest = line.partition(":")
             controllers, _, path = rest.partition(":")
             if controllers == self.hierarchy or (self.hierarchy and self.hierarchy in controllers.split(",")):
@@ -109,10 +111,10 @@ def _writable_by_users(directory: str) -> bool:
 def find_tree(hierarchy: str = "auto", mountinfo: str | None = None) -> CgroupTree:
     """Return the hierarchy that the policy names, or the one that "auto" means on this host."""
     if mountinfo is None:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
             mountinfo = file.read()
     mounts: dict[str, str] = {}
-    for line in mountinfo.splitlines():
+    for line in mountinfo.split("\n"):
         left, _, right = line.partition(" - ")
         fields, kind = left.split(" "), right.split(" ")
         # Only a mount of the hierarchy's root shows the paths that /proc/PID/cgroup has.

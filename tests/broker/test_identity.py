@@ -162,6 +162,10 @@ HYBRID = b"4:memory:/m\n2:cpu,cpuacct:/c\n1:name=systemd:/s\n0::/u\n"
         ("", b"0::/a:b/c\n", "/a:b/c"),
         ("", b"0::/../other\n", ""),
         ("", b"0::/gone (deleted)\n", ""),
+        # Names that would begin a line of their own if more than a newline ended one.
+        ("", b"1:name=systemd:/user/x\x0c0::/trusted\n0::/user\n", "/user"),
+        ("", "1:name=systemd:/user/x\u20280::/trusted\n0::/user\n".encode(), "/user"),
+        ("", b"0::/user/\x1c", "/user/\x1c"),
         ("", b"", ""),
     ],
 )
