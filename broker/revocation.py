@@ -120,6 +120,8 @@ class Revocation:
         """No key of the grant opens anything from here on; returns what each slot was doing."""
         enclave, words = grant.enclave, {}
         for index in grant.slots:
+            if index not in grant.charges:  # given back meanwhile: it may have its next holder's key
+                continue
             generation = enclave.slot_keys[index].generation
             words[index] = await self._service.reclaimer.clear(enclave, index, generation)
         return words
