@@ -62,6 +62,15 @@ struct sealed {
 _Static_assert(sizeof(struct sealed) == TM_SEAL_OVERHEAD, "TM_SEAL_OVERHEAD");
 #define SEALED_MAGIC 0x31535445u /* "ETS1" */
 
+/*
+ * Without MRENCLAVE and MRSIGNER every enclave of this computer derives the same key (SDM, EGETKEY),
+ * and could forge what we unseal; other bits are a #GP where the enclave has no KSS.
+ */
+static bool policy_is_ours(uint16_t policy)
+{
+    return policy && !(policy & ~(SGX_KEYPOLICY_MRENCLAVE | SGX_KEYPOLICY_MRSIGNER));
+}
+
 static int egetkey(uint16_t policy, uint16_t isvsvn, const uint8_t cpusvn[16], const uint8_t keyid[32],
                    uint8_t key[16])
 {
@@ -76,11 +85,13 @@ static int egetkey(uint16_t policy, uint16_t isvsvn, const uint8_t cpusvn[16], c
     uint8_t output[16] __attribute__((aligned(16)));
     uint64_t error = SGX_EGETKEY;
 
+    if (!policy_is_ours(policy))
+        return TM_E_ARGUMENT;
     memcpy(request.cpusvn, cpusvn, sizeof(request.cpusvn));
     memcpy(request.keyid, keyid, sizeof(request.keyid));
     __asm__ volatile("enclu" : "+a"(error) : "b"(&request), "c"(output) : "memory", "cc");
     if (error)
-        return TM_E_MAC; /* a newer CPUSVN or ISVSVN than ours, or a policy that is not for us */
+        return TM_E_MAC; /* a newer CPUSVN or ISVSVN than ours */
     memcpy(key, output, sizeof(output));
     tm_wipe(output, sizeof(output));
     return 0;

@@ -227,6 +227,7 @@ void tm_report(const struct sgx_targetinfo *target, const uint8_t reportdata[64]
 /*
  * A 128-bit key that only this enclave (SGX_KEYPOLICY_MRENCLAVE) or this signer's
  * enclaves of the same product (SGX_KEYPOLICY_MRSIGNER) can derive, for `keyid`.
+ * One of the two at least, and nothing else: TM_E_ARGUMENT.
  */
 int tm_seal_key(uint16_t policy, const uint8_t keyid[32], uint8_t key[16]);
 
@@ -234,7 +235,12 @@ int tm_seal_key(uint16_t policy, const uint8_t keyid[32], uint8_t key[16]);
 /*
  * Seal to disk and back: AES-128-GCM under a fresh key.  Output of seal is
  * length + TM_SEAL_OVERHEAD; of unseal length - TM_SEAL_OVERHEAD.  `aad` is bound,
- * not hidden.  Unseal: TM_E_MAC when it is not ours or was changed.
+ * not hidden.  Unseal: TM_E_MAC when it is not ours or was changed, TM_E_ARGUMENT when
+ * it is no sealed blob or has another policy than seal takes.
+ *
+ * A blob says nothing about its age: who keeps it can bring back an older one, and
+ * SGX has no counter that would tell.  Who minds has to keep a version in memory, or
+ * with somebody whom the enclave trusts.
  */
 int tm_seal(uint16_t policy, const void *aad, size_t aad_len, const void *in, size_t length, void *out);
 int tm_unseal(const void *aad, size_t aad_len, const void *in, size_t length, void *out);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 import pytest
-from gate import EXIT_DONE, EXIT_OCALL, OCALL_RETURN, OK, Call, Gate, Holder
+from gate import ARGUMENT, EXIT_DONE, EXIT_OCALL, OCALL_RETURN, OK, Call, Gate, Holder
 from images import Images
 
 from teemate._native import ffi
@@ -33,7 +33,21 @@ def test_sealing_twice_gives_different_bytes(holder: Holder) -> None:
     assert seal(holder, MRENCLAVE, b"the same") != seal(holder, MRENCLAVE, b"the same")
 
 
-@pytest.mark.parametrize("offset", [4, 6, 8, 24, 56, 64, 79, 80, 97])
+@pytest.mark.parametrize("policy", [0, 4, 5, 0x100, 0x8001])
+def test_nothing_is_sealed_under_a_key_that_strangers_can_derive(holder: Holder, policy: int) -> None:
+    status, reply = holder.call(b"seal", struct.pack("<Q", policy) + b"a secret for later")
+    assert (status, reply) == (ARGUMENT, b"")
+
+
+@pytest.mark.parametrize("policy", [0, 4, 5, 0x100, 0x8001])
+def test_a_blob_under_a_key_that_strangers_can_derive_is_refused(holder: Holder, policy: int) -> None:
+    sealed = bytearray(seal(holder, MRENCLAVE, b"forged by another enclave"))
+    sealed[4:6] = struct.pack("<H", policy)
+    assert holder.call(b"unseal", bytes(sealed)) == (ARGUMENT, b"")
+    assert holder.call(b"unseal", seal(holder, MRENCLAVE, b"still there")) == (OK, b"still there")
+
+
+@pytest.mark.parametrize("offset", [6, 8, 24, 56, 64, 79, 80, 97])
 def test_a_sealed_blob_that_was_changed_is_refused(holder: Holder, offset: int) -> None:
     sealed = bytearray(seal(holder, MRENCLAVE, b"a secret for later"))
     sealed[offset] ^= 1
@@ -44,7 +58,7 @@ def test_a_sealed_blob_that_was_changed_is_refused(holder: Holder, offset: int) 
 def test_a_truncated_blob_is_refused(holder: Holder) -> None:
     sealed = seal(holder, MRENCLAVE, b"a secret for later")
     assert holder.call(b"unseal", sealed[:-1])[0] == MAC
-    assert holder.call(b"unseal", sealed[:79])[0] == -1
+    assert holder.call(b"unseal", sealed[:79])[0] == ARGUMENT
 
 
 def test_the_signers_next_image_reads_what_is_sealed_for_the_signer_only(images: Images) -> None:
