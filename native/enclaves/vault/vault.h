@@ -118,6 +118,8 @@ _Static_assert(sizeof(struct vault_record) == 24, "vault_record");
  * product (so a new release can import), bound to the space and, when that is
  * private, to the principal: TM_E_MAC for everybody else.  Imported entries get new
  * versions and replace what is there; those whose time is over are left out.
+ * An export does not grow old: importing one again brings its values back, also
+ * those that were deleted or changed since.
  */
 struct vault_import {
     uint8_t space;
