@@ -38,6 +38,9 @@ SLICE = 0.05
 # Encoded once, which also brings the encoder into memory before the first request.
 _HELLO = wire.encode({"id": 0, "op": "hello", "args": {"version": PROTOCOL_VERSION}})
 
+_spare_buffers = [bytearray(wire.MAX_MESSAGE)]
+"""For receiving; made at import, so that the first connection need not."""
+
 Check = Callable[[], None]
 """Raises when the caller no longer wants the result."""
 
@@ -94,6 +97,10 @@ class Connection:
                 "and is TEEMATE_SOCKET right?",
                 {"socket": path, "errno": error.errno},
             ) from None
+        try:
+            self._buffer = _spare_buffers.pop()
+        except IndexError:
+            self._buffer = bytearray(wire.MAX_MESSAGE)
         self._poll = select.poll()
         self._poll.register(self._socket.fileno(), select.POLLIN)
 
@@ -256,7 +263,7 @@ class Connection:
     def _receive(self) -> None:
         """Take one packet; only called by the thread that holds `_reading`."""
         try:
-            packet = wire.receive(self._socket)
+            packet = wire.receive(self._socket, self._buffer)
         except OSError as error:
             broken = ConnectionLost(
                 f"the connection to {self.path} broke: {error.strerror}",

@@ -50,6 +50,8 @@ _CALL = ffi.typeof("struct teemate_call *")
 _ARGS = ffi.typeof("struct teemate_slot_args *")
 _SLOT = ffi.typeof("struct teemate_slot **")
 _BYTES = ffi.typeof("uint8_t[]")
+# Not cleared: the enclave tells how much it has written, and no more is read.
+_new_buffer = ffi.new_allocator(should_clear_after_alloc=False)
 _slot_open = lib.teemate_slot_open
 _slot_call = lib.teemate_slot_call
 _slot_resume = lib.teemate_slot_resume
@@ -152,7 +154,7 @@ class Slot:
             data = payload if type(payload) is bytes else bytes(payload)
             encoded = name.encode()
             if self._capacity < max_reply:
-                self._out = ffi.new(_BYTES, max_reply)
+                self._out = _new_buffer(_BYTES, max_reply)
                 self._capacity = max_reply
             call = self._call
             call.outcome = _DONE

@@ -295,8 +295,11 @@ def send(sock: socket.socket, data: bytes, fds: Iterable[int] = ()) -> None:
     sock.sendmsg([data], _rights(fds), socket.MSG_NOSIGNAL)
 
 
-def receive(sock: socket.socket) -> Packet:
+def receive(sock: socket.socket, buffer: bytearray | None = None) -> Packet:
     """Receive one packet, blocking; `data` is empty when the other side is gone.
+
+    `buffer` of :data:`MAX_MESSAGE` bytes is used for the time of the call: a fresh one costs more
+    than receiving does.
 
     Raises
     ------
@@ -306,7 +309,11 @@ def receive(sock: socket.socket) -> Packet:
         As the socket gives it.
 
     """
-    data, ancillary, flags, _ = sock.recvmsg(MAX_MESSAGE, _ANCILLARY, _RECEIVE_FLAGS)
+    if buffer is None:
+        data, ancillary, flags, _ = sock.recvmsg(MAX_MESSAGE, _ANCILLARY, _RECEIVE_FLAGS)
+    else:
+        length, ancillary, flags, _ = sock.recvmsg_into([buffer], _ANCILLARY, _RECEIVE_FLAGS)
+        data = bytes(memoryview(buffer)[:length])
     return _packet(data, ancillary, flags)
 
 

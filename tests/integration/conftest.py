@@ -27,8 +27,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
             failures.append(error)
         send(sock, data, fds)
 
-    def recording_receive(sock: socket.socket) -> wire.Packet:
-        packet = receive(sock)
+    def recording_receive(sock: socket.socket, buffer: bytearray | None = None) -> wire.Packet:
+        packet = receive(sock, buffer)
         if packet.data:
             try:
                 recorder.received(id(sock), packet.data)
