@@ -124,6 +124,7 @@ class Broker:
             wait=wait,
             undo=self._undo_attach,
             check=check,
+            meanwhile=lib.teemate_prepare,
         )
         ok = reply.ok
         try:

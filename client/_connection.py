@@ -138,12 +138,13 @@ class Connection:
         wait: float = 0.0,
         undo: Undo = _no_undo,
         check: Check | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> Reply:
         """Ask for `op` and wait for the answer.
 
         `fds` ride on the request and stay the caller's.  `wait`: seconds that the request itself
         lets the broker wait.  `undo` is called with the answer if it comes after the caller
-        was interrupted (its fds are closed then).
+        was interrupted (its fds are closed then).  `meanwhile` is called while the broker works.
 
         Raises
         ------
@@ -155,6 +156,8 @@ class Connection:
         """
         number = self._send(op, args, fds, None)
         try:
+            if meanwhile is not None:
+                meanwhile()
             answer = self._await(number, op, time.monotonic() + wait + REPLY_TIMEOUT, check)
         except BaseException:
             self._disown(number, undo)

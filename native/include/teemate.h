@@ -222,6 +222,12 @@ int teemate_enter(struct teemate_enclave *enclave, uint64_t tcs_offset, struct t
                   uint32_t function, uint64_t pause_after_ns, struct sgx_enclave_run *run);
 
 /*
+ * Do now what the first entry of this process and thread would do: signal handlers, ticker,
+ * the thread's block.  For who waits for something else anyway; the entry reports errors.
+ */
+void teemate_prepare(void);
+
+/*
  * Who handles SIGILL, SIGSEGV, SIGFPE, SIGBUS and SIGTRAP now?  0: we do.
  * Otherwise -EUCLEAN and a sentence that names the signal and the library that
  * took it.  With `adopt`, puts our handlers before the others again (which are

@@ -366,3 +366,9 @@ int sim_enter(struct teemate_enclave *enclave, uint64_t tcs_offset, struct teema
     sim_current = entry.outer;
     return result;
 }
+
+void teemate_prepare(void)
+{
+    if (sim_thread_get() && sim_signals_install() == 0)
+        sim_ticker_start();
+}
