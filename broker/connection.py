@@ -204,6 +204,8 @@ class Client:
 
     def _reply(self, number: int, answer: Answer) -> None:
         self.send({"id": number, "ok": answer.ok}, answer.fds)
+        if answer.after is not None:
+            answer.after()
 
     def _reply_failure(self, request: Request, error: Exception) -> None:
         if not isinstance(error, errors.Error) or isinstance(error, errors.InternalError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -40,10 +40,14 @@ _NAME = re.compile(r"[^\x00-\x1f\x7f]{1,64}")
 
 
 class Answer(NamedTuple):
-    """A reply's ``ok``, and the descriptors that ride on it (they stay the handler's)."""
+    """A reply's ``ok``, and the descriptors that ride on it (they stay the handler's).
+
+    `after` is called when the reply is on its way: what the client need not wait for.
+    """
 
     ok: Mapping[str, object]
     fds: tuple[int, ...] = ()
+    after: Callable[[], None] | None = None
 
 
 Result = Answer | Awaitable[Answer]

@@ -179,9 +179,6 @@ class Service:
         # From here on the grant counts, so that two attaches cannot both pass the limits above.
         client.grants[grant.number] = grant
         self.grants[grant.number] = grant
-        if not client.watched:  # a child of fork() may hold the connection open beyond the process's end
-            client.watched = True
-            self.processes.watch(client.pidfd, client.close)
         enclave.grants.add(grant.number)
         if first:
             enclave.clients_by_uid[uid] = enclave.clients_by_uid.get(uid, 0) + 1
@@ -208,7 +205,7 @@ class Service:
             "arena": built.base + built.size + 4096,
             "slots": self._hand_out(grant, slots),
         }
-        return Answer(ok, (built.fd, built.arena))
+        return Answer(ok, (built.fd, built.arena), lambda: self._handed_out(grant, slots))
 
     def acquire(self, client: Client, args: requests.Acquire) -> requests.Result:
         """Give a grant more slots, now or when they are free."""
@@ -219,11 +216,14 @@ class Service:
         self._require_possible(client, grant.enclave, args.count)
         ticket = self._request_slots(grant, args.count)
         if ticket.slots is not None:
-            return Answer({"slots": self._hand_out(grant, ticket.slots)})
+            return self._acquired(grant, ticket.slots)
         return self._acquire_later(grant, ticket, args.wait)
 
     async def _acquire_later(self, grant: Grant, ticket: Ticket, wait: float | None) -> Answer:
-        return Answer({"slots": self._hand_out(grant, await self._wait(grant, ticket, wait))})
+        return self._acquired(grant, await self._wait(grant, ticket, wait))
+
+    def _acquired(self, grant: Grant, slots: tuple[int, ...]) -> Answer:
+        return Answer({"slots": self._hand_out(grant, slots)}, after=lambda: self._handed_out(grant, slots))
 
     @staticmethod
     def _require_ready(enclave: Enclave) -> None:
@@ -331,10 +331,21 @@ class Service:
                     ),
                 }
             )
-        self.audit.granted(
-            identity, client=grant.client.number, enclave=enclave.name, grant=grant.number, slots=list(slots)
-        )
         return handed
+
+    def _handed_out(self, grant: Grant, slots: tuple[int, ...]) -> None:
+        """Record it and watch the process, once the reply is on its way."""
+        client = grant.client
+        if not client.watched:  # a child of fork() may hold the connection open beyond the process's end
+            client.watched = True
+            self.processes.watch(client.pidfd, client.close)
+        self.audit.granted(
+            client.identity,
+            client=client.number,
+            enclave=grant.enclave.name,
+            grant=grant.number,
+            slots=list(slots),
+        )
 
     # -- release and detach ------------------------------------------------------
 

@@ -345,6 +345,7 @@ def test_cgroup_rules_hold_for_processes_that_root_put_there(
     denied(running, outside, "[[enclave.attach]]")
     inside = connect(running)
     inside.ok("attach", enclave="vault")
+    inside.ok("ping")  # the record is written after the reply
     assert running.audit("grant")[0]["cgroup"] == f"/{cgroup.name}/inner"
     # From here on user 4001 could have put the process there: the same place counts no more.
     os.chown(cgroup, 4001, 4001)
