@@ -21,6 +21,7 @@
 
 #include "enclave.h"
 #include "sim_check.h"
+#include "sim_thread.h"
 
 #ifndef MFD_NOEXEC_SEAL
 #define MFD_NOEXEC_SEAL 8u
@@ -41,23 +42,6 @@ static uint64_t xcr0(void)
         return SGX_XFRM_LEGACY;
     __asm__("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
     return (uint64_t)edx << 32 | eax;
-}
-
-/* Bytes of the XSAVE area of an SSA frame, standard format (SDM, 13.4.3). */
-static uint32_t xsave_size(uint64_t xfrm)
-{
-    uint32_t size = 576;
-
-    for (unsigned i = 2; i < 63; i++) {
-        unsigned eax, ebx, ecx, edx;
-
-        if (!(xfrm >> i & 1))
-            continue;
-        __cpuid_count(0xd, i, eax, ebx, ecx, edx);
-        if (eax + ebx > size)
-            size = eax + ebx;
-    }
-    return size;
 }
 
 static int map_tables(struct teemate_enclave *enclave, struct teemate_diag *diag)
@@ -107,7 +91,7 @@ static const char *secs_fault(const struct create_params *params)
     if (params->miscselect & ~SGX_MISC_EXINFO)
         return "MISCSELECT has a bit that the simulated processor does not have";
     if (frame > params->size ||
-        frame < xsave_size(xfrm) + sizeof(struct sgx_exinfo) + sizeof(struct sgx_gprs))
+        frame < sim_xsave_size(xfrm) + sizeof(struct sgx_exinfo) + sizeof(struct sgx_gprs))
         return "the SSA frame does not fit: it must hold the XSAVE area of XFRM and 200 bytes";
     return NULL;
 }
@@ -317,6 +301,7 @@ static bool read_header(int fd, struct sim_header *header)
 int sim_open(struct teemate_enclave *enclave, struct teemate_diag *diag)
 {
     struct teemate_enclave_info *info = &enclave->info;
+    struct create_params claimed;
     struct sim_header header;
     int error;
 
@@ -330,9 +315,14 @@ int sim_open(struct teemate_enclave *enclave, struct teemate_diag *diag)
                         "the simulated enclave has its place at %#llx (%#llx bytes), not at %#llx (%#llx bytes)",
                         (unsigned long long)header.base, (unsigned long long)header.size,
                         (unsigned long long)enclave->base, (unsigned long long)enclave->size);
-    if (header.base & (header.size - 1) || header.base >> 47 || !header.ssa_frame_pages ||
-        header.ssa_frame_pages > header.size / SGX_PAGE || !(header.attributes.flags & SGX_ATTR_MODE64BIT) ||
-        (header.attributes.xfrm & SGX_XFRM_LEGACY) != SGX_XFRM_LEGACY || header.miscselect & ~SGX_MISC_EXINFO)
+    claimed = (struct create_params){.base = header.base,
+                                     .size = header.size,
+                                     .ssa_frame_pages = header.ssa_frame_pages,
+                                     .miscselect = header.miscselect,
+                                     .attributes = header.attributes};
+    claimed.attributes.flags &= ~(uint64_t)SGX_ATTR_INIT;
+    /* An SSA frame smaller than its XSAVE area would have an AEX write behind the enclave's end. */
+    if (secs_fault(&claimed))
         return diag_set(diag, -EBADMSG, TEEMATE_STEP_MAP, 0, 0,
                         "the tables of the simulated enclave make no sense: somebody wrote into them");
     error = map_tables(enclave, diag);

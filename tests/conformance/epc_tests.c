@@ -321,6 +321,11 @@ static void scribble_header(void)
     struct teemate_enclave *made = create(), *enclave;
     struct sim_header *header = made->sim->header, good = *header;
 
+    /* An XSAVE area that this computer does not have, and perhaps the SSA frame no room for. */
+    header->attributes.xfrm |= 1ull << 62;
+    CHECK(open_again(teemate_enclave_fd(made), made->base, made->size, &enclave) == -EBADMSG);
+    *header = good;
+
     for (int i = 0; i < 3000; i++) {
         int error;
 
