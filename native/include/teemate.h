@@ -210,6 +210,7 @@ enum teemate_outcome {
  * and the call returns paused; also after `pause_after_ns` (0: never; a lower
  * bound, the resolution is some milliseconds).  A paused call may be resumed
  * from another depth of the stack and by another thread.
+ * A negative errno says that nothing was entered or resumed.
  * Returns enum teemate_outcome, or -EINVAL (reserved bytes, function, enclave not
  * mapped), -ENOTCONN (a child of fork), -EDEADLK (this thread is inside already,
  * or in a signal handler on an alternate stack), -ENOMEM and -EAGAIN (no memory or

@@ -364,6 +364,14 @@ int sim_enter(struct teemate_enclave *enclave, uint64_t tcs_offset, struct teema
     sim_current = &entry;
     result = sim_trampoline(thread, &entry);
     sim_current = entry.outer;
+    /*
+     * An error of the AEP's own ERESUME: the enclave has begun, and a negative errno would
+     * say that it had not.  Paused, then; who resumes it is told the error.
+     */
+    if (result < 0 && function == SGX_EENTER && entry.function == SGX_ERESUME && !run->user_handler) {
+        run->function = SGX_ERESUME;
+        return TEEMATE_PAUSED;
+    }
     return result;
 }
 

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <sys/mman.h>
@@ -455,6 +456,49 @@ static void a_crowd_of_handlers_that_we_cannot_remember_is_an_error(void)
     LEFT(enter(enclave, 0, OP_NOTHING, 0, 0));
 }
 
+static bool is_handler(int sig, void (*handler)(int, siginfo_t *, void *))
+{
+    struct sigaction now;
+
+    CHECK(sigaction(sig, NULL, &now) == 0);
+    return now.sa_sigaction == handler;
+}
+
+static void *crowd_while_inside(void *unused)
+{
+    void (*const crowd[])(int, siginfo_t *, void *) = {crowd_0, crowd_1, crowd_2, crowd_3,
+                                                       crowd_4, crowd_5, crowd_6, crowd_7};
+
+    (void)unused;
+    while (__atomic_load_n(&board(enclave)[ROUNDS], __ATOMIC_RELAXED) == 0)
+        sched_yield();
+    for (int i = 0; i < 8; i++) {
+        set_handler(SIGBUS, crowd[i], 0);
+        while (i < 7 && is_handler(SIGBUS, crowd[i])) /* until the next interrupt puts it behind us */
+            sched_yield();
+    }
+    return NULL;
+}
+
+static void a_call_that_cannot_be_resumed_by_itself_is_paused_and_not_lost(void)
+{
+    struct result r;
+    pthread_t other;
+
+    prepare();
+    CHECK(pthread_create(&other, NULL, crowd_while_inside, NULL) == 0);
+    r = enter(enclave, 0, OP_SPIN, 0, 0);
+    pthread_join(other, NULL);
+    EQUAL(r.outcome, TEEMATE_PAUSED);
+    EQUAL(r.run.function, SGX_ERESUME);
+    EQUAL(tcs_word(enclave, 0), IDLE(1));
+    EQUAL(resume(enclave, 0).outcome, -EUCLEAN);
+    EQUAL(tcs_word(enclave, 0), IDLE(1));
+    set_handler(SIGBUS, crowd_3, 0); /* one that we know */
+    board(enclave)[STOP] = 1;
+    LEFT(resume(enclave, 0));
+}
+
 static void on_sent_segv(int sig, siginfo_t *info, void *context)
 {
     (void)sig, (void)context;
@@ -513,6 +557,7 @@ const struct test signal_tests[] = {
     TEST(a_handler_that_calls_its_predecessor_does_not_go_in_circles),
     TEST(a_handler_that_restores_and_raises_reaches_the_one_before_us),
     TEST(a_crowd_of_handlers_that_we_cannot_remember_is_an_error),
+    TEST(a_call_that_cannot_be_resumed_by_itself_is_paused_and_not_lost),
     TEST(a_segv_that_somebody_sent_is_the_hosts),
     TEST(a_fault_without_any_handler_ends_the_process_as_ever),
     {0},
