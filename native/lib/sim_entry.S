@@ -162,9 +162,6 @@ sim_region_start:
         mov     %rax, %rdx
         shr     $32, %rdx
         mov     THREAD_XSAVE(%r11), %rcx
-        .globl  sim_xrstor
-        .hidden sim_xrstor
-sim_xrstor:
         xrstor64 (%rcx)
         mov     THREAD_GPRS+0(%r11), %rax
         mov     THREAD_GPRS+8(%r11), %rcx

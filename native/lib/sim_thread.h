@@ -103,7 +103,7 @@ struct sim_entry {
 int sim_trampoline(struct sim_thread *thread, struct sim_entry *entry);
 void sim_landing(void);
 void sim_restorer(void);
-extern const char sim_region_start[], sim_region_end[], sim_xrstor[];
+extern const char sim_region_start[], sim_region_end[];
 extern const char sim_exit[], sim_aep[], sim_exception[], sim_paused[];
 
 /* The entry in progress; the landing page's code reads it without a stack, so its place
