@@ -59,6 +59,9 @@ static int64_t set_key(uint64_t cssa, uint64_t key0, uint64_t key1)
 
         if (cssa || thread_self()->fixed.index >= TM_WARDEN_SLOTS)
             return TM_E_STATE;
+        /* A warden that died in here may not have been forgotten yet (REINIT): its record must not come later. */
+        for (uint64_t slot = 0; slot < TM_WARDEN_SLOTS; slot++)
+            thread_recover(thread_of(slot));
         heap_start();
         status = tm_on_start();
         if (status)
