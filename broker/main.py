@@ -41,23 +41,26 @@ async def run(policy: Policy, log: FilteringBoundLogger, listeners: list[socket.
     """Run the broker until SIGTERM or SIGINT."""
     # Outside of the nursery: a second signal must not end us while wardens are being ended.
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_stop_on_signal, signals, nursery.cancel_scope, log)
-            service = Service(policy, log)
-            nursery.start_soon(Server(service).run, listeners)
-            if service.backend == "sim":
-                log.warning(
-                    "the sim backend protects nothing: enclaves are ordinary memory that root, their owner"
-                    " and every client can read; use it to develop and test, never for secrets"
-                )
-            await nursery.start(service.run)
-            log.info(
-                "ready", policy=policy.source, backend=service.backend,
-                sockets=[str(listener.getsockname()) for listener in listeners],
-            )  # fmt: skip
-            gc.freeze()  # modules and enclaves stay: collections need not look at them again and again
-            notify("READY=1")
-        notify("STOPPING=1")
+        service = Service(policy, log)
+        if service.backend == "sim":
+            log.warning(
+                "the sim backend protects nothing: enclaves are ordinary memory that root, their owner"
+                " and every client can read; use it to develop and test, never for secrets"
+            )
+        async with trio.open_nursery() as keeping:
+            async with trio.open_nursery() as serving:
+                serving.start_soon(_stop_on_signal, signals, serving.cancel_scope, log)
+                serving.start_soon(Server(service).run, listeners)
+                await keeping.start(service.run)
+                log.info(
+                    "ready", policy=policy.source, backend=service.backend,
+                    sockets=[str(listener.getsockname()) for listener in listeners],
+                )  # fmt: skip
+                gc.freeze()  # modules and enclaves stay: collections need not look at them again and again
+                notify("READY=1")
+            # Only now: clients that leave give their slots back to what is kept.
+            notify("STOPPING=1")
+            keeping.cancel_scope.cancel()
 
 
 @click.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -13,8 +14,8 @@ from typing import Any
 
 import pytest
 from images import Images
-from raw_client import RawClient
-from running_broker import RunningBroker
+from raw_client import RawClient, raw_client
+from running_broker import RunningBroker, run_broker
 
 from teemate import wire
 
@@ -433,6 +434,20 @@ def test_the_broker_ends_its_wardens_and_its_socket_with_itself(
     poll.register(warden, select.POLLIN)
     assert poll.poll(30_000), "the warden outlived the broker"
     os.close(warden)
+
+
+def test_the_broker_ends_well_while_clients_hold_slots_and_wait_for_some(
+    vault_policy: Callable[..., str],
+) -> None:
+    with contextlib.ExitStack() as clients:
+        with run_broker(vault_policy()) as running:
+            holder = clients.enter_context(raw_client(running.socket))
+            take_all(holder)
+            waiter = clients.enter_context(raw_client(running.socket))
+            waiter.post("attach", enclave="vault", slots=1)
+            waiter.ok("ping")
+        assert holder.receive() is None
+        assert waiter.receive() is None
 
 
 def test_a_broker_takes_over_the_socket_of_one_that_was_killed(
