@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from teemate.broker.identity import Identity, Peer
     from teemate.broker.service import Service
 
-__all__ = ["Client", "ClientStatistics"]
+__all__ = ["Client", "ClientStatistics", "drain_input"]
 
 _MESSAGES_PER_TURN = 16
 """Requests of one client that are answered before other tasks get their turn."""
@@ -54,6 +54,15 @@ class ClientStatistics:
     waiting: int
     queued_messages: int
     queued_bytes: int
+
+
+def drain_input(sock: socket.socket) -> None:
+    """Throw away what the client still sent: closing over it would destroy our last message to it."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RD)
+        for _ in range(_DRAIN_PACKETS):
+            if not sock.recv(1, socket.MSG_DONTWAIT):
+                break
 
 
 class _Queued(NamedTuple):
@@ -80,6 +89,8 @@ class Client:
         self.connected_at = trio.current_time()
         self.requests = 0
         self.grants: dict[int, Grant] = {}
+        self.withheld: list[Grant] = []
+        """Grants that were given up with slots that come back when the process ends."""
         self._sock = sock
         self._nursery: trio.Nursery | None = None
         self._waiting = 0
@@ -109,7 +120,7 @@ class Client:
             self._nursery = None
             while self._queue:
                 self._discard(self._queue.popleft())
-            self._drain_input()
+            drain_input(self._sock)
         return why
 
     async def _read_requests(self, nursery: trio.Nursery) -> None:
@@ -278,14 +289,6 @@ class Client:
         self._closing = True
         if self._nursery is not None:
             self._nursery.cancel_scope.cancel()
-
-    def _drain_input(self) -> None:
-        """Throw away what the client still sent: closing over it would destroy our last reply."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RD)
-            for _ in range(_DRAIN_PACKETS):
-                if not self._sock.recv(1, socket.MSG_DONTWAIT):
-                    break
 
     def statistics(self) -> ClientStatistics:
         """This connection at this moment."""

@@ -36,6 +36,8 @@ class Grant:
     enclave: Enclave
     charge: Charge
     charges: dict[int, Charge] = field(default_factory=dict)
+    awaited: int = 0
+    """Slots that requests of this grant wait for."""
     in_reclaim: int = 0
     """Slots that were given back and that the warden has not finished with."""
     revoked: bool = False

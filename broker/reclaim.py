@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import trio
 from structlog.typing import FilteringBoundLogger
@@ -22,9 +22,6 @@ from teemate.broker.processes import Processes
 from teemate.broker.slots import Ticket
 from teemate.broker.warden import EnclaveBrokenError, WardenError
 from teemate.broker.warden_protocol import WardenReply
-
-if TYPE_CHECKING:
-    from teemate.broker.connection import Client
 
 __all__ = ["Reclaimer"]
 
@@ -81,9 +78,8 @@ class Reclaimer:
             slots=indices, reason=reason,
         )  # fmt: skip
 
-    def take_back_at_end(self, client: Client, grants: list[Grant]) -> None:
-        """Take back what `grants` still hold when the client's process ends; the pidfd is duplicated."""
-        pidfd = os.dup(client.pidfd)
+    def take_back_at_end(self, pidfd: int, grants: list[Grant]) -> None:
+        """Take back what `grants` still hold when the process ends; `pidfd` is the reclaimer's now."""
 
         def ended() -> None:
             os.close(pidfd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import socket
 import stat
 from typing import final
@@ -12,7 +13,7 @@ from typing import final
 import trio
 
 from teemate import errors, wire
-from teemate.broker.connection import Client
+from teemate.broker.connection import Client, drain_input
 from teemate.broker.identity import identify
 from teemate.broker.limits import Resource
 from teemate.broker.service import ServerStatistics, Service
@@ -22,6 +23,8 @@ __all__ = ["Server", "ServerStatistics", "bind"]
 _BACKLOG = 1024
 _ACCEPT_PAUSE = 0.1
 """Seconds to wait when the kernel has no descriptor or memory for another connection."""
+_RESERVE = 256
+"""Descriptors, or an eighth of all if that is fewer, that are kept from new connections."""
 _GONE_ALREADY = {errno.ECONNABORTED, errno.EINTR}
 
 
@@ -80,6 +83,7 @@ class Server:
         self._accepted = 0
         self._refused = 0
         self._breaches = 0
+        self._limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         service.server_statistics = self.statistics
 
     async def run(self, listeners: list[socket.socket]) -> None:
@@ -103,34 +107,57 @@ class Server:
                 continue
             self._accepted += 1
             nursery.start_soon(self._serve, sock)
+            await trio.lowlevel.checkpoint()  # a flood of connections must not keep everybody else waiting
 
     async def _serve(self, sock: socket.socket) -> None:
         """Serve one client from its identity to its end; no error leaves this function."""
         service = self._service
         with sock:
             sock.setblocking(False)
+            if self._refused_for_descriptors(sock):
+                return
             try:
                 peer = identify(sock, service.cgroup_tree, trust_pid=service.policy.broker.trust_pid)
             except (errors.ConnectionLost, OSError) as error:
                 self._refused += 1
                 service.log.warning("client was gone before it was identified", reason=str(error))
                 return
+            pidfd: int | None = peer.pidfd
             try:
                 account = service.ledger.account(peer.identity.uid)
                 try:
                     charge = account.charge(Resource.CONNECTIONS)
                 except errors.LimitReached as error:
-                    self._refused += 1
-                    service.log.warning("connection refused", uid=peer.identity.uid, reason=error.message)
-                    body = {"code": error.code, "message": error.message, "detail": error.detail}
-                    with contextlib.suppress(OSError):
-                        wire.send(sock, wire.encode({"id": None, "error": body}))
+                    self._refuse(sock, error, uid=peer.identity.uid)
                     return
                 with charge:
                     client = Client(service, sock, service.next_client(), peer, account)
+                    pidfd = None  # the client's now
                     await self._serve_client(client)
             finally:
-                service.release_pidfd(peer.pidfd)
+                if pidfd is not None:
+                    os.close(pidfd)
+
+    def _refused_for_descriptors(self, sock: socket.socket) -> bool:
+        """Refuse a `sock` that got one of the last numbers: who is here already may need those."""
+        reserve = min(_RESERVE, self._limit // 8)
+        if self._limit < 0 or sock.fileno() < self._limit - reserve:
+            return False
+        error = errors.LimitReached(
+            f"the broker has nearly all of its {self._limit} descriptors in use: RLIMIT_NOFILE"
+            " (LimitNOFILE= in its unit) sets how many it may have",
+            {"limit": "RLIMIT_NOFILE", "maximum": self._limit},
+        )
+        self._refuse(sock, error)
+        return True
+
+    def _refuse(self, sock: socket.socket, error: errors.LimitReached, **about: object) -> None:
+        self._refused += 1
+        self._service.log.warning("connection refused", reason=error.message, **about)
+        body = {"code": error.code, "message": error.message, "detail": error.detail}
+        with contextlib.suppress(OSError):
+            wire.send(sock, wire.encode({"id": None, "error": body}))
+        drain_input(sock)
 
     async def _serve_client(self, client: Client) -> None:
         service = self._service
@@ -143,7 +170,10 @@ class Server:
             service.log.exception("internal error", client=client.number, exc_info=error)
         finally:
             del service.clients[client.number]
-            service.client_left(client, why)
+            try:
+                service.client_left(client, why)
+            except Exception as error:
+                service.log.exception("internal error", client=client.number, exc_info=error)
         if why.startswith("broke"):
             self._breaches += 1
             service.log.warning(

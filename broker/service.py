@@ -82,18 +82,13 @@ class Service:
         self._last_client += 1
         return self._last_client
 
-    def release_pidfd(self, pidfd: int) -> None:
-        """The connection is over: close its pidfd."""
-        self.processes.forget(pidfd)
-        os.close(pidfd)
-
     def client_left(self, client: Client, why: str) -> None:
-        """The connection is over: end its grants.
+        """The connection is over: end its grants; closes the client's pidfd, now or when it has fired.
 
         The process may live on (it closed the connection, or another program runs in it now): until it
         ends its slots are withheld.  In the common case it is ending, and they are back soon.
         """
-        held: list[Grant] = []
+        held = client.withheld
         for grant in list(client.grants.values()):
             indices = [index for index in grant.slots if self._state(grant, index) is SlotState.ASSIGNED]
             if indices:
@@ -101,8 +96,11 @@ class Service:
             self._end(grant, why)
             if grant.charges:
                 held.append(grant)
+        self.processes.forget(client.pidfd)
         if held:
-            self.reclaimer.take_back_at_end(client, held)
+            self.reclaimer.take_back_at_end(client.pidfd, held)
+        else:
+            os.close(client.pidfd)
 
     def require_administrator(self, client: Client, operation: str) -> None:
         """Raise Denied unless the client is an administrator."""
@@ -239,7 +237,8 @@ class Service:
     def _require_possible(client: Client, enclave: Enclave, count: int) -> None:
         """Refuse at once what waiting could not help."""
         allowed = enclave.policy.slots_per_client
-        held = sum(len(grant.charges) for grant in client.grants.values() if grant.enclave is enclave)
+        grants = [*client.grants.values(), *client.withheld]
+        held = sum(len(grant.charges) + grant.awaited for grant in grants if grant.enclave is enclave)
         if held + count > allowed:
             raise errors.Busy(
                 f"at most {allowed} slots a client of enclave {enclave.name!r}, this has {held} and asked"
@@ -267,6 +266,7 @@ class Service:
         ticket = grant.enclave.slots.request(grant.client.identity.uid, grant.number, count)
         if ticket.slots is None:
             self.reclaimer.waiters[ticket] = Waiter(charges)
+            grant.awaited += count
         else:
             grant.charges.update(zip(ticket.slots, charges, strict=True))
         return ticket
@@ -302,6 +302,7 @@ class Service:
             return ticket.slots
         finally:
             del self.reclaimer.waiters[ticket]
+            grant.awaited -= ticket.count
             if not taken:
                 for charge in waiter.charges:
                     charge.release()
@@ -368,7 +369,7 @@ class Service:
         grant = self._grant(client, args.grant)
         self._give_back(grant, grant.slots, clean=args.clean)
         if grant.charges:
-            self.reclaimer.take_back_at_end(client, [grant])
+            client.withheld.append(grant)
         self._end(grant, "detached")
         return Answer({})
 

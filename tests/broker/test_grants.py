@@ -183,6 +183,22 @@ def test_an_acknowledgement_that_comes_later_brings_a_withheld_slot_back(
     client.ok("slots.acquire", grant=grant, count=12, wait=20)
 
 
+def test_slots_that_are_waited_for_or_withheld_count_against_slots_per_client(
+    broker: Broker, vault_policy: Policy, connect: Connect
+) -> None:
+    running = broker(vault_policy("slots_per_client = 12"))
+    other, client = connect(running), connect(running)
+    other.ok("attach", enclave="vault", slots=8)
+    first = client.post("attach", enclave="vault", slots=8, wait=20)
+    error = client.fails("attach", "busy", enclave="vault", slots=5)
+    assert error["detail"] == {"limit": "slots_per_client", "maximum": 12, "held": 8, "asked": 5}
+    other.ok("detach", grant=1, clean=True)
+    grant = client.reply(first)["ok"]["grant"]
+    client.ok("detach", grant=grant)
+    assert counts(client)["withheld"] == 8
+    assert client.fails("attach", "busy", enclave="vault", slots=5)["detail"]["held"] == 8
+
+
 def start_holder(
     broker: RunningBroker, slots: int, how: str = "wait", **options: Any
 ) -> subprocess.Popen[bytes]:
