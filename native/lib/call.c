@@ -8,8 +8,8 @@
  * leave a slot that can go on or be given up.
  *
  * OCALLs that the SDK itself makes (wait, wake, print) are done here.  A wait is
- * bounded, and its wake-up is only a hint: whoever maps the arena can write it,
- * and a signal ends the wait early.  The enclave looks again in any case.
+ * bounded, and its wake-up is only a hint: whoever maps the arena can write it.
+ * The enclave looks again in any case.
  */
 #include <errno.h>
 #include <limits.h>
@@ -38,31 +38,49 @@ static int slot_nonsense(struct teemate_slot *slot)
     return -EBADMSG;
 }
 
-static uint64_t clock_coarse(void)
+/* ---- OCALLs of the SDK --------------------------------------------------------- */
+
+static uint64_t clock_now(clockid_t clock)
 {
     struct timespec now;
 
-    clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+    clock_gettime(clock, &now);
     return (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec;
 }
 
-/* ---- OCALLs of the SDK --------------------------------------------------------- */
-
-static int32_t ocall_wait(struct teemate_slot *slot, const struct tm_ocall_wait *wait, uint64_t limit_ns)
+static int32_t ocall_wait_begin(struct teemate_slot *slot, const struct tm_ocall_wait *wait)
 {
     uint64_t ns = wait->timeout_ns < WAIT_LIMIT_NS ? wait->timeout_ns : WAIT_LIMIT_NS;
-    uint32_t *words = (uint32_t *)TM_ARENA(slot->enclave->base, slot->enclave->size);
-    struct timespec timeout;
 
     if (wait->index >= TM_ARENA_WORDS || !slot->enclave->arena_mapped)
         return TM_E_OCALL;
-    if (ns > limit_ns)
-        ns = limit_ns;
-    timeout.tv_sec = 0;
-    timeout.tv_nsec = (long)ns;
-    /* With a timeout, FUTEX_WAIT ends with EINTR after any handler (kernel/futex: restart block). */
-    syscall(SYS_futex, &words[wait->index], FUTEX_WAIT, wait->expected, &timeout, NULL, 0);
+    slot->wait = *wait;
+    slot->wait_until = clock_now(CLOCK_MONOTONIC) + ns;
     return 0;
+}
+
+/*
+ * Go on with the slot's wait, if there is one, for `limit_ns` at most (0: to its end).
+ * False when it is not over yet: a lock's patience counts whole waits, so neither a pause
+ * nor a signal may end one.
+ */
+static bool ocall_wait(struct teemate_slot *slot, uint64_t limit_ns)
+{
+    uint32_t *words = (uint32_t *)TM_ARENA(slot->enclave->base, slot->enclave->size);
+    struct timespec timeout = {0};
+    uint64_t now, ns;
+
+    if (slot->wait_until == 0)
+        return true;
+    now = clock_now(CLOCK_MONOTONIC);
+    ns = slot->wait_until > now ? slot->wait_until - now : 0;
+    timeout.tv_nsec = (long)(limit_ns != 0 && limit_ns < ns ? limit_ns : ns);
+    /* With a timeout, FUTEX_WAIT ends with EINTR after any handler (kernel/futex: restart block). */
+    if (syscall(SYS_futex, &words[slot->wait.index], FUTEX_WAIT, slot->wait.expected, &timeout, NULL, 0) != 0 &&
+        (errno == EINTR || errno == ETIMEDOUT) && clock_now(CLOCK_MONOTONIC) < slot->wait_until)
+        return false;
+    slot->wait_until = 0;
+    return true;
 }
 
 static int32_t ocall_wake(struct teemate_slot *slot, const struct tm_ocall_wait *wait)
@@ -120,8 +138,7 @@ static void slot_prepare_return(struct teemate_slot *slot, int32_t status, uint6
  * An OCALL of `length` bytes lies in the buffer.  Returns 1 when it was done here
  * and the next entry returns from it, 0 when it is the caller's (`call` tells it).
  */
-static int slot_ocall(struct teemate_slot *slot, uint64_t kind, uint64_t length, uint64_t wait_limit_ns,
-                      struct teemate_call *call)
+static int slot_ocall(struct teemate_slot *slot, uint64_t kind, uint64_t length, struct teemate_call *call)
 {
     const uint8_t *buffer = slot->ocall_buffer;
     struct tm_ocall_wait wait;
@@ -136,7 +153,7 @@ static int slot_ocall(struct teemate_slot *slot, uint64_t kind, uint64_t length,
         if (length != sizeof(wait))
             return slot_nonsense(slot);
         memcpy(&wait, buffer, sizeof(wait));
-        status = kind == TM_OCALL_WAIT ? ocall_wait(slot, &wait, wait_limit_ns) : ocall_wake(slot, &wait);
+        status = kind == TM_OCALL_WAIT ? ocall_wait_begin(slot, &wait) : ocall_wake(slot, &wait);
         slot_prepare_return(slot, status, 0);
         return 1;
     case TM_OCALL_PRINT:
@@ -203,10 +220,14 @@ static void slot_faulted(struct teemate_slot *slot, bool resumed, struct teemate
 /* Drive the entry that the slot holds until the call is done or its caller is needed. */
 static int slot_run(struct teemate_slot *slot, uint64_t pause_after_ns, struct teemate_call *call)
 {
-    uint64_t start = clock_coarse();
+    uint64_t start = clock_now(CLOCK_MONOTONIC_COARSE);
     uint64_t left_ns = pause_after_ns;
 
     memset(call, 0, sizeof(*call));
+    if (!ocall_wait(slot, left_ns)) {
+        call->outcome = TEEMATE_CALL_PAUSED;
+        return 0;
+    }
     for (;;) {
         uint32_t function = slot->function;
         struct teemate_regs regs = {
@@ -249,17 +270,19 @@ static int slot_run(struct teemate_slot *slot, uint64_t pause_after_ns, struct t
 
         slot->bound = true; /* code of an ECALL runs after the binding only */
         slot->nonce = regs.r8;
-        passed = clock_coarse() - start;
-        left_ns = pause_after_ns > passed ? pause_after_ns - passed : 1;
-        result = slot_ocall(slot, regs.rsi, regs.rdx, pause_after_ns != 0 ? left_ns : WAIT_LIMIT_NS, call);
+        result = slot_ocall(slot, regs.rsi, regs.rdx, call);
         if (result <= 0)
             return result;
-        passed = clock_coarse() - start;
+        passed = clock_now(CLOCK_MONOTONIC_COARSE) - start;
         if (passed >= ATTENTION_NS || (pause_after_ns != 0 && passed >= pause_after_ns)) {
             call->outcome = TEEMATE_CALL_PAUSED;
             return 0;
         }
         left_ns = pause_after_ns != 0 ? pause_after_ns - passed : 0;
+        if (!ocall_wait(slot, left_ns)) {
+            call->outcome = TEEMATE_CALL_PAUSED;
+            return 0;
+        }
     }
 }
 

@@ -48,6 +48,8 @@ struct teemate_slot {
     uint32_t function;          /* PAUSED: EENTER when the enclave has not begun with `entry` yet */
     struct slot_entry entry;
     uint64_t nonce;             /* of the OCALL that is outstanding */
+    struct tm_ocall_wait wait;  /* PAUSED in one: it goes on before `entry` does */
+    uint64_t wait_until;        /* CLOCK_MONOTONIC, ns; 0: no wait is under way */
     struct tm_call request;
     struct tm_bind bind;
 };

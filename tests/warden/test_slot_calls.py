@@ -183,6 +183,17 @@ def test_a_signal_pauses_a_wait_for_a_lock(private: Any, alarms: list[int]) -> N
     assert (holder.finish().status, waiter.finish().status) == (0, 0)
 
 
+def test_pauses_do_not_use_up_the_patience_of_a_wait_for_a_lock(private: Any) -> None:
+    holder, waiter, third = (private.slot(n) for n in range(3))
+    assert holder.begin("hold", pause_ns=1) == 0
+    assert waiter.begin("take", pause_ns=1) == 0
+    for _ in range(200):
+        assert waiter.last.outcome == lib.TEEMATE_CALL_PAUSED
+        assert lib.teemate_slot_resume(waiter.handle, 1, waiter.last) == 0
+    assert third.call("release").status == 0
+    assert (holder.finish().status, waiter.finish().status) == (0, 0)
+
+
 def test_whoever_scribbles_over_the_arena_gives_no_lock_away(private: Any) -> None:
     info = ffi.new("struct teemate_enclave_info *")
     assert lib.teemate_enclave_describe(private.handle, info) == 0
