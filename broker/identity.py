@@ -14,6 +14,7 @@ only with ``trust_pid = true``.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -76,7 +77,11 @@ class Peer:
 def _pidfd(sock: socket.socket, pid: int) -> tuple[int, bool]:
     try:
         fd = struct.unpack("i", sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4))[0]
-    except OSError:
+    except OSError as error:
+        # Only where the kernel has no such option: else the peer was reaped (its number may be
+        # another's by now) or there is no descriptor left.
+        if error.errno != errno.ENOPROTOOPT:
+            raise
         return os.pidfd_open(pid), False
     return fd, True
 
@@ -129,7 +134,9 @@ def identify(sock: socket.socket, tree: CgroupTree, *, trust_pid: bool = False) 
     pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     try:
         pidfd, certain = _pidfd(sock, pid)
-    except OSError as error:  # ESRCH, EINVAL: gone already
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         raise ConnectionLost(f"process {pid} ended before it was identified") from error
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(os.close, pidfd)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 from raw_client import RawClient
@@ -82,6 +84,15 @@ def test_a_process_that_has_ended_is_nobody(
     with server, pytest.raises(ConnectionLost, match="ended before"):
         identify(server, find_tree())
     assert len(os.listdir("/proc/self/fd")) == before - 1, "a descriptor leaked"
+
+
+def test_a_peer_that_was_reaped_is_not_looked_up_by_its_number_again() -> None:
+    class Reaped:
+        def getsockopt(self, _level: int, _option: int, _size: int) -> bytes:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    with pytest.raises(OSError, match="Invalid argument"):
+        identity._pidfd(cast("socket.socket", Reaped()), os.getpid())
 
 
 def test_a_zombie_is_nobody_either(listener: socket.socket) -> None:
