@@ -18,6 +18,7 @@ that one is logged with its traceback, and the client is told only that it happe
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 from collections import deque
@@ -41,6 +42,7 @@ __all__ = ["Client", "ClientStatistics", "drain_input"]
 
 _MESSAGES_PER_TURN = 16
 """Requests of one client that are answered before other tasks get their turn."""
+_GONE = {errno.EPIPE, errno.ECONNRESET}
 _DRAIN_PACKETS = 256
 """Packets thrown away before a connection is closed, so that its last reply is read before the reset."""
 
@@ -97,7 +99,7 @@ class Client:
         self._queue: deque[_Queued] = deque()
         self._queued_bytes = 0
         self._drained = trio.Event()
-        self._closing = False
+        self.closing = False
 
     # -- reading ---------------------------------------------------------------
 
@@ -116,7 +118,7 @@ class Client:
                     why = f"connection failed: {error.strerror}"
                 nursery.cancel_scope.cancel()
         finally:
-            self._closing = True
+            self.closing = True
             self._nursery = None
             while self._queue:
                 self._discard(self._queue.popleft())
@@ -145,7 +147,7 @@ class Client:
             if len(packet.data) > 4096:
                 bucket.take(len(packet.data) / 4096)
             self._handle(packet, nursery)
-            if self._closing:
+            if self.closing:
                 return
             answered += 1
             if answered == _MESSAGES_PER_TURN:
@@ -234,7 +236,7 @@ class Client:
 
     def send(self, message: Mapping[str, object], fds: tuple[int, ...] = ()) -> None:
         """Send one message, now or when the client reads again; `fds` stay the caller's."""
-        if self._closing:
+        if self.closing:
             return
         data = wire.encode(message)
         if not self._queue:
@@ -242,8 +244,10 @@ class Client:
                 wire.send(self._sock, data, fds)
             except BlockingIOError:
                 self._enqueue(data, fds)
-            except OSError:  # the other side is gone: the reader finds out by itself
-                return
+            except OSError as error:
+                # Gone: the reader finds out by itself, after what the client sent before it left.
+                if error.errno not in _GONE:
+                    self._give_up_writing(error)
         else:
             self._enqueue(data, fds)
 
@@ -257,11 +261,25 @@ class Client:
             self.close()
             return
         first = not self._queue
-        self._queue.append(_Queued(data, tuple(os.dup(fd) for fd in fds), charge))
+        copies: list[int] = []
+        try:
+            for fd in fds:
+                copies.append(os.dup(fd))
+        except OSError as error:
+            wire.close_all(copies)
+            charge.release()
+            self._give_up_writing(error)
+            return
+        self._queue.append(_Queued(data, tuple(copies), charge))
         self._queued_bytes += len(data)
         if first and self._nursery is not None:
             self._drained = trio.Event()
             self._nursery.start_soon(self._write_queue)
+
+    def _give_up_writing(self, error: OSError) -> None:
+        """End the connection, else the client would wait for ever for what could not be sent."""
+        self.service.log.warning("cannot send", client=self.number, reason=error.strerror)
+        self.close()
 
     async def _write_queue(self) -> None:
         while self._queue:
@@ -286,7 +304,7 @@ class Client:
 
     def close(self) -> None:
         """End the connection; its task notices and cleans up."""
-        self._closing = True
+        self.closing = True
         if self._nursery is not None:
             self._nursery.cancel_scope.cancel()
 
