@@ -318,9 +318,7 @@ class Connection:
                 self._end(ProtocolError("the broker sent neither an answer nor an error"))
                 return
             answer = _Failure(
-                from_code(
-                    str(untrusted.get("code")), str(untrusted.get("message")), untrusted.get("detail")
-                )
+                from_code(str(untrusted.get("code")), str(untrusted.get("message")), untrusted.get("detail"))
             )
             if number == 0 or number is None:
                 # The greeting was refused, or the broker could not read a request of ours.

@@ -203,9 +203,7 @@ class AsyncBroker:
         """Have the broker build an enclave: :meth:`teemate.Broker.create`."""
         return await _in_thread(
             self._limiter,
-            lambda: self.sync.create(
-                name, image, sigstruct, backend=backend, debug=debug, owner=owner
-            ),
+            lambda: self.sync.create(name, image, sigstruct, backend=backend, debug=debug, owner=owner),
         )
 
     async def destroy(self, name: str, *, force: bool = False) -> int:
@@ -224,9 +222,7 @@ class AsyncBroker:
         """Take grants back: :meth:`teemate.Broker.revoke`."""
         return await _in_thread(
             self._limiter,
-            lambda: self.sync.revoke(
-                grant=grant, client=client, enclave=enclave, grace=grace, reason=reason
-            ),
+            lambda: self.sync.revoke(grant=grant, client=client, enclave=enclave, grace=grace, reason=reason),
         )
 
     async def clients(self) -> list[ClientInfo]:

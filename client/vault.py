@@ -110,9 +110,7 @@ class Vault:
             raise
         return True
 
-    def compare_and_swap(
-        self, key: bytes, expected: int, value: bytes, *, ttl_ms: int = 0
-    ) -> int | Changed:
+    def compare_and_swap(self, key: bytes, expected: int, value: bytes, *, ttl_ms: int = 0) -> int | Changed:
         """Set `key` if its version is `expected` (0: if it is not there).
 
         Returns the new version, or :class:`Changed` with what is there.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import click
 
-from .._types import ClientInfo, EnclaveInfo
+from .._types import ClientInfo, EnclaveInfo, SlotCounts
 from ..errors import Denied
 from ..image.sizes import format_size
 from ._output import json_option, print_json
@@ -62,7 +62,20 @@ def _as_json(
     return result
 
 
+def _slots(counts: SlotCounts) -> str:
+    """Say how many are free, and in further lines what is out of the ordinary."""
+    rest = (
+        (counts.waiting, "waited for"),
+        (counts.withheld, "withheld"),
+        (counts.quarantined, "quarantined"),
+    )
+    return "\n".join(
+        [f"{counts.free} of {counts.total} free", *(f"{count} {what}" for count, what in rest if count)]
+    )
+
+
 def _show(path: str, enclaves: Sequence[EnclaveInfo], clients: Sequence[ClientInfo] | None) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -71,13 +84,20 @@ def _show(path: str, enclaves: Sequence[EnclaveInfo], clients: Sequence[ClientIn
     if not enclaves:
         console.print(f"The broker at {path} has no enclaves that you may see.", markup=False)
     else:
-        table = Table(title=f"Enclaves of {path}", title_justify="left")
-        for heading in ("enclave", "state", "backend", "isolation", "size", "MRENCLAVE"):
-            table.add_column(heading)
-        for heading in ("slots", "free", "waiting", "out of use", "clients"):
-            table.add_column(heading, justify="right")
+        # What 80 columns have room for; --json has everything.
+        table = Table(
+            title=f"Enclaves of {path}",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
+        table.add_column("enclave", overflow="fold", min_width=8)
+        table.add_column("state", overflow="fold", min_width=7)
+        for heading in ("backend", "isolation", "size", "MRENCLAVE", "slots"):
+            table.add_column(heading, no_wrap=True)
+        table.add_column("clients", justify="right", no_wrap=True)
         for info in enclaves:
-            slots = info.slots
             state = info.state if info.reason is None else f"{info.state}: {info.reason}"
             table.add_row(
                 Text(info.name),
@@ -85,18 +105,18 @@ def _show(path: str, enclaves: Sequence[EnclaveInfo], clients: Sequence[ClientIn
                 Text(info.backend, style="yellow" if info.backend == "sim" else ""),
                 info.isolation,
                 format_size(info.size),
-                info.mrenclave.hex()[:16] + "…",
-                str(slots.total),
-                str(slots.free),
-                str(slots.waiting),
-                str(slots.withheld + slots.quarantined),
+                info.mrenclave.hex()[:8] + "…",
+                _slots(info.slots),
                 str(info.clients),
             )
         console.print(table)
     if clients:
-        table = Table(title="Clients", title_justify="left")
+        table = Table(
+            title="Clients", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+        )
         for heading in ("client", "name", "pid", "uid", "cgroup", "grants"):
-            table.add_column(heading)
+            number = heading in ("client", "pid", "uid")
+            table.add_column(heading, no_wrap=number, overflow="fold", justify="right" if number else "left")
         for client in clients:
             grants = ", ".join(
                 f"{grant.enclave} (grant {grant.grant}, slots {', '.join(map(str, grant.slots))})"

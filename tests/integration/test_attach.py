@@ -37,9 +37,7 @@ def ping_for_ever(connection: teemate.Broker) -> None:
         connection.ping()
 
 
-def test_the_enclave_is_listed_attached_and_called(
-    broker: StartBroker, policy: str, images: Images
-) -> None:
+def test_the_enclave_is_listed_attached_and_called(broker: StartBroker, policy: str, images: Images) -> None:
     running = broker(policy)
     with teemate.connect(running.socket, client="test") as connection:
         connection.ping()
@@ -148,9 +146,7 @@ def test_more_slots_than_there_are_is_busy_after_the_wait(broker: StartBroker, i
             slot.call("empty")
 
 
-def test_a_waiting_attach_gets_the_slot_that_somebody_gives_back(
-    broker: StartBroker, images: Images
-) -> None:
+def test_a_waiting_attach_gets_the_slot_that_somebody_gives_back(broker: StartBroker, images: Images) -> None:
     image = images.build("vault", slots=1, heap="1M")
     running = broker(enclave_policy("vault", image))
     answers: list[bytes] = []

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from other_client import OtherClient
@@ -30,6 +31,11 @@ def command(arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-c", "from teemate.cli.main import main; main()", *arguments]
 
 
+def vault_free(told: dict[str, Any]) -> str:
+    (slots,) = [enclave["slots"] for enclave in told["enclaves"] if enclave["name"] == "vault"]
+    return f"{slots['free']} of {slots['total']}"
+
+
 def test_status_shows_enclaves_clients_and_that_the_sim_protects_nothing(
     broker: StartBroker, policy: str
 ) -> None:
@@ -37,6 +43,7 @@ def test_status_shows_enclaves_clients_and_that_the_sim_protects_nothing(
     with OtherClient(running.socket, "vault") as other:
         told = json.loads(teemate("status", "--socket", running.socket, "--json").stdout)
         text = teemate("status", "--socket", running.socket).stdout.decode()
+        assert f"{vault_free(told)} free" in text
     (vault,) = [enclave for enclave in told["enclaves"] if enclave["name"] == "vault"]
     assert (vault["slots"]["used"], vault["clients"]) == (1, 1)
     assert "protects nothing" in told["warning"]

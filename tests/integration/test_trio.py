@@ -68,9 +68,7 @@ async def test_a_cancelled_call_is_abandoned_and_costs_its_slot(broker: StartBro
         assert faults.slots.quarantined == 1
 
 
-async def test_a_cancelled_attach_gives_back_what_it_would_have_got(
-    broker: StartBroker, policy: str
-) -> None:
+async def test_a_cancelled_attach_gives_back_what_it_would_have_got(broker: StartBroker, policy: str) -> None:
     running = broker(policy)
     async with teemate.open_broker(running.socket) as connection:
         async with connection.attach("vault", slots=8):

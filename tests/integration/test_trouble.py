@@ -104,9 +104,7 @@ def test_the_key_of_another_slot_opens_only_that_slot(broker: StartBroker, polic
 
 
 @pytest.mark.parametrize("op", ["slots.release", "slots.acquire", "detach"])
-def test_grants_and_slots_of_other_clients_cannot_be_named(
-    broker: StartBroker, policy: str, op: str
-) -> None:
+def test_grants_and_slots_of_other_clients_cannot_be_named(broker: StartBroker, policy: str, op: str) -> None:
     running = broker(policy)
     with OtherClient(running.socket, "vault") as victim, attached(running, "vault") as attacker:
         theirs, mine = victim.slots[0], attacker._unopened[0].slot
