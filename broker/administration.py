@@ -249,7 +249,7 @@ class Administration:
             client = self._service.clients[number]
             room -= (
                 200
-                + len(client.identity.cgroup)
+                + len(client.identity.cgroup_text.encode())
                 + sum(60 + 5 * len(g.charges) for g in client.grants.values())
             )
             if room < 0 and clients:
@@ -267,7 +267,7 @@ def _client_info(client: Client) -> dict[str, object]:
         "pid": identity.pid,
         "uid": identity.uid,
         "gid": identity.gid,
-        "cgroup": identity.cgroup,
+        "cgroup": identity.cgroup_text,
         "connected": trio.current_time() - client.connected_at,
         "requests": client.requests,
         "grants": [

@@ -60,7 +60,7 @@ class Audit:
         self.granted_count += 1
         self._log.info(
             "granted", audit="grant", client=client, pid=identity.pid, uid=identity.uid, gid=identity.gid,
-            cgroup=identity.cgroup, enclave=enclave, grant=grant, slots=slots,
+            cgroup=identity.cgroup_text, enclave=enclave, grant=grant, slots=slots,
         )  # fmt: skip
 
     def ended(self, identity: Identity, *, client: int, enclave: str, grant: int, why: str) -> None:
@@ -75,7 +75,7 @@ class Audit:
         self.denied_count += 1
         self._log.warning(
             "denied", audit="denial", client=client, pid=identity.pid, uid=identity.uid, gid=identity.gid,
-            groups=sorted(identity.groups), label=identity.label, cgroup=identity.cgroup,
+            groups=sorted(identity.groups), label=identity.label, cgroup=identity.cgroup_text,
             operation=operation, missing_rule=rule,
         )  # fmt: skip
 

@@ -52,6 +52,13 @@ class Identity:
     cgroup: str
     """Path in the hierarchy that the policy reads; empty when it may not be believed."""
 
+    @property
+    def cgroup_text(self) -> str:
+        """`cgroup` for messages and logs: what its user put into it that cannot be printed is escaped."""
+        return "".join(
+            char if char.isprintable() else char.encode("unicode_escape").decode() for char in self.cgroup
+        )
+
     def principal_text(self, *, with_cgroup: bool, tree: CgroupTree) -> str:
         """Return the canonical text whose SHA-256 the enclave knows this client by."""
         if not with_cgroup:
@@ -62,7 +69,7 @@ class Identity:
 @lru_cache(maxsize=4096)
 def principal(text: str) -> bytes:
     """Return the SHA-256 of a principal's canonical text (struct tm_identity)."""
-    return sha256(text.encode()).digest()
+    return sha256(text.encode("utf-8", "surrogateescape")).digest()
 
 
 @final

@@ -345,6 +345,24 @@ def cgroup() -> Iterator[Path]:
     group.rmdir()
 
 
+def test_a_group_whose_name_is_no_text_is_shown_escaped(
+    broker: Broker, vault_policy: Policy, connect: Connect, cgroup: Path
+) -> None:
+    running = broker(vault_policy('identity = "uid+cgroup"', '[broker]\ncgroup_hierarchy = "unified"\n'))
+    odd = cgroup / os.fsdecode(b"\xff\x1b[2J")
+    odd.mkdir()
+    try:
+        (odd / "cgroup.procs").write_text("0")
+        client = connect(running)
+        client.ok("attach", enclave="vault")
+        told = {entry["cgroup"] for entry in client.ok("clients")["clients"]}
+        assert told == {f"/{cgroup.name}/\\udcff\\x1b[2J"}
+        assert running.audit("grant")[0]["cgroup"] == told.pop()
+    finally:
+        (cgroup / "inner" / "cgroup.procs").write_text("0")
+        odd.rmdir()
+
+
 def test_cgroup_rules_hold_for_processes_that_root_put_there(
     broker: Broker, vault_policy: Policy, connect: Connect, cgroup: Path
 ) -> None:
