@@ -7,7 +7,8 @@ import socket
 from collections.abc import Iterable, Iterator
 
 import pytest
-from images import BuiltImage, Images
+from images import Images
+from policies import enclave_policy
 from recorder import Recorder
 
 from teemate import wire
@@ -52,17 +53,3 @@ def policy(images: Images) -> str:
             enclave_policy("faults", images.faults),
         ]
     )
-
-
-def enclave_policy(name: str, image: BuiltImage, settings: str = "slots_per_client = 8") -> str:
-    """One [[enclave]] that this user may attach to."""
-    return f"""
-[[enclave]]
-name = "{name}"
-image = "{image.sgxs}"
-sigstruct = "{image.sigstruct}"
-{settings}
-
-[[enclave.attach]]
-uid = {os.geteuid()}
-"""

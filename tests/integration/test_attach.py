@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import enclave_policy
 from images import Images
+from policies import enclave_policy
 from running_broker import RunningBroker
 
 import teemate

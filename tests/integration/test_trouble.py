@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from conftest import enclave_policy
 from images import Images
 from other_client import OtherClient
+from policies import enclave_policy
 from running_broker import RunningBroker
 
 import teemate
