@@ -100,6 +100,7 @@ class Client:
         self._queued_bytes = 0
         self._drained = trio.Event()
         self.closing = False
+        self._patient: bytes | None = None
 
     # -- reading ---------------------------------------------------------------
 
@@ -133,6 +134,7 @@ class Client:
                 await self._drained.wait()
             delay = bucket.take()
             if delay:
+                self._send_patient()
                 await trio.sleep(delay)
             while True:
                 try:
@@ -140,6 +142,7 @@ class Client:
                     break
                 except BlockingIOError:
                     answered = 0
+                    self._send_patient()
                     await trio.lowlevel.wait_readable(self._sock)
             if not packet.data:
                 wire.close_all(packet.fds)
@@ -216,7 +219,11 @@ class Client:
     # -- writing ---------------------------------------------------------------
 
     def _reply(self, number: int, answer: Answer) -> None:
-        self.send({"id": number, "ok": answer.ok}, answer.fds)
+        if answer.patient:
+            self._send_patient()
+            self._patient = wire.encode({"id": number, "ok": answer.ok})
+        else:
+            self.send({"id": number, "ok": answer.ok}, answer.fds)
         if answer.after is not None:
             answer.after()
 
@@ -239,6 +246,21 @@ class Client:
         if self.closing:
             return
         data = wire.encode(message)
+        self._send_patient()
+        self._transmit(data, fds)
+
+    def _send_patient(self) -> None:
+        """Send the reply that waited for another one.
+
+        A client that says hello and attach at once is woken when both are answered, not twice.
+        """
+        data, self._patient = self._patient, None
+        if data is not None:
+            self._transmit(data)
+
+    def _transmit(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
+        if self.closing:
+            return
         if not self._queue:
             try:
                 wire.send(self._sock, data, fds)

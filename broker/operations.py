@@ -113,7 +113,8 @@ def hello(client: Client, args: Hello, _fds: tuple[int, ...]) -> Result:
         raise errors.Unsupported("this broker keeps no grants across its restarts: say hello without resume")
     client.greeted = True
     client.name = args.client
-    return Answer({"version": PROTOCOL_VERSION, "broker": BROKER_NAME, "max_message": wire.MAX_MESSAGE})
+    ok = {"version": PROTOCOL_VERSION, "broker": BROKER_NAME, "max_message": wire.MAX_MESSAGE}
+    return Answer(ok, patient=True)
 
 
 @method("ping", Nothing.parse)

@@ -42,12 +42,14 @@ _NAME = re.compile(r"[^\x00-\x1f\x7f]{1,64}")
 class Answer(NamedTuple):
     """A reply's ``ok``, and the descriptors that ride on it (they stay the handler's).
 
-    `after` is called when the reply is on its way: what the client need not wait for.
+    `after` is called when the reply is on its way: what the client need not wait for.  A `patient`
+    reply goes out with the next one, or when the client has sent nothing more.
     """
 
     ok: Mapping[str, object]
     fds: tuple[int, ...] = ()
     after: Callable[[], None] | None = None
+    patient: bool = False
 
 
 Result = Answer | Awaitable[Answer]
