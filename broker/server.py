@@ -91,23 +91,27 @@ class Server:
         async with trio.open_nursery() as nursery:
             for listener in listeners:
                 listener.setblocking(False)
-                nursery.start_soon(self._accept_all, listener, nursery)
+                nursery.start_soon(self._accept_one, listener, nursery)
 
-    async def _accept_all(self, listener: socket.socket, nursery: trio.Nursery) -> None:
+    async def _accept_one(self, listener: socket.socket, nursery: trio.Nursery) -> None:
+        """Accept one client and serve it; a new task takes over at the listener.
+
+        Whoever was woken by a client goes on with it at once, so that a cold attach waits for no
+        other task to be started; and a flood of connections is one client in a turn of the scheduler.
+        """
         while True:
             try:
                 sock, _ = listener.accept()
+                break
             except BlockingIOError:
                 await trio.lowlevel.wait_readable(listener)
-                continue
             except OSError as error:
                 if error.errno not in _GONE_ALREADY:
                     self._service.log.warning("cannot accept", reason=error.strerror)
                     await trio.sleep(_ACCEPT_PAUSE)
-                continue
-            self._accepted += 1
-            nursery.start_soon(self._serve, sock)
-            await trio.lowlevel.checkpoint()  # a flood of connections must not keep everybody else waiting
+        self._accepted += 1
+        nursery.start_soon(self._accept_one, listener, nursery)
+        await self._serve(sock)
 
     async def _serve(self, sock: socket.socket) -> None:
         """Serve one client from its identity to its end; no error leaves this function."""
