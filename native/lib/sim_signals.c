@@ -31,6 +31,7 @@
 #define TICK OWNED /* index of the tick in the tables */
 
 #define RFLAGS_AC 0x40000
+#define HANDLER_STACK (1u << 20) /* what a handler needs at most, for a guess */
 
 /* The kernel's struct sigaction. */
 struct action {
@@ -109,8 +110,19 @@ static bool from_ourselves(const siginfo_t *info)
     return info->si_code <= 0 && info->si_pid == sim_syscall(SYS_getpid, 0, 0, 0, 0);
 }
 
-/* Not ours: to whom it would have gone without us. */
-static void pass_on(int sig, siginfo_t *info, void *context)
+/* Raised by a handler that was called with `outer`, which lies right above it on its stack? */
+static bool is_above(const void *outer, const ucontext_t *uc)
+{
+    uint64_t rsp = (uint64_t)uc->uc_mcontext.gregs[REG_RSP];
+
+    return (uint64_t)(uintptr_t)outer - rsp < HANDLER_STACK;
+}
+
+/*
+ * Not ours: to whom it would have gone without us.  `called`: by another handler, not by
+ * the kernel.
+ */
+static void pass_on(int sig, siginfo_t *info, void *context, bool called)
 {
     uint32_t index = index_of(sig), depth = 0;
     const struct chain *chain = atomic_load(&chains[index]);
@@ -122,10 +134,10 @@ static void pass_on(int sig, siginfo_t *info, void *context)
 
     /*
      * Called by a handler that we called: with our own context, or by raise() after it put
-     * its predecessor back.  A new fault starts at the top again (a handler may have left
-     * with siglongjmp and not told us).
+     * its predecessor back.  A new fault starts at the top again: a handler may have left
+     * with siglongjmp and not told us, and the next context lies where that one's was.
      */
-    if (outer && (outer == context || from_ourselves(info)))
+    if (outer && (called ? outer == context : from_ourselves(info) && is_above(outer, uc)))
         depth = outer_depth + 1;
     if (!chain || depth >= chain->count || is_default(&chain->actions[depth])) {
         nested[index].context = NULL;
@@ -185,7 +197,8 @@ static void on_signal(int sig, siginfo_t *info, void *context)
     }
     if (sig == sim_tick_signal() && info->si_code == SI_QUEUE && info->si_value.sival_ptr == &tick_signal)
         return; /* came late: outside already */
-    pass_on(sig, info, context);
+    /* The kernel puts the context right above the return address (struct rt_sigframe). */
+    pass_on(sig, info, context, context != (uint64_t *)__builtin_frame_address(0) + 2);
 }
 
 /* ---- outside --------------------------------------------------------------- */

@@ -435,6 +435,35 @@ static void a_handler_that_restores_and_raises_reaches_the_one_before_us(void)
     }
 CROWD(0) CROWD(1) CROWD(2) CROWD(3) CROWD(4) CROWD(5) CROWD(6) CROWD(7)
 
+static void jumping_handler(int sig, siginfo_t *info, void *context)
+{
+    (void)sig, (void)info, (void)context;
+    others++;
+    siglongjmp(out, 1);
+}
+
+/* As runtimes do that catch their own faults: each comes from the same place, with the same stack. */
+static void a_handler_that_jumps_out_of_a_fault_is_called_for_the_next_one_too(void)
+{
+    static uint8_t stack[1 << 16];
+    const stack_t alternate = {.ss_sp = stack, .ss_size = sizeof(stack)};
+
+    CHECK(sigaltstack(&alternate, NULL) == 0);
+    set_handler(SIGSEGV, jumping_handler, SA_ONSTACK);
+    prepare();
+    LEFT(enter(enclave, 0, OP_NOTHING, 0, 0));
+    for (volatile int i = 1; i <= 6; i++) {
+        if (sigsetjmp(out, 1) == 0) {
+            if (i <= 3)
+                fault_on_the_host();
+            else
+                raise(SIGSEGV);
+        }
+        EQUAL(others, i);
+    }
+    LEFT(enter(enclave, 0, OP_NOTHING, 0, 0));
+}
+
 static void a_crowd_of_handlers_that_we_cannot_remember_is_an_error(void)
 {
     void (*const crowd[])(int, siginfo_t *, void *) = {crowd_0, crowd_1, crowd_2, crowd_3,
@@ -556,6 +585,7 @@ const struct test signal_tests[] = {
     TEST(a_check_puts_us_before_a_new_handler),
     TEST(a_handler_that_calls_its_predecessor_does_not_go_in_circles),
     TEST(a_handler_that_restores_and_raises_reaches_the_one_before_us),
+    TEST(a_handler_that_jumps_out_of_a_fault_is_called_for_the_next_one_too),
     TEST(a_crowd_of_handlers_that_we_cannot_remember_is_an_error),
     TEST(a_call_that_cannot_be_resumed_by_itself_is_paused_and_not_lost),
     TEST(a_segv_that_somebody_sent_is_the_hosts),
