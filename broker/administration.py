@@ -29,6 +29,7 @@ from teemate.broker.policy import CreateRule, EnclavePolicy, Rule
 from teemate.broker.programs import warden_program
 from teemate.broker.requests import Answer, Clients, Create, Destroy
 from teemate.broker.warden import Warden, WardenError
+from teemate.broker.warden_protocol import SEGMENTS
 
 if TYPE_CHECKING:
     from teemate.broker.connection import Client
@@ -46,7 +47,8 @@ class Administration:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._building: set[str] = set()
+        self.building: set[str] = set()
+        """Enclaves that are being built, or will be before the broker is ready."""
         self.not_built: set[str] = set()
         """Enclaves of the policy that failed to start with the broker."""
 
@@ -58,9 +60,11 @@ class Administration:
         One that cannot be built is logged with the reason; the others and the broker go on.
         """
         service = self._service
-        for policy in service.policy.enclaves:
-            if policy.start != "boot" or policy.image is None or policy.sigstruct is None:
-                continue
+        wanted = [policy for policy in service.policy.enclaves if policy.start == "boot"]
+        self.building.update(policy.name for policy in wanted)
+        for policy in wanted:
+            assert policy.image is not None  # the policy's reader wants one for "boot"
+            assert policy.sigstruct is not None
             try:
                 sigstruct = _read_sigstruct(policy.sigstruct)
                 fd = os.open(policy.image, os.O_RDONLY | os.O_CLOEXEC)
@@ -73,6 +77,8 @@ class Administration:
                 service.log.warning(
                     "enclave not built", enclave=policy.name, image=str(policy.image), reason=str(error)
                 )
+            finally:
+                self.building.discard(policy.name)
 
     def create(self, client: Client, args: Create, image_fd: int) -> Awaitable[Answer]:
         """Build an enclave from the image that came; `image_fd` is ours."""
@@ -81,7 +87,7 @@ class Administration:
         except BaseException:
             os.close(image_fd)
             raise
-        self._building.add(args.name)
+        self.building.add(args.name)
         return self._create(client, args, image_fd, policy, rules)
 
     def _check_create(self, client: Client, args: Create) -> tuple[EnclavePolicy, list[CreateRule]]:
@@ -97,7 +103,9 @@ class Administration:
         if policy.owner != identity.uid and not service.policy.administrators.includes(identity):
             rule = f"[[enclave]] {args.name} belongs to uid {policy.owner}, not to {identity.uid}"
             raise service.denied(client, "create", rule)
-        if args.name in service.enclaves or args.name in self._building:
+        if args.name in self.building:
+            raise errors.Busy(f"enclave {args.name!r} is being built")
+        if args.name in service.enclaves:
             raise errors.Busy(f"there is an enclave {args.name!r} already: destroy it first")
         return policy, rules
 
@@ -121,7 +129,7 @@ class Administration:
                 raise errors.ImageError(f"the enclave was built but does not start: {error}") from error
         finally:
             os.close(image_fd)
-            self._building.discard(args.name)
+            self.building.discard(args.name)
         service.audit.changed(client.identity, client=client.number, operation="create", enclave=enclave.name)
         return Answer(enclave.info())
 
@@ -278,6 +286,11 @@ def _client_info(client: Client) -> dict[str, object]:
 
 
 def _check_sdk(policy: EnclavePolicy, built: Built) -> None:
+    if built.sdk and len(built.segments) > SEGMENTS:
+        raise errors.ImageError(
+            f"the image has {len(built.segments)} ranges of pages; a warden maps {SEGMENTS} at most:"
+            " build it with fewer slots"
+        )
     if policy.require_sdk and not built.sdk:
         raise errors.ImageError(
             "the image was not built with the SDK, so nothing would keep its clients apart:"

@@ -125,6 +125,8 @@ class Service:
 
         """
         enclave = self.enclaves.get(name)
+        if enclave is None and name in self.administration.building:
+            raise errors.Busy(f"enclave {name!r} is still being built: try again")
         if enclave is None and name in self.administration.not_built:
             raise errors.NotFound(f"enclave {name!r} could not be built: the broker's log has the reason")
         if enclave is None:
@@ -226,8 +228,6 @@ class Service:
     @staticmethod
     def _require_ready(enclave: Enclave) -> None:
         name, state = enclave.name, enclave.state
-        if state is EnclaveState.BUILDING:
-            raise errors.Busy(f"enclave {name!r} is still being built: try again")
         if state is EnclaveState.DRAINING:
             raise errors.Draining(f"enclave {name!r} takes no new clients")
         if state is not EnclaveState.READY:
