@@ -155,15 +155,22 @@ class Broker:
                 raise native_error(error, diag, f"opening enclave {info.name!r}")
             native = handle[0]
             map_enclave(native, info.name)
-            error = _map_arena(native, arena_fd, diag)
-            if error:
-                failure = native_error(error, diag, f"mapping the arena of {info.name!r}")
+            try:
+                self._map_arena(native, arena_fd, info.name)
+                slots = [SlotGrant.parse(slot) for slot in ok["slots"]]
+                return GrantedEnclave(native, self._connection, ok["grant"], info, slots, self._forget)
+            except BaseException:
                 lib.teemate_close(native)
-                raise failure
+                raise
         finally:
             os.close(arena_fd)
-        slots = [SlotGrant.parse(slot) for slot in ok["slots"]]
-        return GrantedEnclave(native, self._connection, ok["grant"], info, slots, self._forget)
+
+    @staticmethod
+    def _map_arena(native: Any, arena_fd: int, name: str) -> None:
+        diag = new_diag()
+        error = _map_arena(native, arena_fd, diag)
+        if error:
+            raise native_error(error, diag, f"mapping the arena of {name!r}")
 
     def _undo_attach(self, ok: Mapping[str, Any]) -> None:
         self._connection.post("detach", {"grant": ok["grant"], "clean": True})

@@ -170,13 +170,20 @@ class Enclave:
                     slot = self._free.pop()
                     break
                 if self._unopened:
-                    slot = Slot(self, self._unopened.popleft())
+                    slot = Slot(self, self._unopened[0])
+                    self._unopened.popleft()  # not before: a failure must not lose it
                     break
                 now = time.monotonic()
                 if deadline is None:
                     deadline = now + wait
-                if now >= deadline or not self._taken:
-                    count = len(self._taken)
+                count = len(self._taken)
+                if not count:
+                    raise Busy(
+                        f"{self.name}: this process has no slot left (one that was left in a call or faulted"
+                        " is out of use): acquire one, or attach again",
+                        {"slots": 0, "wait": wait},
+                    )
+                if now >= deadline:
                     raise Busy(
                         f"{self.name}: no free slot after {wait:g} s ({count} in use by this process): "
                         "attach with more slots, or acquire one",

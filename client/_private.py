@@ -86,25 +86,32 @@ def create_enclave(
     native = handle[0]
     info = ffi.new("struct teemate_enclave_info *")
     map_enclave(native, label)
-    error = lib.teemate_enclave_describe(native, info)
-    if not error and info.sdk:
-        error = lib.teemate_private_start(native, diag)
-    if error:
-        failure = native_error(error, diag, f"starting enclave {label!r}")
+    try:
+        _start(native, info, label)
+        enclave = PrivateEnclave(
+            native,
+            name=label,
+            base=info.base,
+            size=info.size,
+            mrenclave=bytes(ffi.buffer(info.mrenclave)),
+            slots=_sdk_slots(native, info) if info.sdk else _raw_slots(native, info),
+        )
+    except BaseException:  # Ctrl-C among them
         lib.teemate_close(native)
-        raise failure
-    enclave = PrivateEnclave(
-        native,
-        name=label,
-        base=info.base,
-        size=info.size,
-        mrenclave=bytes(ffi.buffer(info.mrenclave)),
-        slots=_sdk_slots(native, info) if info.sdk else _raw_slots(native, info),
-    )
+        raise
     if not isinstance(image, bytes):
         elf = Path(os.fspath(image)).with_suffix(".elf")
         enclave._elf = elf if elf.is_file() else None
     return enclave
+
+
+def _start(native: Any, info: Any, label: str) -> None:
+    diag = new_diag()
+    error = lib.teemate_enclave_describe(native, info)
+    if not error and info.sdk:
+        error = lib.teemate_private_start(native, diag)
+    if error:
+        raise native_error(error, diag, f"starting enclave {label!r}")
 
 
 def interrupted_at(native: Any, index: int, elf: Path | None) -> tuple[int, str] | None:
@@ -175,8 +182,12 @@ def _image_fd(image: ImageSource) -> int:
                 f"cannot open image {os.fspath(image)}: {error.strerror}", {"step": "read"}
             ) from None
     fd = os.memfd_create("teemate-image", os.MFD_CLOEXEC)
-    view = memoryview(image)
-    while view:
-        view = view[os.write(fd, view) :]
-    os.lseek(fd, 0, os.SEEK_SET)
+    try:
+        view = memoryview(image)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.lseek(fd, 0, os.SEEK_SET)
+    except BaseException:
+        os.close(fd)
+        raise
     return fd

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,13 +93,13 @@ class Images:
 
     def _build(self, name: str, options: LayoutOptions, sign: SigParams | None) -> BuiltImage:
         output = self._folder / f"{name}-{len(self._built)}.sgxs"
+        elf = output.with_suffix(".elf")
         earlier = next((image for image in self._built.values() if image.name == name), None)
         if earlier is None:
             bare = bool(image_table(name).get("bare"))
             built = build_image(sources(name), output, options, bare=bare, test_build=self._test_build)
-            elf = output.with_suffix(".elf")
         else:
-            elf = earlier.elf
+            os.link(earlier.elf, elf)  # faults are shown by the ELF that lies beside the image
             built = layout_image(elf, output, options)
         params = sign or SigParams(debug_allowed=options.debug)
         signature = sign_with_key(params.unsigned(built.mrenclave), self.key)

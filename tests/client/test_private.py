@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import threading
@@ -83,6 +84,28 @@ def test_no_free_slot_is_busy_after_the_wait(images: Images) -> None:
     image = images.build("vault", slots=1, heap="1M")
     with teemate.create_enclave(image.sgxs, image.sigstruct, "sim") as enclave, enclave.slot():
         with pytest.raises(teemate.Busy, match="no free slot after 0"), enclave.slot(wait=0.01):
+            pass
+
+
+def test_a_slot_that_could_not_be_opened_can_be_had_later(
+    images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = images.build("vault", slots=1, heap="1M")
+    with teemate.create_enclave(image.sgxs, image.sigstruct, "sim") as enclave:
+        with monkeypatch.context() as patch:
+            patch.setattr("teemate._slot._slot_open", lambda *_: -errno.ENOMEM)
+            with pytest.raises(teemate.Error), enclave.slot():
+                pass
+        with enclave.slot() as slot:
+            assert slot.call("echo", b"later") == b"later"
+
+
+def test_without_a_slot_that_can_be_used_it_is_busy_at_once_and_says_why(images: Images) -> None:
+    image = images.build("faults", slots=1)
+    with teemate.create_enclave(image.sgxs, image.sigstruct, "sim") as enclave:
+        with pytest.raises(teemate.EnclaveFault), enclave.slot() as slot:
+            slot.call("divide")
+        with pytest.raises(teemate.Busy, match="no slot left"), enclave.slot(wait=3600):
             pass
 
 
