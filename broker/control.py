@@ -40,10 +40,11 @@ class ControlOp(enum.IntEnum):
     CLEAR = 3
     PROBE = 4
     RESET = 5
+    SSA = 6
     AUTHOR = 10
 
 
-_NO_MAC = {ControlOp.PROBE}
+_NO_MAC = {ControlOp.PROBE, ControlOp.SSA}
 
 
 class SlotWord(enum.IntEnum):

@@ -18,6 +18,7 @@ from teemate import errors
 from teemate.broker.control import ControlOp, SlotWord
 from teemate.broker.enclaves import Enclave, EnclaveState
 from teemate.broker.grants import Grant, Waiter
+from teemate.broker.interruption import describe_interruption
 from teemate.broker.processes import Processes
 from teemate.broker.slots import Ticket
 from teemate.broker.warden import EnclaveBrokenError, WardenError
@@ -148,9 +149,9 @@ class Reclaimer:
         _require(reply, "answer a probe")
         word = SlotWord.of(reply.result.word)
         if reply.result.cssa:
-            raise _UncleanError(
-                f"its holder left it interrupted (CSSA {reply.result.cssa}, {word.name.lower()})"
-            )
+            cssa = reply.result.cssa
+            cause = await describe_interruption(enclave, index, cssa)
+            raise _UncleanError(f"its holder left it interrupted (CSSA {cssa}, {word.name.lower()}){cause}")
         if word is not SlotWord.FREE:
             raise _UncleanError(f"its holder left it {word.name.lower()}")
         _require(await warden.control(ControlOp.RESET, index), "reset it")

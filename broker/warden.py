@@ -108,6 +108,7 @@ class Warden:
         slot: int = 0,
         *,
         generation: int = 0,
+        argument: int = 0,
         key: bytes = bytes(16),
         data: bytes = b"",
         deadline: float | None = None,
@@ -115,7 +116,9 @@ class Warden:
         """A control ECALL; the reply's status is the enclave's own, whatever it is."""
 
         def body() -> bytes:
-            return self._key.control(op, slot, generation=generation, key=key, data=data)
+            return self._key.control(
+                op, slot, generation=generation, argument=argument, key=key, data=data
+            )
 
         for attempt in (1, 2):
             reply = await self._request(WardenOp.CONTROL, body, deadline)

@@ -7,6 +7,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from images import Images
@@ -130,6 +131,21 @@ def test_a_fault_costs_one_slot_and_nobody_else_notices(broker: StartBroker, pol
         with attached(running, "faults") as again, again.slot() as slot:
             slot.call("empty")
     assert out_of_use(running, "faults") == 1
+
+
+def test_the_log_names_the_function_and_line_of_a_fault(broker: StartBroker, policy: str) -> None:
+    source = Path(__file__).parents[2] / "native" / "enclaves" / "faults" / "faults.c"
+    line = next(n for n, text in enumerate(source.read_text().splitlines(), 1) if "FAULT LINE" in text)
+    running = broker(policy)
+    with attached(running, "faults") as enclave, enclave.slot() as slot:
+        with pytest.raises(teemate.EnclaveFault):
+            slot.call("fault_line")
+    assert out_of_use(running, "faults") == 1
+    (record,) = [record for record in running.log() if record["event"] == "slot quarantined"]
+    reason = str(record["reason"])
+    assert "interrupted" in reason
+    assert "at fault_at_known_line" in reason
+    assert f"faults.c:{line}" in reason
 
 
 def test_a_call_that_loops_times_out_and_its_slot_is_quarantined(broker: StartBroker, policy: str) -> None:
