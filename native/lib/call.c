@@ -26,9 +26,10 @@
 /*
  * A call that only waits (or prints) hands control back to its caller this
  * often.  A signal whose handler ran just before the wait began would otherwise
- * go unnoticed by an interpreter that runs its own handlers later.
+ * go unnoticed by an interpreter that runs its own handlers later.  Below the
+ * longest wait by more than a tick of the coarse clock: such a wait always counts.
  */
-#define ATTENTION_NS 100000000ull
+#define ATTENTION_NS 90000000ull
 #define PRINT_LIMIT 2048u
 
 /* What came from the enclave cannot be: it is given up, as after a fault. */
@@ -239,6 +240,7 @@ static int slot_run(struct teemate_slot *slot, uint64_t pause_after_ns, struct t
             .r13 = slot->secret->key[1],
         };
         uint64_t passed;
+        bool waited;
         int result = teemate_enter(slot->enclave, slot->tcs_offset, &regs, function, left_ns, &call->run);
 
         if (result < 0)
@@ -274,15 +276,15 @@ static int slot_run(struct teemate_slot *slot, uint64_t pause_after_ns, struct t
         if (result <= 0)
             return result;
         passed = clock_now(CLOCK_MONOTONIC_COARSE) - start;
-        if (passed >= ATTENTION_NS || (pause_after_ns != 0 && passed >= pause_after_ns)) {
+        if (pause_after_ns != 0)
+            left_ns = pause_after_ns > passed ? pause_after_ns - passed : 1;
+        waited = ocall_wait(slot, left_ns);
+        passed = clock_now(CLOCK_MONOTONIC_COARSE) - start;
+        if (!waited || passed >= ATTENTION_NS || (pause_after_ns != 0 && passed >= pause_after_ns)) {
             call->outcome = TEEMATE_CALL_PAUSED;
             return 0;
         }
         left_ns = pause_after_ns != 0 ? pause_after_ns - passed : 0;
-        if (!ocall_wait(slot, left_ns)) {
-            call->outcome = TEEMATE_CALL_PAUSED;
-            return 0;
-        }
     }
 }
 
