@@ -118,6 +118,7 @@ uid = {uid}
             stdout=log_file,
             stderr=log_file,
             env={**os.environ, "NOTIFY_SOCKET": str(notify_path)},
+            process_group=0,  # Ctrl-C is for the demonstration, which ends the broker
         )
         try:
             await _wait_ready(process, notify, log)

@@ -33,6 +33,7 @@ class Program:
             [sys.executable, "-m", "teemate.demo.client", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            process_group=0,  # Ctrl-C is for who leads; it ends the programs
         )
         return cls(process, name)
 

@@ -110,7 +110,8 @@ def test_the_demo_counts_right_and_reports_what_it_measured() -> None:
     assert len(told["mrenclave"]) == 64
 
 
-def test_ctrl_c_ends_the_demo_and_everything_that_it_started() -> None:
+@pytest.mark.parametrize(("phase", "processes"), [("programs start", 2), ("calls", 4)])
+def test_ctrl_c_ends_the_demo_and_everything_that_it_started(phase: str, processes: int) -> None:
     demo = subprocess.Popen(
         command(["demo", "--clients", "2", "--calls", "1000000", "--heap", "4M", "--backend", "sim"]),
         stdout=subprocess.PIPE,
@@ -122,13 +123,15 @@ def test_ctrl_c_ends_the_demo_and_everything_that_it_started() -> None:
     assert demo.stdout is not None
     with demo, demo.stdout, demo.stderr:
         for line in demo.stderr:
-            if "calls" in line:
+            if phase in line:
                 break
         started = descendants(demo.pid)
-        os.kill(demo.pid, signal.SIGINT)
+        os.killpg(demo.pid, signal.SIGINT)  # as a terminal does
         assert demo.wait(60) == 130
-        assert "Traceback" not in demo.stderr.read()
-    assert len(started) >= 4  # broker, warden, two programs
+        said = demo.stderr.read()
+        assert said.endswith("interrupted\n")
+        assert "Traceback" not in said
+    assert len(started) >= processes  # broker and warden, then two programs
     assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
 
 
