@@ -22,9 +22,9 @@ import errno
 import os
 import socket
 from collections import deque
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import trio
 
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Client", "ClientStatistics", "drain_input"]
 
+_BUFFER = bytearray(wire.MAX_MESSAGE)
+"""For every packet of every client: nothing is received between filling it and copying it out."""
+_MESSAGES_AT_FIRST = 2
+"""hello, and what came along with it."""
 _MESSAGES_PER_TURN = 16
 """Requests of one client that are answered before other tasks get their turn."""
 _GONE = {errno.EPIPE, errno.ECONNRESET}
@@ -95,6 +99,7 @@ class Client:
         """Grants that were given up with slots that come back when the process ends."""
         self._sock = sock
         self._nursery: trio.Nursery | None = None
+        self._unstarted: list[tuple[Any, ...]] = []
         self._waiting = 0
         self._queue: deque[_Queued] = deque()
         self._queued_bytes = 0
@@ -108,10 +113,17 @@ class Client:
         """Answer requests until the connection ends; returns why it did.  The socket stays the caller's."""
         why = "closed by the client"
         try:
+            breach = self._answer_first()
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
+                for function, *args in self._unstarted:
+                    nursery.start_soon(function, *args)
+                if self.closing:
+                    nursery.cancel_scope.cancel()
                 try:
-                    await self._read_requests(nursery)
+                    if breach is not None:
+                        raise breach
+                    await self._read_requests()
                 except errors.ProtocolError as error:
                     why = f"broke the protocol: {error.message}"
                     self._reply_error(None, error)
@@ -126,7 +138,28 @@ class Client:
             drain_input(self._sock)
         return why
 
-    async def _read_requests(self, nursery: trio.Nursery) -> None:
+    def _answer_first(self) -> Exception | None:
+        """Answer what the client sent with its connection, before anything is set up for what may follow.
+
+        With cold caches the nursery takes as long as the attach.  Returns the breach of the protocol
+        or the failure of the socket that ends the connection.
+        """
+        try:
+            for _ in range(_MESSAGES_AT_FIRST):
+                if self.closing or self.account.bucket.take():
+                    break
+                packet = wire.receive(self._sock, _BUFFER)
+                if not packet.data:
+                    wire.close_all(packet.fds)
+                    break  # the end is there to be read again
+                self._handle(packet)
+        except BlockingIOError:
+            self._send_patient()
+        except (errors.ProtocolError, OSError) as error:
+            return error
+        return None
+
+    async def _read_requests(self) -> None:
         bucket = self.account.bucket
         answered = 0
         while True:
@@ -138,7 +171,7 @@ class Client:
                 await trio.sleep(delay)
             while True:
                 try:
-                    packet = wire.receive(self._sock)
+                    packet = wire.receive(self._sock, _BUFFER)
                     break
                 except BlockingIOError:
                     answered = 0
@@ -149,7 +182,7 @@ class Client:
                 return
             if len(packet.data) > 4096:
                 bucket.take(len(packet.data) / 4096)
-            self._handle(packet, nursery)
+            self._handle(packet)
             if self.closing:
                 return
             answered += 1
@@ -157,7 +190,7 @@ class Client:
                 answered = 0
                 await trio.lowlevel.checkpoint()
 
-    def _handle(self, packet: wire.Packet, nursery: trio.Nursery) -> None:
+    def _handle(self, packet: wire.Packet) -> None:
         """Answer one message, or start the task that will; its descriptors are closed or passed on."""
         untrusted_fds = packet.fds
         self.requests += 1
@@ -170,7 +203,7 @@ class Client:
             wire.close_all(untrusted_fds)
             raise
         try:
-            self._start(request, method, untrusted_fds, nursery)
+            self._start(request, method, untrusted_fds)
         except Exception as error:
             self._reply_failure(request, error)
 
@@ -183,9 +216,7 @@ class Client:
         if not self.greeted and request.operation != "hello":
             raise errors.ProtocolError("the first message on a connection is hello")
 
-    def _start(
-        self, request: Request, method: Method[object] | None, fds: tuple[int, ...], nursery: trio.Nursery
-    ) -> None:
+    def _start(self, request: Request, method: Method[object] | None, fds: tuple[int, ...]) -> None:
         """Answer the request, or start the task that will; `fds` go to the handler."""
         if method is None:
             raise errors.Unsupported(f"this broker knows no operation {request.operation[:64]!r}")
@@ -202,10 +233,16 @@ class Client:
             else:
                 waits = True
                 self._waiting += 1
-                nursery.start_soon(self._finish, request, result, charge)
+                self._start_soon(self._finish, request, result, charge)
         finally:
             if not waits:
                 charge.release()
+
+    def _start_soon(self, function: Callable[..., Awaitable[None]], *args: object) -> None:
+        if self._nursery is not None:
+            self._nursery.start_soon(function, *args)
+        else:
+            self._unstarted.append((function, *args))
 
     async def _finish(self, request: Request, result: Awaitable[Answer], charge: Charge) -> None:
         with charge:
@@ -294,9 +331,9 @@ class Client:
             return
         self._queue.append(_Queued(data, tuple(copies), charge))
         self._queued_bytes += len(data)
-        if first and self._nursery is not None:
+        if first:
             self._drained = trio.Event()
-            self._nursery.start_soon(self._write_queue)
+            self._start_soon(self._write_queue)
 
     def _give_up_writing(self, error: OSError) -> None:
         """End the connection, else the client would wait for ever for what could not be sent."""
