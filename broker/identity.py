@@ -1,7 +1,7 @@
 """Who is at the other end of a connection, as the kernel tells it.
 
-Everything but the process's cgroup and start time was fixed by the kernel when the connection
-was made (SO_PEERCRED, SO_PEERGROUPS, SO_PEERSEC).  Those two are read from /proc by number,
+Everything but the process's cgroup was fixed by the kernel when the connection
+was made (SO_PEERCRED, SO_PEERGROUPS, SO_PEERSEC).  That one is read from /proc by number,
 and a number can be given to another process in between.  Hence the order: take the
 pidfd, read, then confirm through the pidfd that the process still lives; if it does, its
 number was never free and what was read is its own.  If not, nothing of it is used.
@@ -27,7 +27,7 @@ from typing import final
 from teemate.broker.cgroups import CgroupTree
 from teemate.errors import ConnectionLost
 
-__all__ = ["Identity", "Peer", "identify", "process_ended", "start_time"]
+__all__ = ["Identity", "Peer", "identify", "process_ended"]
 
 # asm-generic/socket.h; Python's socket module has none of them yet.
 _SO_PEERSEC = 31
@@ -42,8 +42,6 @@ class Identity:
     """One process: what rules are matched against and what audit records name."""
 
     pid: int
-    start_time: int
-    """Clock ticks since boot, field 22 of /proc/PID/stat: with `pid`, unique until reboot."""
     uid: int
     gid: int
     groups: frozenset[int]
@@ -117,11 +115,6 @@ def _read(path: str) -> bytes:
         os.close(fd)
 
 
-def start_time(stat: bytes) -> int:
-    """Return field 22 of /proc/PID/stat; the second field may contain anything, even parentheses."""
-    return int(stat[stat.rindex(b")") + 2 :].split()[19])
-
-
 def process_ended(pidfd: int) -> bool:
     """Whether the process has ended, be it reaped or not: a pidfd is readable from then on."""
     poll = select.poll()
@@ -148,7 +141,6 @@ def identify(sock: socket.socket, tree: CgroupTree, *, trust_pid: bool = False) 
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(os.close, pidfd)
         try:
-            started = start_time(_read(f"/proc/{pid}/stat"))
             membership = _read(f"/proc/{pid}/cgroup")
         except OSError as error:
             raise ConnectionLost(f"process {pid} ended before it was identified") from error
@@ -156,7 +148,6 @@ def identify(sock: socket.socket, tree: CgroupTree, *, trust_pid: bool = False) 
             raise ConnectionLost(f"process {pid} ended before it was identified")
         identity = Identity(
             pid=pid,
-            start_time=started,
             uid=uid,
             gid=gid,
             groups=_groups(sock),

@@ -16,7 +16,7 @@ from running_broker import RunningBroker
 
 from teemate.broker import identity
 from teemate.broker.cgroups import CgroupTree, find_tree, glob_to_regex
-from teemate.broker.identity import identify, start_time
+from teemate.broker.identity import identify
 from teemate.errors import ConnectionLost
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="connects as other users, which only root can")
@@ -61,7 +61,6 @@ def test_a_process_is_known_by_what_the_kernel_says(listener: socket.socket) -> 
     assert peer.identity.uid == os.geteuid()
     assert peer.identity.gid == os.getegid()
     assert peer.identity.groups == frozenset(os.getgroups())
-    assert peer.identity.start_time == start_time(Path("/proc/self/stat").read_bytes())
     assert not os.get_inheritable(peer.pidfd)
     assert not identity.process_ended(peer.pidfd)
     os.close(peer.pidfd)
@@ -124,11 +123,6 @@ def test_an_old_kernel_s_word_about_cgroups_is_believed_only_where_the_policy_tr
                 found.append(peer.identity.cgroup)
     assert found[0] == ""
     assert found[1].startswith("/")
-
-
-def test_the_start_time_is_found_behind_any_name() -> None:
-    stat = b"7 (a) b) S) S 1 7 7 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 987654 1 1 18446744073709551615 0"
-    assert start_time(stat) == 987654
 
 
 # ---- cgroups -----------------------------------------------------------------------------

@@ -123,7 +123,7 @@ TREE = CgroupTree(hierarchy="", mount="")
 
 
 def identity(uid: int = 0, gid: int = 0, groups: frozenset[int] = frozenset()) -> Identity:
-    return Identity(pid=1, start_time=1, uid=uid, gid=gid, groups=groups, label="", cgroup="/")
+    return Identity(pid=1, uid=uid, gid=gid, groups=groups, label="", cgroup="/")
 
 
 @pytest.mark.parametrize(
