@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from images import Images
 from running_broker import RunningBroker, run_broker
+
+
+def pytest_configure() -> None:
+    """A shell has its background jobs ignore SIGINT; programs that tests interrupt would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _test_build() -> str:
