@@ -70,7 +70,7 @@ def _slots(counts: SlotCounts) -> str:
         (counts.quarantined, "quarantined"),
     )
     return "\n".join(
-        [f"{counts.free} of {counts.total} free", *(f"{count} {what}" for count, what in rest if count)]
+        [f"{counts.free}/{counts.total} free", *(f"{count} {what}" for count, what in rest if count)]
     )
 
 

@@ -33,7 +33,7 @@ def command(arguments: Sequence[str]) -> list[str]:
 
 def vault_free(told: dict[str, Any]) -> str:
     (slots,) = [enclave["slots"] for enclave in told["enclaves"] if enclave["name"] == "vault"]
-    return f"{slots['free']} of {slots['total']}"
+    return f"{slots['free']}/{slots['total']}"
 
 
 def test_status_shows_enclaves_clients_and_that_the_sim_protects_nothing(
