@@ -113,6 +113,24 @@ int teemate_sigstruct_verify(const uint8_t *sigstruct, const uint8_t *mrenclave,
 /* SHA-256 as the measurement uses it (with the CPU's SHA instructions where it has them). */
 void teemate_sha256(const void *data, size_t length, uint8_t *digest);
 
+/* ---- the host --------------------------------------------------------------- */
+
+/*
+ * Which backend `wanted` means for this process on this host: TEEMATE_SIM or
+ * TEEMATE_SGX.  AUTO takes sgx where it is available, else sim; then the diag says
+ * why not sgx (empty otherwise).  Nothing is built: `teemate doctor` does that.
+ * Fails with -ENODEV (not available here: the diag says why), -EINVAL (no such backend).
+ */
+int teemate_backend_choose(int wanted, struct teemate_diag *diag);
+
+/*
+ * CPUID as this processor, or its hypervisor, answers it: eax, ebx, ecx, edx.
+ * Fails with -ENXIO when there is no such leaf.
+ */
+int teemate_cpuid(uint32_t leaf, uint32_t subleaf, uint32_t registers[4]);
+/* XCR0: the components that XSAVE saves here; 0 when the system has switched XSAVE off. */
+uint64_t teemate_xcr0(void);
+
 /* ---- enclaves -------------------------------------------------------------- */
 
 struct teemate_enclave;

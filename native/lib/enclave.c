@@ -29,6 +29,22 @@ static int choose_backend(int wanted, const struct backend **backend, struct tee
     return (*backend)->available ? (*backend)->available(diag) : 0;
 }
 
+int teemate_backend_choose(int wanted, struct teemate_diag *diag)
+{
+    const struct backend *backend;
+    struct teemate_diag why = {0};
+    int result = choose_backend(wanted, &backend, &why);
+
+    if (result >= 0 && wanted == TEEMATE_AUTO && backend->id != TEEMATE_SGX) {
+        const struct backend *refused;
+
+        choose_backend(TEEMATE_SGX, &refused, &why); /* for the reason */
+    }
+    if (diag)
+        *diag = why;
+    return result < 0 ? result : (int)backend->id;
+}
+
 int enclave_new(int wanted, struct teemate_enclave **enclave, struct teemate_diag *diag)
 {
     const struct backend *backend;
