@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from backends import BACKEND
+
 DEADLINE = 60.0
 """Seconds after which a broker that does not get ready, or does not end, has failed."""
 
@@ -53,11 +55,13 @@ def run_broker(
     launcher: tuple[str, ...] = (),
     environment: dict[str, str] | None = None,
 ) -> Iterator[RunningBroker]:
-    """Run a broker with `policy` until the block ends.
+    """Run a broker with `policy` until the block ends, on the backend that was chosen for all tests.
 
     Readiness comes over NOTIFY_SOCKET.  The block fails when the broker logged an internal error
     or did not end well, unless `expect_errors`.
     """
+    if "--backend" not in arguments:
+        arguments = ("--backend", BACKEND, *arguments)
     with contextlib.ExitStack() as cleanup:
         if folder is None:
             # Short: a socket's path has 107 bytes at most.  Open: tests connect as other users.

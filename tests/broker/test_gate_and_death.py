@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from backends import NUMBER
 from images import Images
 from raw_client import RawClient
 from running_broker import RunningBroker
@@ -159,7 +160,7 @@ class Attacker:
         handle = ffi.new("struct teemate_enclave **")
         fd, arena = (os.dup(fd) for fd in client.fds[-2:])
         error = lib.teemate_open(
-            lib.TEEMATE_SIM, fd, info["base"], info["size"], segments, len(segments), handle, ffi.NULL
+            NUMBER, fd, info["base"], info["size"], segments, len(segments), handle, ffi.NULL
         )
         assert error == 0
         self.enclave = handle[0]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from backends import BACKEND, SHARING
 from images import Images
 from raw_client import RawClient, raw_client
 from running_broker import RunningBroker, run_broker
@@ -59,7 +60,7 @@ def test_an_attach_is_one_round_trip_with_everything_in_one_reply(
     assert client.reply(1)["ok"]["version"] == 1
     ok = client.reply(2)["ok"]
     info = ok["enclave"]
-    assert info["backend"] == "sim"
+    assert info["backend"] == BACKEND
     assert info["isolation"] == "gate"
     assert info["state"] == "ready"
     assert info["slots"] == {
@@ -402,7 +403,7 @@ def test_limits_of_the_policy_are_named_when_they_are_met(
 def test_slots_go_in_turn_between_users_over_the_real_socket(
     broker: Broker, vault_policy: Policy, connect: Connect
 ) -> None:
-    running = broker(vault_policy("insecure_sim_sharing = true", attach='uid = "*"'))
+    running = broker(vault_policy(SHARING, attach='uid = "*"'))
     admin = connect(running)
     held = take_all(admin)
     mine = [connect(running, name="mine") for _ in range(2)]

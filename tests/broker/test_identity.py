@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+from backends import SHARING
 from raw_client import RawClient
 from running_broker import RunningBroker
 
@@ -267,7 +268,7 @@ def test_uids_and_gids_that_no_rule_names_are_denied(
     broker: Broker, vault_policy: Policy, connect: Connect
 ) -> None:
     rules = "uid = 4001\n[[enclave.attach]]\ngid = 5001\n"
-    running = broker(vault_policy("insecure_sim_sharing = true", attach=rules))
+    running = broker(vault_policy(SHARING, attach=rules))
     for uid, gid, groups, allowed in [
         (4001, 4001, (), True),
         (4002, 5001, (), True),
@@ -287,7 +288,7 @@ def test_uids_and_gids_that_no_rule_names_are_denied(
 
 
 @as_root
-def test_another_user_than_the_owner_needs_insecure_sharing_on_the_sim(
+def test_another_user_than_the_owner_needs_the_sharing_of_the_backend(
     broker: Broker, vault_policy: Policy, connect: Connect
 ) -> None:
     running = broker(vault_policy("owner = 4001", attach='uid = "*"'))
@@ -295,15 +296,15 @@ def test_another_user_than_the_owner_needs_insecure_sharing_on_the_sim(
         connect(running).ok("attach", enclave="vault")
     with credentials(4002, 4002):
         stranger = connect(running)
-    denied(running, stranger, "insecure_sim_sharing")
-    denied(running, connect(running), "insecure_sim_sharing")
+    denied(running, stranger, SHARING.partition(" ")[0])
+    denied(running, connect(running), SHARING.partition(" ")[0])
 
 
 @as_root
 def test_operations_of_administrators_are_for_administrators(
     broker: Broker, vault_policy: Policy, connect: Connect
 ) -> None:
-    running = broker(vault_policy("insecure_sim_sharing = true", attach='uid = "*"'))
+    running = broker(vault_policy(SHARING, attach='uid = "*"'))
     with credentials(4001, 4001):
         client = connect(running)
     for op, args in [

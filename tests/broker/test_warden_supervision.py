@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from backends import BACKEND, NUMBER
 from elftools.elf.elffile import ELFFile
 from images import BuiltImage, Images
 from raw_client import RawClient
@@ -64,7 +65,7 @@ async def fake(tmp_path: Path) -> AsyncIterator[Callable[[list[list[object]]], W
         program.write_text(FAKE.format(python=sys.executable, folder=str(tmp_path)))
         program.chmod(0o755)
         (tmp_path / "plan.json").write_text(json.dumps(plan))
-        geometry = Geometry(backend=1, base=0, size=0, segments=())
+        geometry = Geometry(backend=NUMBER, base=0, size=0, segments=())
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         warden = Warden(
             program, geometry, ControlKey(), (null, null), CapturingLogger(), deadline=20.0, failures=3
@@ -162,11 +163,11 @@ class Faulty:
     def __init__(self, image: BuiltImage) -> None:
         with image.sgxs.open("rb") as file:
             self.built: Built = build_enclave(
-                file.fileno(), image.sigstruct.read_bytes(), backend="sim", base=0, debug=False
+                file.fileno(), image.sigstruct.read_bytes(), backend=BACKEND, base=0, debug=False
             )
         self.log = CapturingLogger()
         geometry = Geometry(
-            backend=1, base=self.built.base, size=self.built.size, segments=self.built.segments
+            backend=NUMBER, base=self.built.base, size=self.built.size, segments=self.built.segments
         )
         self.key = ControlKey()
         self.warden = Warden(

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from backends import BACKEND
 from images import Images
 
 import teemate
@@ -82,7 +83,7 @@ def test_every_slot_of_the_image_can_be_used_at_once(images: Images, vault: Encl
 
 def test_no_free_slot_is_busy_after_the_wait(images: Images) -> None:
     image = images.build("vault", slots=1, heap="1M")
-    with teemate.create_enclave(image.sgxs, image.sigstruct, "sim") as enclave, enclave.slot():
+    with teemate.create_enclave(image.sgxs, image.sigstruct, BACKEND) as enclave, enclave.slot():
         with pytest.raises(teemate.Busy, match="no free slot after 0"), enclave.slot(wait=0.01):
             pass
 
@@ -91,7 +92,7 @@ def test_a_slot_that_could_not_be_opened_can_be_had_later(
     images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = images.build("vault", slots=1, heap="1M")
-    with teemate.create_enclave(image.sgxs, image.sigstruct, "sim") as enclave:
+    with teemate.create_enclave(image.sgxs, image.sigstruct, BACKEND) as enclave:
         with monkeypatch.context() as patch:
             patch.setattr("teemate._slot._slot_open", lambda *_: -errno.ENOMEM)
             with pytest.raises(teemate.Error), enclave.slot():
@@ -102,7 +103,7 @@ def test_a_slot_that_could_not_be_opened_can_be_had_later(
 
 def test_without_a_slot_that_can_be_used_it_is_busy_at_once_and_says_why(images: Images) -> None:
     image = images.build("faults", slots=1)
-    with teemate.create_enclave(image.sgxs, image.sigstruct, "sim") as enclave:
+    with teemate.create_enclave(image.sgxs, image.sigstruct, BACKEND) as enclave:
         with pytest.raises(teemate.EnclaveFault), enclave.slot() as slot:
             slot.call("divide")
         with pytest.raises(teemate.Busy, match="no slot left"), enclave.slot(wait=3600):
@@ -111,7 +112,7 @@ def test_without_a_slot_that_can_be_used_it_is_busy_at_once_and_says_why(images:
 
 def test_a_slot_that_is_given_back_wakes_who_waits(images: Images) -> None:
     image = images.build("vault", slots=1, heap="1M")
-    with teemate.create_enclave(image.sgxs, image.sigstruct, "sim") as enclave:
+    with teemate.create_enclave(image.sgxs, image.sigstruct, BACKEND) as enclave:
         answers = []
 
         def second() -> None:
@@ -128,7 +129,7 @@ def test_a_slot_that_is_given_back_wakes_who_waits(images: Images) -> None:
 
 def test_a_raw_entry_has_the_contract_of_the_vdso(images: Images) -> None:
     image = images.build("raw")
-    with teemate.create_enclave(image.sgxs, image.sigstruct, "sim") as enclave, enclave.slot() as slot:
+    with teemate.create_enclave(image.sgxs, image.sigstruct, BACKEND) as enclave, enclave.slot() as slot:
         exit_ = slot.enter(rdi=0, rsi=40, rdx=2)
         assert (exit_.rdi, exit_.function) == (42, 4)
         with pytest.raises(teemate.EnclaveFault, match="#UD"):
@@ -250,7 +251,7 @@ def test_a_timeout_of_nothing_still_lets_a_short_call_through_or_gives_it_up(fau
 
 
 def test_after_detach_there_is_nothing(images: Images) -> None:
-    enclave = teemate.create_enclave(images.vault.sgxs, images.vault.sigstruct, "sim")
+    enclave = teemate.create_enclave(images.vault.sgxs, images.vault.sigstruct, BACKEND)
     with enclave.slot() as slot:
         slot.call("empty")
     base = enclave.base
@@ -304,22 +305,22 @@ def test_a_child_of_fork_is_not_attached(vault: Enclave) -> None:
 def test_an_image_that_is_cut_off_is_an_image_error(images: Images) -> None:
     data = images.vault.sgxs.read_bytes()
     with pytest.raises(teemate.ImageError) as caught:
-        teemate.create_enclave(data[:-100], images.vault.sigstruct, "sim")
+        teemate.create_enclave(data[:-100], images.vault.sigstruct, BACKEND)
     assert caught.value.detail["step"] in ("parse", "read")
     assert isinstance(caught.value.detail["offset"], int)
 
 
 def test_a_signature_of_another_image_is_an_image_error(images: Images) -> None:
     with pytest.raises(teemate.ImageError) as caught:
-        teemate.create_enclave(images.vault.sgxs, images.faults.sigstruct, "sim")
+        teemate.create_enclave(images.vault.sgxs, images.faults.sigstruct, BACKEND)
     assert caught.value.detail["step"] in ("sigstruct", "einit")
     with pytest.raises(teemate.ImageError, match="1808 bytes"):
-        teemate.create_enclave(images.vault.sgxs, b"short", "sim")
+        teemate.create_enclave(images.vault.sgxs, b"short", BACKEND)
 
 
 def test_an_image_that_is_not_there_is_an_image_error(images: Images, tmp_path: Path) -> None:
     with pytest.raises(teemate.ImageError, match=r"nothing\.sgxs"):
-        teemate.create_enclave(tmp_path / "nothing.sgxs", images.vault.sigstruct, "sim")
+        teemate.create_enclave(tmp_path / "nothing.sgxs", images.vault.sigstruct, BACKEND)
 
 
 def test_an_unknown_backend_is_unsupported(images: Images) -> None:
@@ -329,6 +330,6 @@ def test_an_unknown_backend_is_unsupported(images: Images) -> None:
 
 def test_bytes_do_as_well_as_paths(images: Images) -> None:
     with teemate.create_enclave(
-        images.vault.sgxs.read_bytes(), images.vault.sigstruct.read_bytes(), "sim"
+        images.vault.sgxs.read_bytes(), images.vault.sigstruct.read_bytes(), BACKEND
     ) as enclave:
         assert enclave.mrenclave == images.vault.mrenclave

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Callable
 
 import pytest
+from backends import BACKEND
 from images import Images
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -19,7 +20,7 @@ import teemate
 def number(value):
     return struct.pack("<Q", value)
 
-enclave = teemate.create_enclave(sys.argv[1], sys.argv[2], "sim")
+enclave = teemate.create_enclave(sys.argv[1], sys.argv[2], sys.argv[3])
 
 def is_inside(frame):
     # Whether the interrupted Python code is a call into the enclave.
@@ -38,11 +39,14 @@ def run(images: Images) -> Run:
     def run(code: str, expected: int = 0) -> subprocess.CompletedProcess[str]:
         image = images.faults
         done = subprocess.run(
-            [sys.executable, "-c", PRELUDE + textwrap.dedent(code), str(image.sgxs), str(image.sigstruct)],
+            [
+                sys.executable, "-c", PRELUDE + textwrap.dedent(code),
+                str(image.sgxs), str(image.sigstruct), BACKEND,
+            ],
             capture_output=True,
             text=True,
             timeout=120,
-        )
+        )  # fmt: skip
         assert done.returncode == expected, done.stderr
         return done
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from backends import BACKEND
 from images import Images
 from policies import enclave_policy
 from running_broker import RunningBroker
@@ -42,7 +43,7 @@ def test_the_enclave_is_listed_attached_and_called(broker: StartBroker, policy: 
     with teemate.connect(running.socket, client="test") as connection:
         connection.ping()
         (info,) = [info for info in connection.enclaves() if info.name == "vault"]
-        assert (info.backend, info.isolation, info.state) == ("sim", "gate", "ready")
+        assert (info.backend, info.isolation, info.state) == (BACKEND, "gate", "ready")
         assert info.mrenclave == images.vault.mrenclave
         with connection.attach("vault", slots=2) as enclave:
             assert (enclave.mrenclave, enclave.base, enclave.size) == (info.mrenclave, info.base, info.size)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from backends import BACKEND
 from images import Images
 from other_client import OtherClient
 from policies import enclave_policy
@@ -236,7 +237,7 @@ def test_an_enclave_is_created_used_and_destroyed_over_the_socket(
     uid = os.geteuid()
     running = broker(f"{policy}\n[[create]]\nuid = {uid}\n")
     with teemate.connect(running.socket) as admin:
-        info = admin.create("mine", images.vault.sgxs, images.vault.sigstruct, backend="sim")
+        info = admin.create("mine", images.vault.sgxs, images.vault.sigstruct, backend=BACKEND)
         assert (info.name, info.mrenclave) == ("mine", images.vault.mrenclave)
         try:
             with admin.attach("mine") as enclave, enclave.slot() as slot:
@@ -246,4 +247,4 @@ def test_an_enclave_is_created_used_and_destroyed_over_the_socket(
         assert admin.destroy("mine", force=True) == 0
         assert "mine" not in {info.name for info in admin.enclaves()}
         with pytest.raises(teemate.ImageError):
-            admin.create("bad", images.vault.sigstruct, images.vault.sigstruct, backend="sim")
+            admin.create("bad", images.vault.sigstruct, images.vault.sigstruct, backend=BACKEND)

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from backends import NUMBER
 from images import BuiltImage
 
 from teemate._native import ffi, lib
@@ -172,7 +173,7 @@ class Gate:
         diag = ffi.new("struct teemate_diag *")
         fd = os.open(image.sgxs, os.O_RDONLY)
         try:
-            error = lib.teemate_create(lib.TEEMATE_SIM, 0, 0, fd, image.sigstruct.read_bytes(), handle, diag)
+            error = lib.teemate_create(NUMBER, 0, 0, fd, image.sigstruct.read_bytes(), handle, diag)
         finally:
             os.close(fd)
         assert not error, ffi.string(diag.text)
@@ -329,6 +330,7 @@ class Gate:
         count = lib.teemate_enclave_segments(self.native, segments, 128)
         fd = lib.teemate_enclave_fd(self.native)
         order = {
+            "backend": NUMBER,
             "fd": fd,
             "arena": self.arena,
             "base": self.base,

@@ -18,7 +18,7 @@ def main() -> int:
         place.offset, place.size, place.prot, place.type = offset, size, prot, kind
     handle = ffi.new("struct teemate_enclave **")
     error = lib.teemate_open(
-        lib.TEEMATE_SIM, order["fd"], order["base"], order["size"], segments, len(segments), handle, diag
+        order["backend"], order["fd"], order["base"], order["size"], segments, len(segments), handle, diag
     )
     error = error or lib.teemate_map(handle[0], diag)
     error = error or lib.teemate_map_arena(handle[0], order["arena"], diag)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from backends import NUMBER
 from images import Images
 from warden_harness import Client, Enclave, Slot, Warden, check
 
@@ -98,7 +99,7 @@ class Private:
         pointer = ffi.new("struct teemate_enclave **")
         with sgxs.open("rb") as file:
             signature = ffi.new("uint8_t[]", sigstruct.read_bytes())
-            check(lib.teemate_create(lib.TEEMATE_SIM, 0, 0, file.fileno(), signature, pointer, diag), diag)
+            check(lib.teemate_create(NUMBER, 0, 0, file.fileno(), signature, pointer, diag), diag)
         self.handle = pointer[0]
         check(lib.teemate_map(self.handle, diag), diag)
         check(lib.teemate_private_start(self.handle, diag), diag)

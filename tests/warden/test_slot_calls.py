@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from backends import NUMBER
 from images import Images
 from warden_harness import Slot
 
@@ -335,7 +336,7 @@ def test_an_image_without_the_sdk_is_entered_raw_and_cannot_be_started(images: I
     pointer = ffi.new("struct teemate_enclave **")
     signature = ffi.new("uint8_t[]", images.bare.sigstruct.read_bytes())
     with images.bare.sgxs.open("rb") as file:
-        assert lib.teemate_create(lib.TEEMATE_SIM, 0, 0, file.fileno(), signature, pointer, diag) == 0
+        assert lib.teemate_create(NUMBER, 0, 0, file.fileno(), signature, pointer, diag) == 0
     assert lib.teemate_map(pointer[0], diag) == 0
     assert lib.teemate_private_start(pointer[0], diag) == -errno.ENOTSUP
     assert b"SDK" in ffi.string(diag.text)

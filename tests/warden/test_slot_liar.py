@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from backends import NUMBER
 from images import Images
 from warden_harness import Slot, check
 
@@ -42,7 +43,7 @@ def liar(liar_image: tuple[Path, bytes]) -> Iterator[Slot]:
     pointer = ffi.new("struct teemate_enclave **")
     with liar_image[0].open("rb") as file:
         signature = ffi.new("uint8_t[]", liar_image[1])
-        check(lib.teemate_create(lib.TEEMATE_SIM, 0, 0, file.fileno(), signature, pointer, diag), diag)
+        check(lib.teemate_create(NUMBER, 0, 0, file.fileno(), signature, pointer, diag), diag)
     check(lib.teemate_map(pointer[0], diag), diag)
     arena = check(lib.teemate_arena_create())
     check(lib.teemate_map_arena(pointer[0], arena, diag), diag)

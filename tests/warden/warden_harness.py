@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import warden_wire as wire
+from backends import NUMBER
 
 from teemate._native import ffi, lib
 
@@ -40,7 +41,7 @@ class Enclave:
         pointer = ffi.new("struct teemate_enclave **")
         with sgxs.open("rb") as file:
             signature = ffi.new("uint8_t[]", sigstruct.read_bytes())
-            check(lib.teemate_create(lib.TEEMATE_SIM, 0, 0, file.fileno(), signature, pointer, diag), diag)
+            check(lib.teemate_create(NUMBER, 0, 0, file.fileno(), signature, pointer, diag), diag)
         self.handle = pointer[0]
         self.arena = check(lib.teemate_arena_create())
         info = ffi.new("struct teemate_enclave_info *")
@@ -143,7 +144,7 @@ class Warden:
         start = request.body.start
         start.base = enclave.base
         start.size = enclave.size
-        start.backend = lib.TEEMATE_SIM
+        start.backend = NUMBER
         start.segment_count = len(enclave.segments)
         ctypes.memmove(start.control_key, enclave.control_key, 16)
         for i, segment in enumerate(enclave.segments):
@@ -235,7 +236,7 @@ class Client:
         pointer = ffi.new("struct teemate_enclave **")
         check(
             lib.teemate_open(
-                lib.TEEMATE_SIM,
+                NUMBER,
                 os.dup(enclave.fd),
                 enclave.base,
                 enclave.size,
