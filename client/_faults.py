@@ -143,6 +143,7 @@ def status_error(status: int, enclave: str, name: str, length: int, reply: bytes
         -9: "the holder of a lock died; its data may need repair",
         -10: "an OCALL of it was refused or failed",
         -11: "the enclave has not been started yet",
+        -12: "a report is of another platform: the sim, another computer, or other microcode",
     }
     reason = reasons.get(status, f"status {status}")
     return CallFailed(f"{where}: {reason}", status, reply, {"call": name})

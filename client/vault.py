@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 from teemate.errors import CallFailed, ProtocolError
+from teemate.report import REPORT_SIZE, TARGET_SIZE, Rejection, Report, ReportRejected
 
 __all__ = ["KEY_MAX", "PRIVATE", "SHARED", "VALUE_MAX", "Changed", "Entry", "Listed", "Vault"]
 
@@ -35,10 +36,13 @@ _RECORD = struct.Struct("<HHIQQ")
 _IMPORT = struct.Struct("<B7x")
 _NOT_FOUND = 1
 _CHANGED = 2
+_REJECTIONS = {3: Rejection.FORGED, 4: Rejection.FOREIGN}
+_REASONS = {
+    Rejection.FORGED: "it was made for another enclave or on another computer, or changed on the way",
+    Rejection.FOREIGN: "it is of another platform: a report holds on the sim, or the computer, that made it",
+}
 _REPLY_MAX = _VALUE.size + VALUE_MAX
 _PAGE_MAX = 1 << 20
-_REPORT_SIZE = 432
-_REPORT_MRENCLAVE = slice(64, 96)  # SDM volume 3D, REPORT structure
 
 
 class Caller(Protocol):
@@ -158,16 +162,41 @@ class Vault:
         reply = self._slot.call("import", _IMPORT.pack(self._space) + blob)
         return int(_PAGE.unpack(reply)[1])
 
-    def report(self, data: bytes = b"") -> bytes:
-        """Return the enclave's EREPORT for itself, 432 bytes, over at most 64 bytes of `data`."""
-        reply = self._slot.call("report", data.ljust(64, b"\0"))
-        if len(reply) != _REPORT_SIZE:
-            raise ProtocolError(f"a REPORT has {_REPORT_SIZE} bytes, this one {len(reply)}")
+    def report(self, data: bytes = b"", target: bytes = b"") -> bytes:
+        """Return a report by this enclave over at most 64 bytes of `data`, 432 bytes.
+
+        It is for the enclave of `target` (512 bytes, :meth:`teemate.report.Report.target`) and for
+        nobody else; without one, for this enclave itself.
+        """
+        if len(target) not in (0, TARGET_SIZE):
+            raise ProtocolError(f"a TARGETINFO has {TARGET_SIZE} bytes, this one {len(target)}")
+        reply = self._slot.call("report", data.ljust(64, b"\0") + target)
+        if len(reply) != REPORT_SIZE:
+            raise ProtocolError(f"a REPORT has {REPORT_SIZE} bytes, this one {len(reply)}")
         return reply
+
+    def verify(self, report: bytes) -> Report:
+        """Let the enclave check a report that was made for it, and return what it says.
+
+        This tells that an enclave on this computer made it, unchanged, and not which one: compare
+        ``mrenclave`` or ``mrsigner``, ``debug`` and ``data`` with what they have to be.  Raises
+        :class:`~teemate.report.ReportRejected`.
+        """
+        parsed = Report.parse(report)
+        try:
+            self._slot.call("verify", report)
+        except CallFailed as error:
+            reason = _REJECTIONS.get(error.status)
+            if reason is None:
+                raise
+            raise ReportRejected(
+                f"the report was rejected: {_REASONS[reason]}", error.status, reason
+            ) from None
+        return parsed
 
     def mrenclave(self) -> bytes:
         """Return MRENCLAVE as the processor reports it inside."""
-        return self.report()[_REPORT_MRENCLAVE]
+        return Report.parse(self.report()).mrenclave
 
     def _name(self, key: bytes) -> bytes:
         return _NAME.pack(self._space, 0, len(key), 0) + key

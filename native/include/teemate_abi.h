@@ -112,6 +112,7 @@ enum tm_status {
     TM_E_OWNERDEAD = -9, /* a lock's holder died; its data may need repair */
     TM_E_OCALL = -10,    /* the caller refused or failed an OCALL */
     TM_E_NOTREADY = -11, /* the enclave has no control key yet */
+    TM_E_PLATFORM = -12, /* a report of another platform: the sim's, another computer's, other microcode's */
 };
 
 /* Who holds the lock that was not to be had. */

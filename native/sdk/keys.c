@@ -49,6 +49,40 @@ void tm_report(const struct sgx_targetinfo *target, const uint8_t reportdata[64]
     memcpy(report, output, sizeof(*report));
 }
 
+/* SDM, EGETKEY: RBX KEYREQUEST (its type aligns it to 512), RCX output; the error in RAX. */
+static uint64_t egetkey(const struct sgx_keyrequest *request, uint8_t key[16])
+{
+    uint8_t output[16] __attribute__((aligned(16)));
+    uint64_t error = SGX_EGETKEY;
+
+    __asm__ volatile("enclu" : "+a"(error) : "b"(request), "c"(output) : "memory", "cc");
+    if (!error)
+        memcpy(key, output, sizeof(output));
+    tm_wipe(output, sizeof(output));
+    return error;
+}
+
+/* SDM, EREPORT and EGETKEY: the report key depends on the target alone, so only the target can derive it. */
+int tm_report_verify(const struct sgx_report *report)
+{
+    struct sgx_keyrequest request = {.keyname = SGX_KEY_REPORT};
+    uint8_t key[16], mac[16], nothing[64] = {0};
+    struct sgx_report own;
+    int differs;
+
+    memcpy(request.keyid, report->keyid, sizeof(request.keyid));
+    if (egetkey(&request, key))
+        return TM_E_MAC;
+    aes128_cmac(key, report, offsetof(struct sgx_report, keyid), mac);
+    differs = tm_compare(mac, report->mac, sizeof(mac));
+    tm_wipe(key, sizeof(key));
+    tm_wipe(mac, sizeof(mac)); /* it would be the right one for whatever was asked about */
+    if (!differs)
+        return 0;
+    tm_report(NULL, nothing, &own);
+    return tm_compare(own.cpusvn, report->cpusvn, sizeof(own.cpusvn)) ? TM_E_PLATFORM : TM_E_MAC;
+}
+
 /* What a sealed blob starts with; all of it is authenticated. */
 struct sealed {
     uint32_t magic;
@@ -71,8 +105,8 @@ static bool policy_is_ours(uint16_t policy)
     return policy && !(policy & ~(SGX_KEYPOLICY_MRENCLAVE | SGX_KEYPOLICY_MRSIGNER));
 }
 
-static int egetkey(uint16_t policy, uint16_t isvsvn, const uint8_t cpusvn[16], const uint8_t keyid[32],
-                   uint8_t key[16])
+static int seal_key(uint16_t policy, uint16_t isvsvn, const uint8_t cpusvn[16], const uint8_t keyid[32],
+                    uint8_t key[16])
 {
     struct sgx_keyrequest request = {
         .keyname = SGX_KEY_SEAL,
@@ -82,19 +116,12 @@ static int egetkey(uint16_t policy, uint16_t isvsvn, const uint8_t cpusvn[16], c
         .attributemask = {.flags = ~0ull, .xfrm = SGX_XFRM_LEGACY},
         .miscmask = ~0u,
     };
-    uint8_t output[16] __attribute__((aligned(16)));
-    uint64_t error = SGX_EGETKEY;
 
     if (!policy_is_ours(policy))
         return TM_E_ARGUMENT;
     memcpy(request.cpusvn, cpusvn, sizeof(request.cpusvn));
     memcpy(request.keyid, keyid, sizeof(request.keyid));
-    __asm__ volatile("enclu" : "+a"(error) : "b"(&request), "c"(output) : "memory", "cc");
-    if (error)
-        return TM_E_MAC; /* a newer CPUSVN or ISVSVN than ours */
-    memcpy(key, output, sizeof(output));
-    tm_wipe(output, sizeof(output));
-    return 0;
+    return egetkey(&request, key) ? TM_E_MAC : 0; /* a newer CPUSVN or ISVSVN than ours */
 }
 
 int tm_seal_key(uint16_t policy, const uint8_t keyid[32], uint8_t key[16])
@@ -103,7 +130,7 @@ int tm_seal_key(uint16_t policy, const uint8_t keyid[32], uint8_t key[16])
     struct sgx_report report;
 
     tm_report(NULL, nothing, &report);
-    return egetkey(policy, report.isvsvn, report.cpusvn, keyid, key);
+    return seal_key(policy, report.isvsvn, report.cpusvn, keyid, key);
 }
 
 /*
@@ -132,7 +159,7 @@ int tm_seal(uint16_t policy, const void *aad, size_t aad_len, const void *in, si
     head.isvsvn = report.isvsvn;
     memcpy(head.cpusvn, report.cpusvn, sizeof(head.cpusvn));
     tm_random(head.keyid, sizeof(head.keyid));
-    status = egetkey(policy, head.isvsvn, head.cpusvn, head.keyid, key);
+    status = seal_key(policy, head.isvsvn, head.cpusvn, head.keyid, key);
     if (status)
         return status;
     seal_aad(&sha, &head, aad, aad_len, digest);
@@ -155,7 +182,7 @@ int tm_unseal(const void *aad, size_t aad_len, const void *in, size_t length, vo
     memcpy(&head, in, sizeof(head));
     if (head.magic != SEALED_MAGIC)
         return TM_E_ARGUMENT;
-    status = egetkey(head.policy, head.isvsvn, head.cpusvn, head.keyid, key);
+    status = seal_key(head.policy, head.isvsvn, head.cpusvn, head.keyid, key);
     if (status)
         return status;
     seal_aad(&sha, &head, aad, aad_len, digest);

@@ -225,6 +225,17 @@ uint64_t tm_time(void);
 void tm_report(const struct sgx_targetinfo *target, const uint8_t reportdata[64], struct sgx_report *report);
 
 /*
+ * Was this report made on this computer, by its processor, for this enclave, and is it
+ * unchanged?  Only then does what it says of its maker hold; whether that is the right
+ * one (MRENCLAVE or MRSIGNER, not DEBUG, ISVSVN, REPORTDATA) is still to be compared.
+ * `report` lies in the enclave's memory.  TM_E_PLATFORM: it was not, and it does not even
+ * claim this platform's CPUSVN (a report of the sim on SGX, and the other way round).
+ * TM_E_MAC: it was made for another enclave, on another computer, or changed.
+ * On the sim everybody can make reports that are right: its keys are public.
+ */
+int tm_report_verify(const struct sgx_report *report);
+
+/*
  * A 128-bit key that only this enclave (SGX_KEYPOLICY_MRENCLAVE) or this signer's
  * enclaves of the same product (SGX_KEYPOLICY_MRSIGNER) can derive, for `keyid`.
  * One of the two at least, and nothing else: TM_E_ARGUMENT.

@@ -374,3 +374,20 @@ TM_ECALL(report)
     tm_report(rq->in_len > sizeof(data) ? &target : NULL, data, &report);
     return tm_reply(rq, &report, sizeof(report));
 }
+
+TM_ECALL(verify)
+{
+    struct sgx_report report;
+
+    if (rq->in_len != sizeof(report))
+        return TM_E_ARGUMENT;
+    memcpy(&report, rq->in, sizeof(report)); /* aligned */
+    switch (tm_report_verify(&report)) {
+    case 0:
+        return 0;
+    case TM_E_PLATFORM:
+        return VAULT_FOREIGN;
+    default:
+        return VAULT_FORGED;
+    }
+}

@@ -24,6 +24,7 @@
  *   add               two u64                               their sum, u64
  *   report            64 bytes of REPORTDATA, then 512 of TARGETINFO or nothing (for ourselves)
  *                                                           REPORT, 432 bytes
+ *   verify            REPORT, 432 bytes                     -, or VAULT_FORGED, VAULT_FOREIGN
  *
  * Statuses: 0, TM_E_*, or a positive enum vault_status.
  *
@@ -49,6 +50,8 @@ enum vault_space {
 enum vault_status {
     VAULT_NOT_FOUND = 1, /* no such key (any more) */
     VAULT_CHANGED = 2,   /* compare_and_swap: the version is not the expected one */
+    VAULT_FORGED = 3,    /* verify: made for another enclave, on another computer, or changed */
+    VAULT_FOREIGN = 4,   /* verify: the same, and it does not even claim this platform's CPUSVN */
 };
 
 /* Followed by the key. */
