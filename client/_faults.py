@@ -96,7 +96,7 @@ def native_error(error: int, diag: Any, doing: str) -> Error:
         return EnclaveLost(message, detail)
     if number in (errno.EBUSY, errno.EDEADLK):
         return Busy(message, detail)
-    if number == errno.EACCES and step in _IMAGE_STEPS:
+    if number in (errno.EACCES, errno.EPERM) and (step in _IMAGE_STEPS or step == lib.TEEMATE_STEP_MAP):
         return Denied(message, detail)
     if number in (errno.ENODEV, errno.ENOTSUP):
         return Unsupported(message, detail)

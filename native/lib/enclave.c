@@ -13,47 +13,43 @@
 
 #define SEGMENTS_MAX (1u << 16)
 
-static int choose_backend(int wanted, const struct backend **backend, struct teemate_diag *diag)
+int backend_choose(int wanted, const struct backend **backend, struct teemate_diag *diag)
 {
     switch (wanted) {
     case TEEMATE_AUTO:
+        if (!backend_sgx.available(diag)) {
+            *backend = &backend_sgx;
+            return 0;
+        }
+        *backend = &backend_sim; /* and the diag keeps why it is not sgx */
+        return (*backend)->available(NULL) ? (*backend)->available(diag) : 0;
     case TEEMATE_SIM:
         *backend = &backend_sim;
         break;
     case TEEMATE_SGX:
-        return diag_set(diag, -ENODEV, TEEMATE_STEP_NONE, ENODEV, 0,
-                        "this version of TeeMate has no sgx backend yet: use backend sim, which protects nothing");
+        *backend = &backend_sgx;
+        break;
     default:
         return diag_set(diag, -EINVAL, TEEMATE_STEP_NONE, EINVAL, 0, "there is no backend number %d", wanted);
     }
-    return (*backend)->available ? (*backend)->available(diag) : 0;
+    return (*backend)->available(diag);
 }
 
 int teemate_backend_choose(int wanted, struct teemate_diag *diag)
 {
-    const struct backend *backend;
+    const struct backend *backend = NULL;
     struct teemate_diag why = {0};
-    int result = choose_backend(wanted, &backend, &why);
+    int result = backend_choose(wanted, &backend, &why);
 
-    if (result >= 0 && wanted == TEEMATE_AUTO && backend->id != TEEMATE_SGX) {
-        const struct backend *refused;
-
-        choose_backend(TEEMATE_SGX, &refused, &why); /* for the reason */
-    }
     if (diag)
         *diag = why;
     return result < 0 ? result : (int)backend->id;
 }
 
-int enclave_new(int wanted, struct teemate_enclave **enclave, struct teemate_diag *diag)
+int enclave_new(const struct backend *backend, struct teemate_enclave **enclave, struct teemate_diag *diag)
 {
-    const struct backend *backend;
-    struct teemate_enclave *made;
-    int result = choose_backend(wanted, &backend, diag);
+    struct teemate_enclave *made = calloc(1, sizeof(*made));
 
-    if (result < 0)
-        return result;
-    made = calloc(1, sizeof(*made));
     if (!made)
         return diag_set(diag, -ENOMEM, TEEMATE_STEP_NONE, ENOMEM, 0, "no memory for an enclave's description");
     made->backend = backend;
@@ -62,6 +58,17 @@ int enclave_new(int wanted, struct teemate_enclave **enclave, struct teemate_dia
     pthread_mutex_init(&made->lock, NULL);
     *enclave = made;
     return 0;
+}
+
+/* Whose enclave is `fd`?  No device is needed for one that was made already. */
+static int backend_of(int wanted, int fd, const struct backend **backend, struct teemate_diag *diag)
+{
+    if (wanted == TEEMATE_AUTO)
+        wanted = teemate_sim_is(fd) ? TEEMATE_SIM : TEEMATE_SGX;
+    if (wanted != TEEMATE_SIM && wanted != TEEMATE_SGX)
+        return diag_set(diag, -EINVAL, TEEMATE_STEP_NONE, EINVAL, 0, "there is no backend number %d", wanted);
+    *backend = wanted == TEEMATE_SIM ? &backend_sim : &backend_sgx;
+    return (*backend)->enterable(diag);
 }
 
 /* Segments came from another process: they are looked at one by one. */
@@ -132,9 +139,12 @@ static int open_checked(struct teemate_enclave *enclave, const struct teemate_se
 int teemate_open(int backend, int fd, uint64_t base, uint64_t size, const struct teemate_segment *segments,
                  size_t count, struct teemate_enclave **enclave, struct teemate_diag *diag)
 {
-    struct teemate_enclave *opened;
-    int result = enclave_new(backend, &opened, diag);
+    struct teemate_enclave *opened = NULL;
+    const struct backend *owner = NULL;
+    int result = backend_of(backend, fd, &owner, diag);
 
+    if (!result)
+        result = enclave_new(owner, &opened, diag);
     if (result < 0) {
         close(fd);
         return result;

@@ -60,7 +60,10 @@ struct create_params {
 struct backend {
     const char *name;
     enum teemate_backend id;
+    /* Can enclaves be made, mapped and entered here?  Cheap: asked at every create. */
     int (*available)(struct teemate_diag *diag);
+    /* Could this process enter one that it was handed?  Asks for no device. */
+    int (*enterable)(struct teemate_diag *diag);
     int (*create)(struct teemate_enclave *enclave, const struct create_params *params,
                   struct teemate_diag *diag);
     int (*add_pages)(struct teemate_enclave *enclave, uint64_t offset, const void *data, uint64_t size,
@@ -83,9 +86,13 @@ struct backend {
 };
 
 extern const struct backend backend_sim;
+extern const struct backend backend_sgx;
 
-/* enclave.c: an empty enclave with its backend; teemate_close ends it at any stage of building. */
-int enclave_new(int backend, struct teemate_enclave **enclave, struct teemate_diag *diag);
+/* enclave.c: which backend makes enclaves here?  AUTO: sgx where it is available, else sim.
+ * -ENODEV or -EACCES with the reason, -EINVAL (no such backend). */
+int backend_choose(int wanted, const struct backend **backend, struct teemate_diag *diag);
+/* enclave.c: an empty enclave; teemate_close ends it at any stage of building. */
+int enclave_new(const struct backend *backend, struct teemate_enclave **enclave, struct teemate_diag *diag);
 
 /* map.c: take away all that was mapped for the enclave (also nothing); called by teemate_close. */
 void enclave_unmap(struct teemate_enclave *enclave);

@@ -168,13 +168,16 @@ int teemate_create(int backend, uint64_t base, uint64_t attributes, int image_fd
 {
     struct sgx_sigstruct copy;
     struct loader loader = {.sigstruct = &copy, .base = base, .attributes = attributes};
+    const struct backend *chosen = NULL;
     int result;
 
     if (attributes & ~SGX_ATTR_DEBUG)
         return diag_set(diag, -EINVAL, TEEMATE_STEP_ECREATE, EINVAL, 0,
                         "attributes 0x%" PRIx64 ": only DEBUG can be asked for, all others are the SIGSTRUCT's",
                         attributes);
-    result = enclave_new(backend, &loader.enclave, diag);
+    result = backend_choose(backend, &chosen, diag);
+    if (!result)
+        result = enclave_new(chosen, &loader.enclave, diag);
     if (result < 0)
         return result;
     memcpy(&copy, sigstruct, sizeof(copy)); /* it may lie at any address, and is read more than once */

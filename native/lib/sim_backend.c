@@ -149,6 +149,7 @@ const struct backend backend_sim = {
     .name = "sim",
     .id = TEEMATE_SIM,
     .available = available,
+    .enterable = available,
     .create = create,
     .add_pages = sim_add_pages,
     .init = sim_init,

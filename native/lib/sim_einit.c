@@ -12,10 +12,8 @@
 
 #include "crypto.h"
 #include "enclave.h"
+#include "secs.h"
 #include "sim_check.h"
-
-/* What Linux gives without /dev/sgx_provision (SGX_ATTR_UNPRIV_MASK). */
-#define UNPRIVILEGED (SGX_ATTR_DEBUG | SGX_ATTR_MODE64BIT | SGX_ATTR_KSS)
 
 static const uint8_t header1[16] = {6, 0, 0, 0, 0xe1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0};
 static const uint8_t header2[16] = {1, 1, 0, 0, 0x60, 0, 0, 0, 0x60, 0, 0, 0, 1, 0, 0, 0};
@@ -45,21 +43,9 @@ static bool signature_wrong(const struct sgx_sigstruct *sigstruct)
     return rsa3072_e3_verify(sigstruct->modulus, sigstruct->signature, sigstruct->q1, sigstruct->q2, digest) != 0;
 }
 
-int sim_init(struct teemate_enclave *enclave, const struct sgx_sigstruct *sigstruct,
-             const uint8_t mrenclave[32], struct teemate_diag *diag)
+int einit_refusal(const struct sgx_attributes *attributes, uint32_t miscselect,
+                  const struct sgx_sigstruct *sigstruct, const uint8_t mrenclave[32], struct teemate_diag *diag)
 {
-    struct sim_header *secs = enclave->sim->header;
-    struct sgx_attributes attributes = secs->attributes;
-    uint8_t mrsigner[32];
-
-    /* Before the instruction: the driver's own checks (sgx_ioc_enclave_init). */
-    if (enclave->finished || attributes.flags & SGX_ATTR_INIT)
-        return diag_set(diag, -EINVAL, TEEMATE_STEP_EINIT, 0, 0, "the enclave is initialized already");
-    if (SIM_CHECK("EINIT.PROVISION", attributes.flags & ~UNPRIVILEGED))
-        return refuse(diag, -EACCES, 0, offsetof(struct sgx_sigstruct, attributes),
-                      "PROVISIONKEY and EINITTOKENKEY need the permission of /dev/sgx_provision, "
-                      "which TeeMate does not ask for");
-
     if (SIM_CHECK("EINIT.HEADER", memcmp(sigstruct->header, header1, sizeof(header1))))
         return refuse(diag, -EBADMSG, SGX_INVALID_SIG_STRUCT, 0, "SIGSTRUCT.HEADER is wrong");
     if (SIM_CHECK("EINIT.VENDOR", sigstruct->vendor != 0 && sigstruct->vendor != 0x8086))
@@ -92,7 +78,7 @@ int sim_init(struct teemate_enclave *enclave, const struct sgx_sigstruct *sigstr
         if (SIM_CHECK("EINIT.SIGNATURE", signature_wrong(sigstruct)))
             return refuse(diag, -EKEYREJECTED, SGX_INVALID_SIGNATURE, offsetof(struct sgx_sigstruct, signature),
                           "the signature of the SIGSTRUCT is not right for its public key");
-    if (SIM_CHECK("EINIT.FAMILY", !(attributes.flags & SGX_ATTR_KSS) &&
+    if (SIM_CHECK("EINIT.FAMILY", !(attributes->flags & SGX_ATTR_KSS) &&
                                       !all_zero(sigstruct->isvfamilyid, sizeof(sigstruct->isvfamilyid))))
         return refuse(diag, -EBADMSG, SGX_INVALID_SIG_STRUCT, offsetof(struct sgx_sigstruct, isvfamilyid),
                       "SIGSTRUCT.ISVFAMILYID needs ATTRIBUTES.KSS");
@@ -100,16 +86,37 @@ int sim_init(struct teemate_enclave *enclave, const struct sgx_sigstruct *sigstr
         return refuse(diag, -EKEYEXPIRED, SGX_INVALID_MEASUREMENT, offsetof(struct sgx_sigstruct, enclavehash),
                       "the SIGSTRUCT is for another enclave: MRENCLAVE is not its ENCLAVEHASH");
     if (SIM_CHECK("EINIT.ATTRIBUTES",
-                  (attributes.flags ^ sigstruct->attributes.flags) & sigstruct->attributemask.flags & ~SGX_ATTR_INIT))
+                  (attributes->flags ^ sigstruct->attributes.flags) & sigstruct->attributemask.flags & ~SGX_ATTR_INIT))
         return refuse(diag, -EACCES, SGX_INVALID_ATTRIBUTE, offsetof(struct sgx_sigstruct, attributes),
                       "the SIGSTRUCT does not allow these ATTRIBUTES (a debug enclave needs a SIGSTRUCT that allows it)");
     /* The loader takes XFRM and MISCSELECT from the SIGSTRUCT: no caller can make them differ. */
-    if ((attributes.xfrm ^ sigstruct->attributes.xfrm) & sigstruct->attributemask.xfrm)
+    if ((attributes->xfrm ^ sigstruct->attributes.xfrm) & sigstruct->attributemask.xfrm)
         return refuse(diag, -EACCES, SGX_INVALID_ATTRIBUTE, offsetof(struct sgx_sigstruct, attributes) + 8,
                       "the SIGSTRUCT does not allow this XFRM");
-    if ((secs->miscselect ^ sigstruct->miscselect) & sigstruct->miscmask)
+    if ((miscselect ^ sigstruct->miscselect) & sigstruct->miscmask)
         return refuse(diag, -EACCES, SGX_INVALID_ATTRIBUTE, offsetof(struct sgx_sigstruct, miscselect),
                       "the SIGSTRUCT does not allow this MISCSELECT");
+    return 0;
+}
+
+int sim_init(struct teemate_enclave *enclave, const struct sgx_sigstruct *sigstruct,
+             const uint8_t mrenclave[32], struct teemate_diag *diag)
+{
+    struct sim_header *secs = enclave->sim->header;
+    struct sgx_attributes attributes = secs->attributes;
+    uint8_t mrsigner[32];
+    int error;
+
+    /* Before the instruction: the driver's own checks (sgx_ioc_enclave_init). */
+    if (enclave->finished || attributes.flags & SGX_ATTR_INIT)
+        return diag_set(diag, -EINVAL, TEEMATE_STEP_EINIT, 0, 0, "the enclave is initialized already");
+    if (SIM_CHECK("EINIT.PROVISION", attributes.flags & ~SGX_ATTR_UNPRIVILEGED))
+        return refuse(diag, -EACCES, 0, offsetof(struct sgx_sigstruct, attributes),
+                      "ATTRIBUTES.PROVISIONKEY needs /dev/sgx_provision, which the sim does not have, and Linux "
+                      "gives EINITTOKENKEY to nobody");
+    error = einit_refusal(&attributes, secs->miscselect, sigstruct, mrenclave, diag);
+    if (error)
+        return error;
 
     /* From now on the file keeps its size for ever: whoever maps it relies on it. */
     if (fcntl(enclave->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))

@@ -20,6 +20,7 @@
 #include <unistd.h>
 
 #include "enclave.h"
+#include "secs.h"
 #include "sim_check.h"
 #include "sim_thread.h"
 
@@ -71,35 +72,22 @@ static int map_tables(struct teemate_enclave *enclave, struct teemate_diag *diag
 }
 
 /* SDM volume 3D, ECREATE: the checks of SECS.  NULL, or what is wrong. */
-static const char *secs_fault(const struct create_params *params)
+static const char *check_secs(const struct create_params *params)
 {
-    uint64_t frame = (uint64_t)params->ssa_frame_pages * SGX_PAGE;
-    uint64_t xfrm = params->attributes.xfrm;
+    const struct secs_limits limits = {
+        .size_max = SIM_SIZE_MAX,
+        .attributes = SIM_ATTRIBUTES,
+        .xfrm = xcr0(),
+        .miscselect = SGX_MISC_EXINFO,
+    };
 
-    if (params->size & (params->size - 1) || params->size < 2 * SGX_PAGE || params->size > SIM_SIZE_MAX)
-        return "the size must be a power of two from 8 KiB to 64 GiB";
-    if (params->base & (params->size - 1) || params->base >> 47)
-        return "the base must be a multiple of the size and below 2^47";
-    if (params->attributes.flags & ~SIM_ATTRIBUTES)
-        return "ATTRIBUTES has a bit that the simulated processor does not have";
-    if (!(params->attributes.flags & SGX_ATTR_MODE64BIT))
-        return "ATTRIBUTES.MODE64BIT is not set: there are no 32-bit enclaves here";
-    if ((xfrm & SGX_XFRM_LEGACY) != SGX_XFRM_LEGACY)
-        return "XFRM must have bits 0 and 1 (x87, SSE)";
-    if (xfrm & ~xcr0())
-        return "XFRM has a feature that this computer or its kernel does not have";
-    if (params->miscselect & ~SGX_MISC_EXINFO)
-        return "MISCSELECT has a bit that the simulated processor does not have";
-    if (frame > params->size ||
-        frame < sim_xsave_size(xfrm) + sizeof(struct sgx_exinfo) + sizeof(struct sgx_gprs))
-        return "the SSA frame does not fit: it must hold the XSAVE area of XFRM and 200 bytes";
-    return NULL;
+    return secs_fault(params, &limits);
 }
 
 int sim_create(struct teemate_enclave *enclave, const struct create_params *params,
                struct teemate_diag *diag)
 {
-    const char *fault = secs_fault(params), *machine = getenv("TEEMATE_SIM_CPU");
+    const char *fault = check_secs(params), *machine = getenv("TEEMATE_SIM_CPU");
     struct sim_header *header;
     int fd, error;
 
@@ -322,7 +310,7 @@ int sim_open(struct teemate_enclave *enclave, struct teemate_diag *diag)
                                      .attributes = header.attributes};
     claimed.attributes.flags &= ~(uint64_t)SGX_ATTR_INIT;
     /* An SSA frame smaller than its XSAVE area would have an AEX write behind the enclave's end. */
-    if (secs_fault(&claimed))
+    if (check_secs(&claimed))
         return diag_set(diag, -EBADMSG, TEEMATE_STEP_MAP, 0, 0,
                         "the tables of the simulated enclave make no sense: somebody wrote into them");
     error = map_tables(enclave, diag);

@@ -48,7 +48,7 @@ struct teemate_enclave *test_enclave(const struct options *options)
                                     .miscselect = options->miscselect,
                                     .attributes = {.flags = SGX_ATTR_MODE64BIT | options->attributes,
                                                    .xfrm = options->xfrm ? options->xfrm : SGX_XFRM_LEGACY}};
-    CHECK(enclave_new(TEEMATE_SIM, &enclave, &diag) == 0);
+    CHECK(enclave_new(&backend_sim, &enclave, &diag) == 0);
     enclave->base = base;
     enclave->size = SIZE;
     if (enclave->backend->create(enclave, &params, &diag)) {
