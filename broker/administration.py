@@ -214,9 +214,7 @@ class Administration:
             await self._service.revocation.revoke_all(
                 [service.grants[number] for number in enclave.grants], None, by, why
             )
-            for number in list(enclave.grants):  # who has not given it up by now only keeps the memory
-                grant = service.grants[number]
-                grant.client.send({"event": "lost", "grant": number, "enclave": enclave.name})
+            service.tell_lost(enclave)  # who has not given it up by now only keeps the memory
             del service.enclaves[enclave.name]
             await self._take_down(enclave)
             service.audit.changed(

@@ -21,7 +21,7 @@ from teemate.broker.grants import Grant, Waiter
 from teemate.broker.interruption import describe_interruption
 from teemate.broker.processes import Processes
 from teemate.broker.slots import Ticket
-from teemate.broker.warden import EnclaveBrokenError, WardenError
+from teemate.broker.warden import EnclaveBrokenError, EnclaveGoneError, WardenError
 from teemate.broker.warden_protocol import WardenReply
 
 __all__ = ["Reclaimer"]
@@ -35,9 +35,12 @@ class _UncleanError(Exception):
 class Reclaimer:
     """Moves slots from their holders back into the tables."""
 
-    def __init__(self, processes: Processes, log: FilteringBoundLogger) -> None:
+    def __init__(
+        self, processes: Processes, log: FilteringBoundLogger, on_lost: Callable[[Enclave], None]
+    ) -> None:
         self._processes = processes
         self._log = log
+        self._on_lost = on_lost
         self._nursery: trio.Nursery | None = None
         self.waiters: dict[Ticket, Waiter] = {}
 
@@ -104,6 +107,9 @@ class Reclaimer:
             return None
         try:
             reply = await warden.control(ControlOp.CLEAR, index, generation=generation)
+        except EnclaveGoneError as error:
+            self.lose(enclave, str(error))
+            return None
         except EnclaveBrokenError as error:
             self.give_up(enclave, str(error))
             return None
@@ -117,6 +123,8 @@ class Reclaimer:
         try:
             await self._scrub(enclave, index, dead)
             await self.arm(enclave, index)
+        except EnclaveGoneError as error:
+            self.lose(enclave, str(error))  # with all of its slots: none is better or worse than another
         except Exception as error:
             if isinstance(error, EnclaveBrokenError):
                 self.give_up(enclave, str(error))
@@ -190,6 +198,18 @@ class Reclaimer:
                 {"limit": "slots of the image", "maximum": enclave.slots.usable},
             ),
         )
+
+    def lose(self, enclave: Enclave, reason: str) -> None:
+        """The enclave's memory is gone: nobody new gets in, and who is in is told."""
+        if enclave.state in (EnclaveState.LOST, EnclaveState.DRAINING):
+            return
+        enclave.state = EnclaveState.LOST
+        enclave.reason = reason
+        self._log.warning("enclave lost", enclave=enclave.name, reason=reason)
+        self.refuse(
+            enclave.slots.waiting(), errors.EnclaveLost(f"enclave {enclave.name!r} is lost: {reason}")
+        )
+        self._on_lost(enclave)
 
     def give_up(self, enclave: Enclave, reason: str) -> None:
         """No warden can be had for the enclave: nobody new gets in."""

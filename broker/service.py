@@ -65,7 +65,7 @@ class Service:
         self.cgroup_tree = find_tree(policy.broker.cgroup_hierarchy)
         self.addresses = Addresses()
         self.processes = Processes()
-        self.reclaimer = Reclaimer(self.processes, log)
+        self.reclaimer = Reclaimer(self.processes, log, self.tell_lost)
         self.administration = Administration(self)
         self.revocation = Revocation(self)
         self.clients: dict[int, Client] = {}
@@ -132,6 +132,12 @@ class Service:
         if enclave is None:
             raise errors.NotFound(f"there is no enclave {name!r}: `teemate status` lists those that are")
         return enclave
+
+    def tell_lost(self, enclave: Enclave) -> None:
+        """Send every holder of a grant on the enclave the event that it is gone."""
+        for number in enclave.grants:
+            grant = self.grants[number]
+            grant.client.send({"event": "lost", "grant": number, "enclave": enclave.name})
 
     def list_enclaves(self, client: Client) -> list[dict[str, object]]:
         """Return what the client may attach to, owns, or administers."""

@@ -5,12 +5,13 @@ answer, answers nonsense or ends is killed and a new one is started from the enc
 control key; then the request is made once more, since every request can be repeated.  A request that
 fails twice fails for its caller, who puts the slot aside.  Only when new wardens cannot be *started*
 several times in a row is the enclave itself given up: hanging or crashing control ECALLs, however
-many, are repaired.
+many, are repaired.  When an entry finds that the EPC is empty, nothing is tried again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -25,7 +26,14 @@ from structlog.typing import FilteringBoundLogger
 from teemate.broker.control import ControlKey, ControlOp
 from teemate.broker.warden_protocol import REPLY_SIZE, WardenOp, WardenReply, request, start_body
 
-__all__ = ["EnclaveBrokenError", "Geometry", "Warden", "WardenError", "WardenStatistics"]
+__all__ = [
+    "EnclaveBrokenError",
+    "EnclaveGoneError",
+    "Geometry",
+    "Warden",
+    "WardenError",
+    "WardenStatistics",
+]
 
 _Body = Callable[[], bytes]
 """Made anew for each attempt: sequence numbers are never used twice."""
@@ -40,6 +48,10 @@ class WardenError(Exception):
 
 class EnclaveBrokenError(WardenError):
     """No warden can be started for this enclave any more."""
+
+
+class EnclaveGoneError(WardenError):
+    """The enclave's EPC is empty: the warden's own entry found no TCS where one was."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +106,7 @@ class Warden:
         self._failed = 0
         self._start_failures = 0
         self._closed = False
+        self._gone = ""
 
     # -- what the broker asks for -------------------------------------------------
 
@@ -167,12 +180,23 @@ class Warden:
             raise WardenError("the enclave was destroyed")
         await self._ensure_started()
         try:
-            return await self._exchange(op, body(), deadline)
+            reply = await self._exchange(op, body(), deadline)
         except _FailedError as failed:
             await self._report_and_kill(op, failed)
             if last:
                 raise WardenError(f"{op.name} failed twice: {failed}") from failed
             return None
+        self._require_there(reply)
+        return reply
+
+    def _require_there(self, reply: WardenReply) -> None:
+        """Nothing brings an EPC back, so this enclave is not entered again."""
+        if not reply.entered and reply.status == -errno.ENODEV:
+            self._gone = (
+                "its EPC is gone: the host was suspended, its machine was migrated, or its memory failed"
+                f" ({reply.text or 'a page fault at the TCS'})"
+            )
+            raise EnclaveGoneError(self._gone)
 
     async def _exchange(
         self, op: WardenOp, body: bytes, deadline: float, fds: tuple[int, ...] = ()
@@ -210,6 +234,8 @@ class Warden:
     # -- the process -----------------------------------------------------------------
 
     async def _ensure_started(self) -> None:
+        if self._gone:
+            raise EnclaveGoneError(self._gone)
         while self._sock is None:
             try:
                 await self._spawn()
@@ -251,6 +277,8 @@ class Warden:
             geometry.base, geometry.size, geometry.backend, self._key.for_warden(), geometry.segments
         )
         reply = await self._exchange(WardenOp.START, body, self._deadline * _START_FACTOR, self._fds)
+        if reply.vector is not None:  # it was entered: an ENODEV before that is not about the EPC
+            self._require_there(reply)
         if reply.status != 0:
             raise _FailedError(reply.text or f"status {reply.status}")
         self._start_failures = 0

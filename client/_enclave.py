@@ -59,7 +59,15 @@ class Enclave:
     """An enclave mapped into this process.  Thread safe; use it as a context manager."""
 
     def __init__(
-        self, handle: Any, *, name: str, base: int, size: int, mrenclave: bytes, slots: Iterable[SlotGrant]
+        self,
+        handle: Any,
+        *,
+        name: str,
+        base: int,
+        size: int,
+        mrenclave: bytes,
+        pages: int,
+        slots: Iterable[SlotGrant],
     ) -> None:
         self.name = name
         self.base = base
@@ -76,6 +84,7 @@ class Enclave:
         self.getpid: Callable[[], int] = os.getpid
         self.pid = os.getpid()
         self._native: Any = handle
+        self._pages_added = pages
         self._wake = threading.Condition()
         self._unopened: deque[SlotGrant] = deque(slots)
         self._free: list[Slot] = []
@@ -115,11 +124,23 @@ class Enclave:
             )
 
     def pages(self) -> int:
-        """Return the pages of 4096 bytes that the enclave's memory holds now (sim: blocks of its file)."""
+        """Return the pages of 4096 bytes that the enclave takes up, however many processes map it.
+
+        On the sim those that its memory holds now (blocks of its file).  Linux's driver tells nobody
+        how much of an enclave is in the EPC and how much it has swapped out: there it is the pages
+        that were added when the enclave was built, as the broker tells of one that it shares.
+        """
         self.check_here()
-        pages = lib.teemate_sim_pages(lib.teemate_enclave_fd(self._handle()))
-        if pages < 0:
-            raise native_error(pages, None, f"{self.name}: counting pages")
+        handle = self._handle()
+        info = ffi.new("struct teemate_enclave_info *")
+        error = lib.teemate_enclave_describe(handle, info)
+        pages = 0
+        if not error and info.backend == lib.TEEMATE_SIM:
+            pages = lib.teemate_sim_pages(lib.teemate_enclave_fd(handle))
+        elif not error:
+            pages = self._pages_added
+        if error or pages < 0:
+            raise native_error(error or pages, None, f"{self.name}: counting pages")
         return int(pages)
 
     def detach(self) -> None:

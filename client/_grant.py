@@ -15,7 +15,7 @@ from teemate._connection import Check
 from teemate._enclave import Enclave
 from teemate._slot import Slot
 from teemate._types import EnclaveInfo, SlotGrant
-from teemate.errors import Busy, EnclaveLost, Error, Revoked
+from teemate.errors import Busy, Error, Revoked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,6 +45,7 @@ class GrantedEnclave(Enclave):
             base=info.base,
             size=info.size,
             mrenclave=info.mrenclave,
+            pages=info.pages,
             slots=slots,
         )
         self.info = info
@@ -128,7 +129,7 @@ class GrantedEnclave(Enclave):
     def _detached(self, clean: bool) -> None:
         connection = self._connection
         self._on_detach(self)
-        if connection.lost or isinstance(self.gone, EnclaveLost):
+        if connection.lost:
             return
         try:
             connection.request("detach", {"grant": self.grant, "clean": clean})

@@ -94,6 +94,7 @@ def create_enclave(
             base=info.base,
             size=info.size,
             mrenclave=bytes(ffi.buffer(info.mrenclave)),
+            pages=info.pages,
             slots=_sdk_slots(native, info) if info.sdk else _raw_slots(native, info),
         )
     except BaseException:  # Ctrl-C among them

@@ -43,6 +43,8 @@ _PAUSED = lib.TEEMATE_CALL_PAUSED
 _OCALL = lib.TEEMATE_CALL_OCALL
 _FAULT = lib.TEEMATE_CALL_FAULT
 _REVOKED = lib.TEEMATE_CALL_REVOKED
+_LOST = lib.TEEMATE_CALL_LOST
+_PAGE_FAULT = 14
 _LEFT = lib.TEEMATE_LEFT
 _MONOTONIC = time.monotonic
 # Types and functions that a cold attach needs: cffi looks each up once, here rather than there.
@@ -237,7 +239,8 @@ class Slot:
                         break
                     call.outcome = _PAUSED
                     pause = self._go_on("enter", deadline, check)
-                    function = _ERESUME
+                    # Paused before EENTER had begun, the same entry is made again.
+                    function = _EENTER if run.function == _EENTER else _ERESUME
             except BaseException as reason:
                 self._abandon("enter", reason)
                 raise
@@ -248,7 +251,8 @@ class Slot:
                 call.outcome = _REVOKED
                 raise self._ended("enter")
             if call.run.function != _EEXIT:
-                call.outcome = _FAULT
+                gone = run.function == _EENTER and run.exception_vector == _PAGE_FAULT
+                call.outcome = _LOST if gone else _FAULT
                 raise self._ended("enter")
             self._enclave._called()
             return Exit(regs.rdi, regs.rsi, regs.rdx, regs.r8, regs.r9, call.run.function)
@@ -318,6 +322,11 @@ class Slot:
                 {"slot": self.index},
             )
             return self.revoked
+        return self._gone()
+
+    def _gone(self) -> EnclaveLost:
+        """Return the error for an enclave whose memory is not there any more, and put it out of use."""
+        enclave = self._enclave
         self.broken = "the enclave is gone"
         enclave._mark_lost()
         return EnclaveLost(
@@ -327,6 +336,8 @@ class Slot:
         )
 
     def _refused(self, error: int, doing: str) -> Error:
+        if error == -errno.ENODEV:  # a private enclave that could not be told the time
+            return self._gone()
         diag = None
         if error == -errno.EUCLEAN:
             diag = new_diag()

@@ -199,22 +199,42 @@ static int slot_done(struct teemate_slot *slot, const struct teemate_regs *regs,
     return 0;
 }
 
-static void slot_faulted(struct teemate_slot *slot, bool resumed, struct teemate_call *call)
+/*
+ * Is the TCS gone?  One entry without a key tells: of an enclave that is there, the gate
+ * refuses it (#GP: the TCS has no SSA frame left, but it is there).  Where the EPC is
+ * empty, EENTER cannot get at the TCS.
+ */
+static bool tcs_gone(struct teemate_slot *slot)
+{
+    struct sgx_enclave_run run = {0};
+    uint32_t function = SGX_EENTER;
+    int result;
+
+    do {
+        struct teemate_regs regs = {0};
+
+        result = teemate_enter(slot->enclave, slot->tcs_offset, &regs, function, 0, &run);
+        function = run.function;
+    } while (result == TEEMATE_PAUSED);
+    return result == TEEMATE_LEFT && run.function == SGX_EENTER && run.exception_vector == SGX_VECTOR_PF;
+}
+
+/*
+ * A page fault of EENTER itself is one at the TCS: the EPC is empty.  When it is emptied
+ * under a thread that is inside, that thread's next access to a page of ELRANGE faults, or
+ * the ERESUME after its next interrupt: this looks like a mistake of the enclave's own, so
+ * it is tried, once.  #GP is a busy TCS or one without a free SSA frame: somebody else's
+ * thread stands in it.
+ */
+static void slot_faulted(struct teemate_slot *slot, struct teemate_call *call)
 {
     const struct sgx_enclave_run *run = &call->run;
-    uint64_t tcs = slot->enclave->base + slot->tcs_offset;
     bool page_fault = run->exception_vector == SGX_VECTOR_PF;
-    bool at_tcs = run->exception_addr - tcs < SGX_PAGE;
+    bool in_elrange = run->exception_addr - slot->enclave->base < slot->enclave->size;
 
     slot->state = SLOT_INTERRUPTED;
     call->outcome = TEEMATE_CALL_FAULT;
-    /*
-     * EENTER cannot get at the TCS: the EPC is empty.  So it is when our ERESUME
-     * of a paused call faults there (an enclave that reads its own TCS looks the
-     * same, which is the rarer mistake).  #GP is a busy TCS or one without a
-     * free SSA frame: somebody else's thread stands in it.
-     */
-    if (page_fault && (run->function == SGX_EENTER || (resumed && at_tcs)))
+    if (page_fault && (run->function == SGX_EENTER || (in_elrange && tcs_gone(slot))))
         call->outcome = TEEMATE_CALL_LOST;
 }
 
@@ -262,7 +282,7 @@ static int slot_run(struct teemate_slot *slot, uint64_t pause_after_ns, struct t
             return 0;
         }
         if (call->run.function != SGX_EEXIT) {
-            slot_faulted(slot, function == SGX_ERESUME, call);
+            slot_faulted(slot, call);
             return 0;
         }
         if (regs.rdi == TM_EXIT_DONE)

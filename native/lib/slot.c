@@ -137,7 +137,7 @@ int teemate_slot_enter(struct teemate_slot *slot, struct teemate_regs *regs, uin
     result = teemate_enter(slot->enclave, slot->tcs_offset, regs, function, pause_after_ns, run);
     if (result == TEEMATE_LEFT && run->function == SGX_EEXIT)
         slot->state = SLOT_IDLE;
-    else if (result >= 0)
+    else if (result >= 0 && !(result == TEEMATE_PAUSED && run->function == SGX_EENTER)) /* it has begun */
         slot->state = SLOT_INTERRUPTED;
     slot_give(slot);
     return result;

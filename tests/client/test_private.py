@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from backends import BACKEND
 from images import Images
+from losing import lose_epc
 
 import teemate
 from teemate import Enclave
@@ -326,6 +327,30 @@ def test_an_image_that_is_not_there_is_an_image_error(images: Images, tmp_path: 
 def test_an_unknown_backend_is_unsupported(images: Images) -> None:
     with pytest.raises(teemate.Unsupported, match="auto, sim or sgx"):
         teemate.create_enclave(images.vault.sgxs, images.vault.sigstruct, "tdx")
+
+
+@pytest.mark.parametrize("image", ["vault", "faults"])
+def test_an_enclave_that_is_gone_is_lost_for_every_later_call(images: Images, image: str) -> None:
+    built = getattr(images, image)
+    with teemate.create_enclave(built.sgxs, built.sigstruct, BACKEND) as enclave:
+        with enclave.slot() as slot:
+            slot.call("empty")
+            lose_epc(enclave)
+            with pytest.raises(teemate.EnclaveLost):
+                slot.call("empty")
+            with pytest.raises(teemate.EnclaveLost):
+                slot.call("empty")
+        with pytest.raises(teemate.EnclaveLost), enclave.slot():
+            pass
+
+
+def test_a_raw_entry_into_an_enclave_that_is_gone_is_lost(images: Images) -> None:
+    image = images.build("raw")
+    with teemate.create_enclave(image.sgxs, image.sigstruct, BACKEND) as enclave, enclave.slot() as slot:
+        assert slot.enter(rdi=0, rsi=40, rdx=2).rdi == 42
+        lose_epc(enclave)
+        with pytest.raises(teemate.EnclaveLost):
+            slot.enter(rdi=0, rsi=40, rdx=2)
 
 
 def test_bytes_do_as_well_as_paths(images: Images) -> None:

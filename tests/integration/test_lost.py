@@ -1,0 +1,143 @@
+"""An enclave whose EPC is gone: all hear of it, nobody tries for ever, and no client is to blame."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from images import Images
+from losing import lose_epc
+from policies import enclave_policy
+from running_broker import RunningBroker
+
+import teemate
+
+StartBroker = Callable[..., RunningBroker]
+
+
+@pytest.fixture
+def lost_policy(images: Images) -> str:
+    """The vault, which wants to be told the time, and an image that loops on request."""
+    return "\n".join(
+        [
+            f"[administrators]\nuids = [{os.geteuid()}]",
+            f"[[create]]\nuid = {os.geteuid()}\nrequire_sdk = true",
+            enclave_policy("vault", images.vault),
+            enclave_policy("faults", images.faults),
+        ]
+    )
+
+
+def info_of(connection: teemate.Broker, name: str) -> teemate.EnclaveInfo:
+    (info,) = [info for info in connection.enclaves() if info.name == name]
+    return info
+
+
+def statistics_of(connection: teemate.Broker, name: str) -> dict[str, Any]:
+    (found,) = [enclave for enclave in connection.stats()["enclaves"] if enclave["name"] == name]
+    return dict(found)
+
+
+@pytest.mark.parametrize("name", ["vault", "faults"])
+def test_a_lost_enclave_is_lost_for_every_later_call_and_for_the_broker(
+    broker: StartBroker, lost_policy: str, name: str
+) -> None:
+    running = broker(lost_policy)
+    with teemate.connect(running.socket) as admin, teemate.connect(running.socket) as connection:
+        with connection.attach(name, slots=2) as enclave:
+            with enclave.slot() as slot, enclave.slot() as second:
+                assert slot.call("echo", b"before") == b"before"
+                second.call("empty")
+                before = statistics_of(admin, name)["warden"]
+                lose_epc(enclave)
+                with pytest.raises(teemate.EnclaveLost):
+                    slot.call("echo", b"after")
+                for _ in range(3):  # refused here: nobody enters any more
+                    with pytest.raises(teemate.EnclaveLost):
+                        second.call("empty")
+                with pytest.raises(teemate.EnclaveLost), enclave.slot():
+                    pass
+        info = info_of(admin, name)
+        assert info.state == "lost"
+        assert "EPC" in str(info.reason)
+        with pytest.raises(teemate.EnclaveLost, match="EPC"):
+            admin.attach(name)
+        after = statistics_of(admin, name)["warden"]
+        assert (after["started"], after["killed"]) == (before["started"], before["killed"])
+        assert after["requests"] - before["requests"] < 10
+    (record,) = [r for r in running.log() if r["event"] == "enclave lost" and r["enclave"] == name]
+    assert record["level"] == "warning"
+    assert not [r for r in running.log() if r["event"] in ("slot quarantined", "enclave quarantined")]
+
+
+def test_a_call_that_is_inside_when_the_enclave_is_lost_ends_as_lost(
+    broker: StartBroker, lost_policy: str
+) -> None:
+    running = broker(lost_policy)
+    with teemate.connect(running.socket) as connection, connection.attach("faults") as enclave:
+        lost: list[int] = []
+
+        def lose_it(data: bytes) -> bytes:
+            lose_epc(enclave)
+            lost.append(1)
+            return data
+
+        with enclave.slot() as slot, pytest.raises(teemate.EnclaveLost):
+            slot.call("ocall", b"x", ocalls={"echo": lose_it})
+        assert lost
+
+
+def test_a_neighbour_hears_of_the_loss_without_entering(broker: StartBroker, lost_policy: str) -> None:
+    running = broker(lost_policy)
+    with teemate.connect(running.socket) as one, teemate.connect(running.socket) as two:
+        with one.attach("faults", slots=1) as mine:
+            # The same process cannot map it twice: this one holds the grant alone.
+            reply = two._connection.request("attach", {"enclave": "faults", "slots": 1})
+            for fd in reply.fds:
+                os.close(fd)
+            with mine.slot() as slot:
+                lose_epc(mine)
+                with pytest.raises(teemate.EnclaveLost):
+                    slot.call("empty")
+        events: list[Any] = []
+        two._connection.on_event = events.append
+        for _ in range(1000):
+            two.ping()
+            if events:
+                break
+        assert (events[0]["event"], events[0]["grant"]) == ("lost", reply.ok["grant"])
+
+
+def test_a_fault_of_the_enclaves_own_is_not_taken_for_a_loss(broker: StartBroker, lost_policy: str) -> None:
+    running = broker(lost_policy)
+    with teemate.connect(running.socket) as connection:
+        with connection.attach("faults", slots=4) as enclave:
+            own_tcs = enclave._unopened[0].tcs + enclave.base
+            for name, payload in [
+                ("fault_line", b""),
+                ("overflow_stack", b""),
+                ("poke", struct.pack("<QQ", own_tcs, 1)),  # the page of a TCS is nobody's to write
+            ]:
+                with pytest.raises(teemate.EnclaveFault, match="#PF"), enclave.slot() as slot:
+                    slot.call(name, payload)
+            with enclave.slot() as slot:
+                assert slot.call("echo", b"here") == b"here"
+        assert info_of(connection, "faults").state == "ready"
+
+
+def test_a_lost_enclave_is_destroyed_and_made_again(
+    broker: StartBroker, lost_policy: str, images: Images
+) -> None:
+    running = broker(lost_policy)
+    with teemate.connect(running.socket) as connection:
+        with connection.attach("faults") as enclave, enclave.slot() as slot:
+            lose_epc(enclave)
+            with pytest.raises(teemate.EnclaveLost):
+                slot.call("empty")
+        connection.destroy("faults", force=True)
+        connection.create("faults", images.faults.sgxs, images.faults.sigstruct)
+        with connection.attach("faults") as enclave, enclave.slot() as slot:
+            assert slot.call("echo", b"again") == b"again"
