@@ -110,9 +110,12 @@ op_call:
         call    *B_RBX(%rsi)
         jmp     out
 
+/* RAX counts the rounds: a frame of the SSA tells when it was written. */
 op_spin:
+        xor     %eax, %eax
         movq    $1, B_STARTED(%rsi)
 1:      pause
+        inc     %rax
         cmpq    $0, B_STOP(%rsi)
         je      1b
         jmp     out

@@ -9,7 +9,13 @@
  * prepares: it prints nothing, and when it fails the case ends with "FAILED" (an exception in
  * the enclave is no failure; cases make them on purpose).
  *
- * Everything goes through teemate.h and sgx2.h, so the same cases run on any backend.
+ * Everything goes through teemate.h and sgx2.h, so the same cases run on any backend.  A call
+ * that is paused though nobody asked for it (teemate_enter may do so for any signal, or for
+ * none) is resumed, until `run.pause` is over.
+ *
+ * A TCS is busy only while its thread is on a processor: any interrupt makes it idle for a
+ * moment, with CSSA + 1.  A case that needs it busy (step "contend") sees from the thread's
+ * SSA frame whether one came in between; then it says nothing, and is run once more.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -23,6 +29,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "sgx2.h"
@@ -32,6 +39,9 @@
 /* CF PF AF ZF SF OF: all set before a leaf, so that one sees what it clears. */
 #define FLAGS 0x8d5u
 #define HOLE_SIZE 0x7000u /* as in conformance_image.py */
+/* Exit status of a case that an interrupt came into, and how often it is run again. */
+#define INTERRUPTED 4
+#define AGAIN 200
 
 enum op { OP_NONE, OP_ENCLU, OP_COPY, OP_READ, OP_WRITE, OP_CALL, OP_SPIN, OP_FAULT, OP_PATTERN, OP_STATE, OP_EEXIT };
 
@@ -307,6 +317,31 @@ static const char *pf_name(uint32_t error, enum op op, char text[32])
     return text;
 }
 
+static uint64_t now(void)
+{
+    struct timespec time;
+
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (uint64_t)time.tv_sec * SECONDS(1) + (uint64_t)time.tv_nsec;
+}
+
+/* teemate_enter, and on again when it paused of its own accord. */
+static int enter_patiently(uint64_t tcs, uint32_t function, struct sgx_enclave_run *result, struct teemate_regs *regs)
+{
+    uint64_t end = now() + run.pause;
+    int outcome;
+
+    for (;;) {
+        uint64_t at = now();
+
+        result->user_handler = run.handler;
+        outcome = teemate_enter(run.enclave, tcs, regs, function, at < end ? end - at : 1, result);
+        if (outcome != TEEMATE_PAUSED || now() >= end)
+            return outcome;
+        function = SGX_ERESUME;
+    }
+}
+
 /* One entry; what the caller saw, unless the enclave left by EEXIT: then "exit". */
 static void enter(const char *tcs, uint32_t function, enum op op, struct block *block, struct sgx_enclave_run *result,
                   struct teemate_regs *regs, char *seen, size_t size)
@@ -316,8 +351,7 @@ static void enter(const char *tcs, uint32_t function, enum op op, struct block *
 
     memset(result, 0, sizeof(*result));
     *regs = (struct teemate_regs){.rdi = (uint64_t)op, .rsi = (uint64_t)block, .rdx = 0x2222, .r8 = 0x8888, .r9 = 0x9999};
-    result->user_handler = run.handler;
-    outcome = teemate_enter(run.enclave, tcs_of(tcs), regs, function, run.pause, result);
+    outcome = enter_patiently(tcs_of(tcs), function, result, regs);
     __asm__ volatile("movq %%xmm7, %0" : "=r"(run.xmm7));
     if (outcome < 0)
         snprintf(seen, size, "%s", error_name(outcome, name, sizeof(name)));
@@ -471,19 +505,26 @@ static void step_target(char **words, char *seen, size_t size)
     snprintf(seen, size, copy(word(words, "tcs"), (void *)value(words[1]), run.buffer, sizeof(target)) ? "ok" : "not written");
 }
 
+/* Is there memory of this process, outside of ELRANGE? */
+static bool of_the_host(uint64_t addr)
+{
+    unsigned char resident;
+
+    return addr - run.info.base >= run.info.size &&
+           mincore((void *)(addr / SGX_PAGE * SGX_PAGE), SGX_PAGE, &resident) == 0;
+}
+
 static void step_state(char **words, char *seen, size_t size)
 {
-    uint64_t rsp = 0;
     char tcs[32];
 
     memset(&run.block, 0, sizeof(run.block));
     enter_main(word(words, "tcs"), SGX_EENTER, OP_STATE, seen, size);
     if (strcmp(seen, "exit") != 0)
         return;
-    rsp = run.block.state[3] - (uint64_t)&rsp; /* of the host's stack: within a page or two */
     snprintf(seen, size, "cssa=%" PRIu64 " rbx=%s return=%s rsp=%s tf=%d fs=%#" PRIx64 " gs=%#" PRIx64, run.block.state[0],
-             where(run.block.state[1], tcs, sizeof(tcs)), run.block.state[2] - run.info.base >= run.info.size ? "host" : "inside",
-             rsp + 65536 < 131072 ? "host" : "elsewhere", (int)(run.block.state[5] >> 8 & 1), run.block.state[6], run.block.state[7]);
+             where(run.block.state[1], tcs, sizeof(tcs)), of_the_host(run.block.state[2]) ? "host" : "elsewhere",
+             of_the_host(run.block.state[3] - 8) ? "host" : "elsewhere", (int)(run.block.state[5] >> 8 & 1), run.block.state[6], run.block.state[7]);
 }
 
 /* Enter t0 and from the vDSO's user handler go on to whatever page `address` names. */
@@ -583,6 +624,29 @@ static void step_spin(char **words, char *seen, size_t size)
     snprintf(seen, size, "ok");
 }
 
+/*
+ * Enter through the TCS that "spin" holds, with EENTER or ERESUME; at=ADDRESS is where the
+ * spinner's frame has RAX, which counts its rounds: it changes with every interrupt.
+ */
+static void step_contend(char **words, char *seen, size_t size)
+{
+    const char *at = word(words, "at");
+    uint64_t rounds[2];
+    bool resume = words[2] && strcmp(words[2], "resume") == 0;
+
+    if (!at)
+        die("contend where?");
+    for (int i = 0; i < 2; i++) {
+        if (i)
+            enter_main(words[1], resume ? SGX_ERESUME : SGX_EENTER, OP_NONE, seen, size);
+        if (!copy("t1", run.buffer, (void *)value(at), 8))
+            die("cannot read the frame");
+        memcpy(&rounds[i], run.buffer, 8);
+    }
+    if (rounds[0] != rounds[1])
+        _exit(INTERRUPTED);
+}
+
 static void step_unspin(char *seen, size_t size)
 {
     run.spinner.block.stop = 1;
@@ -672,6 +736,8 @@ static void step(char **words, char *seen, size_t size)
         snprintf(seen, size, "xmm7=%" PRIx64, run.xmm7);
     else if (strcmp(verb, "spin") == 0)
         step_spin(words, seen, size);
+    else if (strcmp(verb, "contend") == 0)
+        step_contend(words, seen, size);
     else if (strcmp(verb, "unspin") == 0)
         step_unspin(seen, size);
     else if (strcmp(verb, "restrict") == 0 || strcmp(verb, "types") == 0 || strcmp(verb, "remove") == 0)
@@ -743,22 +809,27 @@ int main(int argc, char **argv)
     run.pause = SECONDS(2);
     read_places();
     while (getline(&line, &size, stdin) > 0) {
-        int status;
-        pid_t child;
+        int status, runs = 0;
 
-        fflush(stdout);
-        child = fork();
-        if (child < 0)
-            return 2;
-        if (child == 0) {
-            alarm(20);
-            run_case(line);
-        }
-        waitpid(child, &status, 0);
-        if (WIFSIGNALED(status)) {
-            printf("%.*s|killed by signal %d\n", (int)strcspn(line, "|"), line, WTERMSIG(status));
+        do {
+            pid_t child;
+
             fflush(stdout);
-        }
+            child = fork();
+            if (child < 0)
+                return 2;
+            if (child == 0) {
+                alarm(20);
+                run_case(line);
+            }
+            waitpid(child, &status, 0);
+        } while (WIFEXITED(status) && WEXITSTATUS(status) == INTERRUPTED && ++runs < AGAIN);
+        if (WIFSIGNALED(status))
+            printf("%.*s|killed by signal %d\n", (int)strcspn(line, "|"), line, WTERMSIG(status));
+        else if (runs == AGAIN)
+            printf("%.*s|interrupted %d times: is there a processor for the other thread?\n", (int)strcspn(line, "|"),
+                   line, AGAIN);
+        fflush(stdout);
     }
     free(line);
     return 0;
