@@ -175,6 +175,12 @@ int sim_page_fault(struct teemate_enclave *enclave, uint64_t addr, uint32_t erro
  */
 bool sim_access(struct teemate_enclave *enclave, uint64_t addr, uint32_t length, uint32_t access,
                 struct sim_fault *fault);
+/*
+ * The driver's say in a mapping of the enclave's segments (Linux, encl.c, sgx_encl_may_map): 0, or
+ * -EACCES when one is wider than a page in it was added with, or this process has
+ * READ_IMPLIES_EXEC.
+ */
+int sim_may_map(const struct teemate_enclave *enclave, struct teemate_diag *diag);
 /* Where an address of ELRANGE lies in the view. */
 void *sim_at(const struct teemate_enclave *enclave, uint64_t addr);
 

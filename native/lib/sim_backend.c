@@ -39,8 +39,11 @@ static int open_enclave(struct teemate_enclave *enclave, struct teemate_diag *di
 static int map(struct teemate_enclave *enclave, struct teemate_diag *diag)
 {
     struct sim_mapping *sim = enclave->sim;
-    int error = sim_view_open(enclave);
+    int error = sim_may_map(enclave, diag);
 
+    if (error)
+        return error;
+    error = sim_view_open(enclave);
     /* Read first: what the EPCM loses from now on is flushed before the next entry. */
     atomic_store(&sim->epoch, atomic_load(&sim->header->epoch));
     if (!error && mmap((void *)enclave->base, enclave->size, PROT_NONE, MAP_SHARED | MAP_FIXED, enclave->fd, 0) ==

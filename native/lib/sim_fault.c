@@ -7,12 +7,14 @@
  * attaching costs nothing per page, and taking a permission away is one count (the epoch)
  * that every process compares before it enters.
  *
- * Called from signal handlers: no TLS, no locks, no libc but system calls and memory.
+ * All but sim_may_map is called from signal handlers: no TLS, no locks, no libc but system calls
+ * and memory.
  */
 #include "sim.h"
 
 #include <errno.h>
 #include <sys/mman.h>
+#include <sys/personality.h>
 
 #include "enclave.h"
 #include "sim_check.h"
@@ -35,6 +37,30 @@ static const struct teemate_segment *segment_of(const struct teemate_enclave *en
         if (offset - enclave->segments[i].offset < enclave->segments[i].size)
             return &enclave->segments[i];
     return NULL;
+}
+
+int sim_may_map(const struct teemate_enclave *enclave, struct teemate_diag *diag)
+{
+    if (SIM_CHECK("MAP.PERSONALITY", personality(0xffffffff) & READ_IMPLIES_EXEC))
+        return diag_set(diag, -EACCES, TEEMATE_STEP_MAP, 0, 0,
+                        "a process with the personality READ_IMPLIES_EXEC cannot map an enclave: start it without"
+                        " (setarch -X, or a program with an executable stack)");
+    for (size_t i = 0; i < enclave->segment_count; i++) {
+        const struct teemate_segment *segment = &enclave->segments[i];
+        uint64_t end = segment->offset + segment->size;
+
+        /* TCSs are mapped by sim_backend.c's map_tcs, if at all. */
+        for (uint64_t at = segment->offset; segment->type != SGX_PT_TCS && at < end; at += SGX_PAGE) {
+            uint64_t word = atomic_load_explicit(&enclave->sim->epcm[at / SGX_PAGE], memory_order_relaxed);
+
+            /* PROT_READ, PROT_WRITE and PROT_EXEC are SECINFO's R, W and X.  Where no page is, all goes. */
+            if (SIM_CHECK("MAP.PROT", word & SIM_EPCM_VALID && segment->prot & ~SIM_EPCM_MAX(word)))
+                return diag_set(diag, -EACCES, TEEMATE_STEP_MAP, 0, at,
+                                "the page at offset %#llx was added with fewer permissions than its segment has",
+                                (unsigned long long)at);
+        }
+    }
+    return 0;
 }
 
 static int prot_of(uint64_t word)

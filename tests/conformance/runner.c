@@ -28,6 +28,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/personality.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -72,6 +73,8 @@ static struct {
     size_t place_count;
     struct teemate_enclave *enclave;
     struct teemate_enclave_info info;
+    struct teemate_segment segments[256]; /* of the enclave, and the hole */
+    size_t segment_count;
     bool mapped_tcs[128];
     struct spinner spinner;
     struct block block;
@@ -232,15 +235,26 @@ static void forget(void)
     memset(run.mapped_tcs, 0, sizeof(run.mapped_tcs));
 }
 
+/* Close what is there, and open the same enclave with run.segments. */
+static int open_again(struct teemate_enclave *old, struct teemate_diag *diag)
+{
+    int fd = dup(teemate_enclave_fd(old)), error;
+
+    teemate_close(old);
+    run.enclave = NULL;
+    error = teemate_open(run.backend, fd, run.info.base, run.info.size, run.segments, run.segment_count, &run.enclave, diag);
+    return error ? error : teemate_map(run.enclave, diag);
+}
+
 /* The enclave is opened a second time, with a mapping of the hole as well. */
 static int create(char **words, char *seen, size_t size)
 {
     char file[128], name[32], *image = word(words, "image"), *sig = word(words, "sig");
     struct teemate_enclave *made;
-    struct teemate_segment segments[256];
+    struct teemate_segment *segments = run.segments;
     struct teemate_diag diag = {0};
     uint8_t *sigstruct;
-    size_t count;
+    size_t count, at = 0;
     int fd, error;
 
     forget();
@@ -266,19 +280,49 @@ static int create(char **words, char *seen, size_t size)
     teemate_enclave_describe(made, &run.info);
     count = teemate_enclave_segments(made, segments, 200);
     /* A window on what was not added; the kernel lets a process map that as it likes. */
-    size_t at = 0;
     while (at < count && segments[at].offset < offset_of("hole"))
         at++;
     memmove(&segments[at + 1], &segments[at], (count - at) * sizeof(segments[0]));
     segments[at] = (struct teemate_segment){.offset = offset_of("hole"), .size = HOLE_SIZE, .prot = 7, .type = SGX_PT_REG};
-    count++;
-    fd = dup(teemate_enclave_fd(made));
-    if (teemate_open(run.backend, fd, run.info.base, run.info.size, segments, count, &run.enclave, &diag) ||
-        teemate_map(run.enclave, &diag))
+    run.segment_count = count + 1;
+    if (open_again(made, &diag))
         die("cannot open the enclave: %s", diag.text);
-    teemate_close(made);
     snprintf(seen, size, "ok");
     return 0;
+}
+
+/*
+ * The enclave, mapped anew with these permissions for the page at an address: a segment of its
+ * own, between what is left of the one that it was in.
+ */
+static void step_remap(char **words, char *seen, size_t size)
+{
+    uint64_t offset = offset_of(words[1]);
+    struct teemate_segment *segments = run.segments, whole;
+    struct teemate_diag diag = {0};
+    char name[32];
+    size_t i = 0;
+
+    while (i < run.segment_count && offset - segments[i].offset >= segments[i].size)
+        i++;
+    if (i == run.segment_count)
+        die("no segment at %s", words[1]);
+    whole = segments[i];
+    memmove(&segments[i + 3], &segments[i + 1], (run.segment_count - i - 1) * sizeof(whole));
+    for (size_t part = 0; part < 3; part++)
+        segments[i + part] = whole;
+    segments[i].size = offset - whole.offset;
+    segments[i + 1].offset = offset;
+    segments[i + 1].size = SGX_PAGE;
+    segments[i + 1].prot = (uint32_t)strtoul(words[2], NULL, 0);
+    segments[i + 2].offset = offset + SGX_PAGE;
+    segments[i + 2].size = whole.offset + whole.size - offset - SGX_PAGE;
+    run.segment_count += 2;
+    for (i = run.segment_count; i-- > 0;)
+        if (!segments[i].size)
+            memmove(&segments[i], &segments[i + 1], (--run.segment_count - i) * sizeof(whole));
+    memset(run.mapped_tcs, 0, sizeof(run.mapped_tcs));
+    snprintf(seen, size, "%s", error_name(open_again(run.enclave, &diag), name, sizeof(name)));
 }
 
 static uint64_t tcs_of(const char *name)
@@ -689,6 +733,10 @@ static void step(char **words, char *seen, size_t size)
         create(words, seen, size);
     else if (strcmp(verb, "enclu") == 0)
         step_enclu(words, seen, size);
+    else if (strcmp(verb, "remap") == 0)
+        step_remap(words, seen, size);
+    else if (strcmp(verb, "personality") == 0)
+        snprintf(seen, size, personality(READ_IMPLIES_EXEC) == -1 ? "not set" : "ok");
     else if (strcmp(verb, "read") == 0)
         step_touch(OP_READ, words, seen, size);
     else if (strcmp(verb, "write") == 0)
