@@ -254,6 +254,7 @@ enum sgx_vector {
     SGX_VECTOR_PF = 14,
     SGX_VECTOR_MF = 16,
     SGX_VECTOR_AC = 17,
+    SGX_VECTOR_MC = 18,
     SGX_VECTOR_XM = 19,
 };
 

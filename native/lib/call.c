@@ -261,7 +261,8 @@ static int slot_run(struct teemate_slot *slot, uint64_t pause_after_ns, struct t
         };
         uint64_t passed;
         bool waited;
-        int result = teemate_enter(slot->enclave, slot->tcs_offset, &regs, function, left_ns, &call->run);
+        int result = enclave_enter(slot->enclave, slot->tcs_offset, &regs, function, left_ns,
+                                   ENTRY_STACK_CALLER, &call->run);
 
         if (result < 0)
             return result; /* not entered: the slot still holds what was to be done */

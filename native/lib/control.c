@@ -85,7 +85,7 @@ void control_enter(struct teemate_enclave *enclave, uint64_t tcs_offset, const s
         regs.rsi = (uintptr_t)&request;
         memcpy(&regs.r12, key->key, 8);
         memcpy(&regs.r13, key->key + 8, 8);
-        outcome = teemate_enter(enclave, tcs_offset, &regs, function, 0, &run);
+        outcome = enclave_enter(enclave, tcs_offset, &regs, function, 0, ENTRY_STACK_CALLER, &run);
         if (outcome != TEEMATE_PAUSED)
             break;
         function = run.function == SGX_EENTER ? SGX_EENTER : SGX_ERESUME;

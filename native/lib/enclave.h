@@ -20,6 +20,7 @@
 #define TEEMATE_WINDOW_SIZE (1ull << 40)
 
 struct backend;
+struct sgx_stack;   /* sgx_enter.h */
 struct sim_mapping; /* sim.h */
 
 /* Private enclaves: what their warden, this process, knows (private.c). */
@@ -40,6 +41,7 @@ struct teemate_enclave {
     struct teemate_enclave_info info;
     struct sim_mapping *sim; /* owned by the sim backend: its own view of the file's tables */
     struct private_warden *warden;
+    _Atomic(struct sgx_stack *) stacks; /* sgx_stack.c */
 };
 
 /* What ECREATE needs, as the SGXS stream and the SIGSTRUCT give it. */
@@ -49,6 +51,16 @@ struct create_params {
     uint32_t ssa_frame_pages;
     uint32_t miscselect;
     struct sgx_attributes attributes;
+};
+
+/*
+ * A call that was paused may go on from another depth of the stack and in another thread.
+ * The vDSO's function needs the RBP of its own frame at EEXIT, so on sgx it matters what
+ * the enclave puts there.
+ */
+enum entry_stack {
+    ENTRY_STACK_TCS,    /* perhaps that of the EENTER: the frame is at a place of the TCS's */
+    ENTRY_STACK_CALLER, /* SDK images take both from SSA URSP and URBP, which ERESUME renews */
 };
 
 /*
@@ -81,7 +93,8 @@ struct backend {
     int (*unmap_tcs)(struct teemate_enclave *enclave, uint64_t offset);
     /* The vDSO's contract: returns what it returns; `pause` as in teemate_enter. */
     int (*enter)(struct teemate_enclave *enclave, uint64_t tcs_offset, struct teemate_regs *regs,
-                 uint32_t function, uint64_t pause_after_ns, struct sgx_enclave_run *run);
+                 uint32_t function, uint64_t pause_after_ns, enum entry_stack stack,
+                 struct sgx_enclave_run *run);
     void (*close)(struct teemate_enclave *enclave);
 };
 
@@ -96,6 +109,10 @@ int enclave_new(const struct backend *backend, struct teemate_enclave **enclave,
 
 /* map.c: take away all that was mapped for the enclave (also nothing); called by teemate_close. */
 void enclave_unmap(struct teemate_enclave *enclave);
+
+/* enter.c: teemate_enter with the stack that its public form does not choose. */
+int enclave_enter(struct teemate_enclave *enclave, uint64_t tcs_offset, struct teemate_regs *regs, uint32_t function,
+                  uint64_t pause_after_ns, enum entry_stack stack, struct sgx_enclave_run *run);
 
 /*
  * fork.c: a number for this process, never 0, that a child of fork (or of a bare

@@ -13,7 +13,7 @@
 #include <sys/mman.h>
 
 #include "enclave.h"
-#include "sim_thread.h"
+#include "thread.h"
 
 static _Atomic uint64_t *marker; /* 0 in a child until it asks */
 static uint64_t last_process;    /* survives the fork */
@@ -22,12 +22,12 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static void before(void)
 {
-    sim_threads_lock();
+    threads_lock();
 }
 
 static void after_in_parent(void)
 {
-    sim_threads_unlock();
+    threads_unlock();
 }
 
 static void after_in_child(void)
@@ -58,7 +58,7 @@ uint64_t fork_process(void)
         return process;
     pthread_mutex_lock(&lock);
     if (!atomic_load(marker)) {
-        sim_threads_forked();
+        threads_forked();
         atomic_store(marker, ++last_process);
     }
     process = atomic_load(marker);

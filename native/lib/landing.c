@@ -10,13 +10,13 @@
 #include <sys/mman.h>
 
 #include "enclave.h"
-#include "sim_thread.h"
+#include "thread.h"
 
 int landing_map(uint64_t address)
 {
-    /* endbr64; movabs $sim_landing, %rax; jmp *%rax */
+    /* endbr64; movabs $entry_landed, %rax; jmp *%rax */
     uint8_t code[] = {0xf3, 0x0f, 0x1e, 0xfa, 0x48, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xe0};
-    uint64_t target = (uint64_t)(uintptr_t)sim_landing;
+    uint64_t target = (uint64_t)(uintptr_t)entry_landed;
     uint8_t *page = mmap((void *)address, SGX_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED,
                          -1, 0);
 

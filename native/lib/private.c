@@ -60,7 +60,7 @@ static int private_resume(struct repair *repair, uint64_t offset)
 
     do {
         memset(&regs, 0, sizeof(regs));
-        outcome = teemate_enter(repair->enclave, offset, &regs, SGX_ERESUME, 0, &run);
+        outcome = enclave_enter(repair->enclave, offset, &regs, SGX_ERESUME, 0, ENTRY_STACK_CALLER, &run);
     } while (outcome == TEEMATE_PAUSED);
     return outcome < 0 ? outcome : outcome == TEEMATE_LANDED ? 0 : 1;
 }

@@ -5,12 +5,13 @@
  *   sgx_backend.c  the table of calls; is it here?
  *   sgx_build.c    ECREATE, EADD, EINIT through sgx_driver.c
  *   sgx_map.c      somebody else's enclave; mappings within the pages' permissions
- *   sgx_enter.c    entering
+ *   sgx_enter.c    entering; see sgx_enter.h
  */
 #ifndef TEEMATE_SGX_H
 #define TEEMATE_SGX_H
 
 #include "enclave.h"
+#include "sgx_enter.h"
 
 /* sgx_build.c; `struct backend`. */
 int sgx_create(struct teemate_enclave *enclave, const struct create_params *params, struct teemate_diag *diag);
@@ -29,12 +30,5 @@ int sgx_open(struct teemate_enclave *enclave, struct teemate_diag *diag);
 int sgx_map(struct teemate_enclave *enclave, struct teemate_diag *diag);
 int sgx_map_tcs(struct teemate_enclave *enclave, uint64_t offset, struct teemate_diag *diag);
 int sgx_unmap_tcs(struct teemate_enclave *enclave, uint64_t offset);
-
-/* sgx_vdso.c: __vdso_sgx_enter_enclave of this process, or NULL.  Looked up once. */
-void *sgx_vdso_function(void);
-
-/* sgx_enter.c */
-int sgx_enter(struct teemate_enclave *enclave, uint64_t tcs_offset, struct teemate_regs *regs, uint32_t function,
-              uint64_t pause_after_ns, struct sgx_enclave_run *run);
 
 #endif

@@ -36,8 +36,8 @@
 static void read_bases(const struct sim_thread *thread, uint64_t *fs, uint64_t *gs)
 {
     if (thread->no_fsgsbase) {
-        sim_syscall(SYS_arch_prctl, ARCH_GET_FS, (long)fs, 0, 0);
-        sim_syscall(SYS_arch_prctl, ARCH_GET_GS, (long)gs, 0, 0);
+        bare_syscall(SYS_arch_prctl, ARCH_GET_FS, (long)fs, 0, 0);
+        bare_syscall(SYS_arch_prctl, ARCH_GET_GS, (long)gs, 0, 0);
     } else {
         __asm__ volatile("rdfsbase %0" : "=r"(*fs));
         __asm__ volatile("rdgsbase %0" : "=r"(*gs));
@@ -47,8 +47,8 @@ static void read_bases(const struct sim_thread *thread, uint64_t *fs, uint64_t *
 static void write_bases(const struct sim_thread *thread, uint64_t fs, uint64_t gs)
 {
     if (thread->no_fsgsbase) {
-        sim_syscall(SYS_arch_prctl, ARCH_SET_FS, (long)fs, 0, 0);
-        sim_syscall(SYS_arch_prctl, ARCH_SET_GS, (long)gs, 0, 0);
+        bare_syscall(SYS_arch_prctl, ARCH_SET_FS, (long)fs, 0, 0);
+        bare_syscall(SYS_arch_prctl, ARCH_SET_GS, (long)gs, 0, 0);
     } else {
         __asm__ volatile("wrfsbase %0" : : "r"(fs));
         __asm__ volatile("wrgsbase %0" : : "r"(gs));
@@ -58,17 +58,8 @@ static void write_bases(const struct sim_thread *thread, uint64_t fs, uint64_t g
 /* Leave enclave mode for `rip` of the host. */
 static void leave(struct sim_thread *thread, ucontext_t *uc, uint64_t rip)
 {
-    uint32_t inside = SIM_TICK_INSIDE;
-
     atomic_store_explicit(&thread->inside, 0, memory_order_relaxed);
-    atomic_store_explicit(&thread->sequence, thread->sequence + 1, memory_order_relaxed);
-    /* A tick on its way must be pending before sigreturn, or it would interrupt a system call. */
-    while (!atomic_compare_exchange_weak(&thread->tick_state, &inside, SIM_TICK_OUTSIDE)) {
-        if (inside == SIM_TICK_OUTSIDE)
-            break;
-        inside = SIM_TICK_INSIDE;
-        sim_syscall(SYS_sched_yield, 0, 0, 0, 0);
-    }
+    thread_outside(thread->owner);
     uc->uc_mcontext.gregs[REG_RIP] = (greg_t)rip;
     uc->uc_mcontext.gregs[REG_EFL] &= ~(greg_t)RFLAGS_TF;
     uc->uc_mcontext.gregs[REG_EFL] |= thread->host_tf;
@@ -222,11 +213,11 @@ static void raise_fault(struct sim_thread *thread, ucontext_t *uc, struct event 
 /* Have the host receive this signal at the AEP, on its own stack. */
 static void send_again(const struct sim_thread *thread, int sig, siginfo_t *info)
 {
-    uint64_t mask = SIM_MASK(sig);
+    uint64_t mask = SIGNAL_MASK(sig);
 
     /* Not right here; sigreturn opens it again. */
-    sim_syscall(SYS_rt_sigprocmask, SIG_BLOCK, (long)&mask, 0, 8);
-    sim_syscall(SYS_rt_tgsigqueueinfo, sim_syscall(SYS_getpid, 0, 0, 0, 0), thread->tid, sig, (long)info);
+    bare_syscall(SYS_rt_sigprocmask, SIG_BLOCK, (long)&mask, 0, 8);
+    bare_syscall(SYS_rt_tgsigqueueinfo, bare_syscall(SYS_getpid, 0, 0, 0, 0), thread->tid, sig, (long)info);
 }
 
 static void eexit(struct sim_thread *thread, ucontext_t *uc, uint64_t fs, uint64_t gs)
@@ -330,11 +321,11 @@ static bool is_pending(const struct sim_thread *thread)
 {
     uint64_t pending = 0;
 
-    sim_syscall(SYS_rt_sigpending, (long)&pending, 8, 0, 0);
-    return pending & ~thread->host.mask & ~SIM_MASK(sim_tick_signal());
+    bare_syscall(SYS_rt_sigpending, (long)&pending, 8, 0, 0);
+    return pending & ~thread->host.mask & ~SIGNAL_MASK(signals_tick());
 }
 
-static bool is_over(const struct sim_entry *entry)
+static bool is_over(const struct entry *entry)
 {
     struct timespec now;
 
@@ -363,7 +354,7 @@ void sim_inside(struct sim_thread *thread, int sig, siginfo_t *info, void *conte
     read_bases(thread, &fs, &gs);
     write_bases(thread, thread->host_fs, thread->host_gs);
 
-    if (sig == sim_tick_signal()) {
+    if (sig == signals_tick()) {
         tick(thread, uc, fs, gs);
         return;
     }

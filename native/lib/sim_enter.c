@@ -25,15 +25,6 @@ CHECK_OFFSET(sim_thread, xfrm, THREAD_XFRM);
 CHECK_OFFSET(sim_thread, xsave, THREAD_XSAVE);
 CHECK_OFFSET(sim_thread, frame, THREAD_FRAME);
 CHECK_OFFSET(sim_thread, gprs, THREAD_GPRS);
-CHECK_OFFSET(sim_entry, rsp, ENTRY_RSP);
-CHECK_OFFSET(sim_entry, rbp, ENTRY_RBP);
-CHECK_OFFSET(sim_entry, regs, ENTRY_REGS);
-CHECK_OFFSET(sim_entry, run, ENTRY_RUN);
-CHECK_OFFSET(sim_entry, target, ENTRY_TARGET);
-CHECK_OFFSET(sim_entry, function, ENTRY_FUNCTION);
-CHECK_OFFSET(sim_entry, error, ENTRY_ERROR);
-CHECK_OFFSET(sim_entry, vector, ENTRY_VECTOR);
-CHECK_OFFSET(sim_entry, addr, ENTRY_ADDR);
 
 #ifndef SS_AUTODISARM
 #define SS_AUTODISARM (1u << 31) /* uapi linux/signal.h, which libc's headers do not go with */
@@ -47,8 +38,8 @@ CHECK_OFFSET(sim_entry, addr, ENTRY_ADDR);
 /* While inside: everything waits but the synchronous signals and the tick. */
 static uint64_t inside_mask(void)
 {
-    return ~(SIM_MASK(SIGILL) | SIM_MASK(SIGSEGV) | SIM_MASK(SIGFPE) | SIM_MASK(SIGBUS) | SIM_MASK(SIGTRAP) |
-             SIM_MASK(sim_tick_signal()));
+    return ~(SIGNAL_MASK(SIGILL) | SIGNAL_MASK(SIGSEGV) | SIGNAL_MASK(SIGFPE) | SIGNAL_MASK(SIGBUS) | SIGNAL_MASK(SIGTRAP) |
+             SIGNAL_MASK(signals_tick()));
 }
 
 bool sim_canonical(uint64_t address)
@@ -134,7 +125,7 @@ static struct sgx_gprs *frame_gprs(const struct sim_thread *thread)
 }
 
 /* What EENTER and ERESUME check alike. */
-static bool enter_checks(struct teemate_enclave *enclave, struct sim_thread *thread, struct sim_entry *entry,
+static bool enter_checks(struct teemate_enclave *enclave, struct sim_thread *thread, struct entry *entry,
                          struct sim_fault *fault)
 {
     const struct sim_header *header = enclave->sim->header;
@@ -169,7 +160,7 @@ static bool commit(struct sim_thread *thread, uint32_t cssa, struct sim_fault *f
 }
 
 /* The host's stack pointers, for AEX and for code that wants the untrusted stack. */
-static void keep_stack_pointers(struct sim_thread *thread, const struct sim_entry *entry)
+static void keep_stack_pointers(struct sim_thread *thread, const struct entry *entry)
 {
     struct sgx_gprs *gprs = frame_gprs(thread);
 
@@ -179,7 +170,7 @@ static void keep_stack_pointers(struct sim_thread *thread, const struct sim_entr
     }
 }
 
-static bool eenter(struct teemate_enclave *enclave, struct sim_thread *thread, struct sim_entry *entry,
+static bool eenter(struct teemate_enclave *enclave, struct sim_thread *thread, struct entry *entry,
                    struct sim_fault *fault)
 {
     const struct sim_tcs *tcs;
@@ -217,7 +208,7 @@ static bool xsave_legal(const uint8_t *area, const uint8_t *frame, uint64_t xfrm
     return !SIM_CHECK("ERESUME.MXCSR", mxcsr & MXCSR_RESERVED);
 }
 
-static bool eresume(struct teemate_enclave *enclave, struct sim_thread *thread, struct sim_entry *entry,
+static bool eresume(struct teemate_enclave *enclave, struct sim_thread *thread, struct entry *entry,
                     struct sim_fault *fault)
 {
     struct sgx_gprs *gprs = &thread->gprs;
@@ -271,12 +262,12 @@ static bool reserved_clear(const struct sgx_enclave_run *run)
 
 static void back_to_host(const struct sim_thread *thread)
 {
-    sim_syscall(SYS_sigaltstack, (long)&thread->host.stack, 0, 0, 0);
-    sim_syscall(SYS_rt_sigprocmask, SIG_SETMASK, (long)&thread->host.mask, 0, 8);
+    bare_syscall(SYS_sigaltstack, (long)&thread->host.stack, 0, 0, 0);
+    bare_syscall(SYS_rt_sigprocmask, SIG_SETMASK, (long)&thread->host.mask, 0, 8);
 }
 
 /* Called by sim_trampoline for each ENCLU: the first, the AEP's, a user handler's. */
-int sim_go(struct sim_thread *thread, struct sim_entry *entry)
+int sim_go(struct sim_thread *thread, struct entry *entry)
 {
     struct teemate_enclave *enclave = entry->enclave;
     /*
@@ -291,21 +282,21 @@ int sim_go(struct sim_thread *thread, struct sim_entry *entry)
     bool entered;
     int error;
 
-    sim_current = entry; /* again: an entry inside of ours may have been left by longjmp */
+    entry_current = entry; /* again: an entry inside of ours may have been left by longjmp */
     if (entry->function != SGX_EENTER && entry->function != SGX_ERESUME)
         return -EINVAL;
     if (!reserved_clear(entry->run))
         return -EINVAL;
     if (atomic_load_explicit(&thread->inside, memory_order_relaxed))
         return -EDEADLK;
-    error = sim_signals_recheck();
+    error = signals_recheck();
     if (error)
         return error;
     sim_flush(enclave);
 
-    sim_syscall(SYS_rt_sigprocmask, SIG_SETMASK, (long)&mask, (long)&thread->host.mask, 8);
-    if (sim_syscall(SYS_sigaltstack, (long)&stack, (long)&thread->host.stack, 0, 0)) {
-        sim_syscall(SYS_rt_sigprocmask, SIG_SETMASK, (long)&thread->host.mask, 0, 8);
+    bare_syscall(SYS_rt_sigprocmask, SIG_SETMASK, (long)&mask, (long)&thread->host.mask, 8);
+    if (bare_syscall(SYS_sigaltstack, (long)&stack, (long)&thread->host.stack, 0, 0)) {
+        bare_syscall(SYS_rt_sigprocmask, SIG_SETMASK, (long)&thread->host.mask, 0, 8);
         return -EDEADLK; /* on an alternate stack: in a signal handler */
     }
     if (!thread->no_fsgsbase) {
@@ -328,42 +319,41 @@ int sim_go(struct sim_thread *thread, struct sim_entry *entry)
         return SIM_GO_FAULT;
     }
     thread->tcs_addr = entry->run->tcs;
-    atomic_store_explicit(&thread->sequence, thread->sequence + 1, memory_order_relaxed);
-    atomic_store(&thread->tick_state, SIM_TICK_INSIDE); /* a full barrier: see ticker.c */
-    if (atomic_load_explicit(&sim_ticker_asleep, memory_order_relaxed))
-        sim_ticker_wake();
+    thread_inside(thread->owner);
     return entry->function == SGX_EENTER ? SIM_GO_EENTER : SIM_GO_ERESUME;
 }
 
 int sim_enter(struct teemate_enclave *enclave, uint64_t tcs_offset, struct teemate_regs *regs, uint32_t function,
-              uint64_t pause_after_ns, struct sgx_enclave_run *run)
+              uint64_t pause_after_ns, enum entry_stack stack, struct sgx_enclave_run *run)
 {
     struct sim_thread *thread = sim_thread_get();
-    struct sim_entry entry = {.regs = regs,
+    struct entry entry = {.regs = regs,
                               .run = run,
                               .function = function,
                               .enclave = enclave,
-                              .thread = thread,
+                              .landing = sim_landed,
                               .pause_after_ns = pause_after_ns,
-                              .outer = sim_current};
+                              .outer = entry_current};
     struct timespec now;
     int result;
 
     (void)tcs_offset; /* in run->tcs: a user handler may change it */
+    (void)stack;      /* to our own code the enclave returns on the stack that is there */
     if (!thread)
         return -ENOMEM;
-    result = sim_signals_install();
+    entry.thread = thread->owner;
+    result = signals_install(SIGNALS_SIM);
     if (!result)
-        result = sim_ticker_start();
+        result = ticker_start();
     if (result)
         return result;
     if (pause_after_ns) {
         clock_gettime(CLOCK_MONOTONIC, &now);
         entry.started_ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
     }
-    sim_current = &entry;
+    entry_current = &entry;
     result = sim_trampoline(thread, &entry);
-    sim_current = entry.outer;
+    entry_current = entry.outer;
     /*
      * An error of the AEP's own ERESUME: the enclave has begun, and a negative errno would
      * say that it had not.  Paused, then; who resumes it is told the error.
@@ -373,10 +363,4 @@ int sim_enter(struct teemate_enclave *enclave, uint64_t tcs_offset, struct teema
         return TEEMATE_PAUSED;
     }
     return result;
-}
-
-void teemate_prepare(void)
-{
-    if (sim_thread_get() && sim_signals_install() == 0)
-        sim_ticker_start();
 }

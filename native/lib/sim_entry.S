@@ -14,20 +14,6 @@
  */
 #include "sim_offsets.h"
 
-#define RUN_FUNCTION 8
-#define RUN_VECTOR 12
-#define RUN_ERROR 14
-#define RUN_ADDR 16
-#define RUN_HANDLER 24
-
-#define REGS_RDI 0
-#define REGS_RSI 8
-#define REGS_RDX 16
-#define REGS_R8 24
-#define REGS_R9 32
-#define REGS_R12 40
-#define REGS_R13 48
-
 /* Our frame, from RBP. */
 #define F_ENTRY -48
 #define F_THREAD -56
@@ -211,7 +197,7 @@ sim_region_end:
 sim_exit:
         endbr64
         /* Not by RBP: a call that was resumed from elsewhere has that of its EENTER. */
-        mov     sim_current@gottpoff(%rip), %rax
+        mov     entry_current@gottpoff(%rip), %rax
         mov     %fs:(%rax), %rax
         cmp     ENTRY_RBP(%rax), %rbp
         je      1f
@@ -312,15 +298,11 @@ sim_paused:
         mov     $TEEMATE_PAUSED, %eax
         jmp     .Lout
 
-        /* From the landing page: no register and no stack to be trusted. */
-        .globl  sim_landing
-        .hidden sim_landing
-sim_landing:
+        /* From the landing page: RAX is the entry, no other register and no stack to be trusted. */
+        .globl  sim_landed
+        .hidden sim_landed
+sim_landed:
         endbr64
-        mov     sim_current@gottpoff(%rip), %rax
-        mov     %fs:(%rax), %rax
-        test    %rax, %rax
-        jz      .Llost
         mov     ENTRY_RBP(%rax), %rbp
         mov     ENTRY_RUN(%rax), %rbx
         lea     -40-F_SIZE(%rbp), %rsp
@@ -330,20 +312,7 @@ sim_landing:
         ldmxcsr F_MXCSR(%rbp)
         mov     $TEEMATE_LANDED, %eax
         jmp     .Lout
-.Llost:
-        ud2                             /* nobody of this thread is in an enclave */
         .cfi_endproc
         .size sim_trampoline, . - sim_trampoline
-
-        /* As glibc's: debuggers and unwinders know a signal frame by these bytes. */
-        .globl  sim_restorer
-        .hidden sim_restorer
-        .type   sim_restorer, @function
-        .align  16
-        nop
-sim_restorer:
-        mov     $15, %rax
-        syscall
-        .size sim_restorer, . - sim_restorer
 
         .section .note.GNU-stack, "", @progbits

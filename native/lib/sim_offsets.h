@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Where sim_entry.S finds the fields of struct sim_thread and struct sim_entry; checked in sim_enter.c. */
+/* Where sim_entry.S finds the fields of struct sim_thread; checked in sim_enter.c. */
 #ifndef TEEMATE_SIM_OFFSETS_H
 #define TEEMATE_SIM_OFFSETS_H
+
+#include "entry_offsets.h"
 
 #define THREAD_INSIDE 16
 #define THREAD_NO_FSGSBASE 20
@@ -13,16 +15,6 @@
 #define THREAD_XSAVE 64
 #define THREAD_FRAME 128
 #define THREAD_GPRS 168
-
-#define ENTRY_RSP 0
-#define ENTRY_RBP 8
-#define ENTRY_REGS 16
-#define ENTRY_RUN 24
-#define ENTRY_TARGET 32
-#define ENTRY_FUNCTION 40
-#define ENTRY_ERROR 44
-#define ENTRY_VECTOR 48
-#define ENTRY_ADDR 56
 
 /* What sim_go() wants done. */
 #define SIM_GO_EENTER 1

@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The sim's timer interrupt: one thread per process that ticks threads which have been
- * inside for longer than about 5 ms.
+ * One thread per process that ticks threads which have been inside for longer than about
+ * 5 ms.  On the sim a tick is the timer interrupt; on sgx, where interrupts come by
+ * themselves, it ends the call for now (sgx_enter.c).
  *
  * It compares each thread's entry count with what it saw one period ago, so an entry tells
  * it nothing but the count.  With nobody inside for a while it sleeps; the next entry
  * finds the flag and wakes it, and a steady caller never does.
  *
- * TEEMATE_SIM_TICK="20us-200us": tick whoever is inside at random intervals of that
+ * TEEMATE_TICK="20us-200us": tick whoever is inside at random intervals of that
  * length, so that short calls are interrupted too (tests).
  */
 #include <errno.h>
@@ -21,13 +22,12 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "enclave.h"
-#include "sim_thread.h"
+#include "thread.h"
 
 #define PERIOD_NS 5000000u
 #define IDLE_ROUNDS 40u
 
-_Atomic uint32_t sim_ticker_asleep;
+_Atomic uint32_t ticker_asleep;
 
 static struct {
     pthread_mutex_t lock;
@@ -36,40 +36,41 @@ static struct {
     uint64_t random;
 } ticker = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
-/* One thread that is inside; the ticker's lock on the list keeps its block alive. */
-static void send_tick(struct sim_thread *thread)
+/* One thread that is inside; the ticker's lock on the list keeps its record alive. */
+static void send_tick(struct thread *thread)
 {
-    uint32_t inside = SIM_TICK_INSIDE;
+    uint32_t inside = TICK_INSIDE;
     siginfo_t info;
 
-    if (!atomic_compare_exchange_strong(&thread->tick_state, &inside, SIM_TICK_SENDING))
+    if (!atomic_compare_exchange_strong(&thread->tick_state, &inside, TICK_SENDING))
         return;
     memset(&info, 0, sizeof(info));
-    info.si_signo = sim_tick_signal();
+    info.si_signo = signals_tick();
     info.si_code = SI_QUEUE;
     info.si_pid = getpid();
     info.si_uid = getuid();
-    info.si_value.sival_ptr = (void *)(uintptr_t)sim_tick_cookie();
+    info.si_value.sival_ptr = (void *)(uintptr_t)signals_tick_cookie();
     syscall(SYS_rt_tgsigqueueinfo, getpid(), thread->tid, info.si_signo, &info);
-    atomic_store(&thread->tick_state, SIM_TICK_INSIDE);
+    atomic_store(&thread->tick_state, TICK_INSIDE);
 }
 
 /* Returns whether anybody has been inside since the last round. */
 static bool tick_round(bool always)
 {
-    bool busy = false;
+    bool busy = false, ready = false;
 
-    sim_threads_lock();
-    for (struct sim_thread *thread = sim_threads_first(); thread; thread = thread->next) {
+    threads_lock();
+    for (struct thread *thread = threads_first(); thread; thread = thread->next) {
         uint64_t sequence = atomic_load(&thread->sequence);
-        bool inside = atomic_load(&thread->tick_state) != SIM_TICK_OUTSIDE;
+        bool inside = atomic_load(&thread->tick_state) != TICK_OUTSIDE;
 
-        if (inside && (always || sequence == thread->seen))
+        /* Looked at only when one is sent: without a handler it would end the process. */
+        if (inside && (always || sequence == thread->seen) && (ready || (ready = signals_tick_ready())))
             send_tick(thread);
         busy |= inside || sequence != thread->seen;
         thread->seen = sequence;
     }
-    sim_threads_unlock();
+    threads_unlock();
     return busy;
 }
 
@@ -100,22 +101,22 @@ static void *tick_loop(void *unused)
             continue;
         /* Who enters after this store sees it, who entered before is seen by the round: both are
          * full barriers. */
-        atomic_store(&sim_ticker_asleep, 1);
+        atomic_store(&ticker_asleep, 1);
         if (tick_round(false)) {
-            atomic_store(&sim_ticker_asleep, 0);
+            atomic_store(&ticker_asleep, 0);
         } else {
-            while (atomic_load(&sim_ticker_asleep))
-                syscall(SYS_futex, &sim_ticker_asleep, FUTEX_WAIT_PRIVATE, 1, NULL, NULL, 0);
+            while (atomic_load(&ticker_asleep))
+                syscall(SYS_futex, &ticker_asleep, FUTEX_WAIT_PRIVATE, 1, NULL, NULL, 0);
         }
         idle = 0;
     }
     return NULL;
 }
 
-void sim_ticker_wake(void)
+void ticker_wake(void)
 {
-    atomic_store(&sim_ticker_asleep, 0);
-    sim_syscall(SYS_futex, (long)&sim_ticker_asleep, FUTEX_WAKE_PRIVATE, 1, 0);
+    atomic_store(&ticker_asleep, 0);
+    bare_syscall(SYS_futex, (long)&ticker_asleep, FUTEX_WAKE_PRIVATE, 1, 0);
 }
 
 /* "20us-200us" */
@@ -131,7 +132,7 @@ static bool parse_tick(const char *text, uint64_t *least, uint64_t *most)
     return true;
 }
 
-int sim_ticker_start(void)
+int ticker_start(void)
 {
     const char *text;
     pthread_attr_t attr;
@@ -146,9 +147,9 @@ int sim_ticker_start(void)
         pthread_mutex_unlock(&ticker.lock);
         return 0;
     }
-    text = secure_getenv("TEEMATE_SIM_TICK");
+    text = secure_getenv("TEEMATE_TICK");
     if (text && !parse_tick(text, &ticker.least_ns, &ticker.most_ns)) {
-        fprintf(stderr, "teemate: TEEMATE_SIM_TICK=%s: expected \"20us-200us\", two lengths of time up to 1000000us\n",
+        fprintf(stderr, "teemate: TEEMATE_TICK=%s: expected \"20us-200us\", two lengths of time up to 1000000us\n",
                 text);
         pthread_mutex_unlock(&ticker.lock);
         return -EINVAL;
@@ -169,9 +170,9 @@ int sim_ticker_start(void)
 }
 
 /* In a child of fork there is no ticker; the next entry starts one. */
-void sim_ticker_forked(void)
+void ticker_forked(void)
 {
     ticker.lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
     atomic_store(&ticker.running, false);
-    atomic_store(&sim_ticker_asleep, 0);
+    atomic_store(&ticker_asleep, 0);
 }

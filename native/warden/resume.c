@@ -94,7 +94,7 @@ static _Noreturn void child_main(const struct teemate_enclave *parent, uint64_t 
     memset(&run, 0, sizeof(run));
     do {
         memset(&regs, 0, sizeof(regs));
-        outcome = teemate_enter(enclave, tcs_offset, &regs, SGX_ERESUME, 0, &run);
+        outcome = enclave_enter(enclave, tcs_offset, &regs, SGX_ERESUME, 0, ENTRY_STACK_CALLER, &run);
     } while (outcome == TEEMATE_PAUSED);
     _exit(outcome == TEEMATE_LANDED ? CHILD_LANDED : outcome < 0 ? CHILD_UNABLE : CHILD_ELSEWHERE);
 }

@@ -1,6 +1,6 @@
 """Let a warden die at random instructions of its control ECALLs, and its successor do them again.
 
-Run by test_deaths.py in a process of its own, with TEEMATE_SIM_TICK: it decides when threads that are
+Run by test_deaths.py in a process of its own, with TEEMATE_TICK: it decides when threads that are
 inside are interrupted, and with tests/ on its path.  Prints how many deaths there were.
 """
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 LIB = ROOT / "native" / "lib"
 PROGRAMS = Path(__file__).parent / "c"
 #: What meson gives the sources that run while FS is the enclave's.
-INSIDE = {"sim_aex.c", "sim_signals.c", "sim_xsave.c"}
+INSIDE = {"sim_aex.c", "signals.c", "sim_xsave.c"}
 INSIDE_FLAGS = ["-fno-stack-protector", "-fno-sanitize=all"]
 HARNESS = ["harness.c", "enclave.S"]
 

@@ -313,7 +313,7 @@ static void a_tick_length_that_makes_no_sense_is_refused(void)
 {
     struct teemate_enclave *enclave = test_enclave_mapped(NULL);
 
-    setenv("TEEMATE_SIM_TICK", "fast", 1);
+    setenv("TEEMATE_TICK", "fast", 1);
     EQUAL(enter(enclave, 0, OP_NOTHING, 0, 0).outcome, -EINVAL);
 }
 

@@ -144,7 +144,7 @@ static void whoever_is_killed_leaves_the_state_before_or_after(void)
     struct teemate_enclave *enclave;
     unsigned seed = 1, buried = 0;
 
-    setenv("TEEMATE_SIM_TICK", "20us-60us", 1);
+    setenv("TEEMATE_TICK", "20us-60us", 1);
     CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) == 0);
     enclave = test_enclave(NULL); /* mapped only after the forks have seen nothing of it */
     for (int round = 0; round < 40; round++) {

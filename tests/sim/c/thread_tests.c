@@ -61,7 +61,7 @@ static void *keep_registers(void *argument)
 {
     unsigned n = (unsigned)(uintptr_t)argument, seed = n + 1;
     struct pattern *pattern = (struct pattern *)((uint8_t *)board(enclave) + n * 4096);
-    struct sim_thread *self = sim_thread_get();
+    struct thread *self = thread_get();
 
     for (unsigned round = 0; ticks_seen[n] < TICKS; round++) {
         uint64_t before = self->sequence;
@@ -93,7 +93,7 @@ static void keep_registers_in_threads(uint64_t xfrm)
 {
     pthread_t threads[THREADS];
 
-    setenv("TEEMATE_SIM_TICK", "20us-120us", 1);
+    setenv("TEEMATE_TICK", "20us-120us", 1);
     enclave = test_enclave_mapped(&(struct options){.xfrm = xfrm});
     for (uintptr_t n = 0; n < THREADS; n++)
         CHECK(pthread_create(&threads[n], NULL, keep_registers, (void *)n) == 0);
@@ -130,7 +130,7 @@ static void short_calls_show_idle_with_cssa_1_too(void)
 {
     pthread_t other;
 
-    setenv("TEEMATE_SIM_TICK", "20us-60us", 1);
+    setenv("TEEMATE_TICK", "20us-60us", 1);
     enclave = test_enclave_mapped(NULL);
     CHECK(pthread_create(&other, NULL, short_calls, NULL) == 0);
     while (tcs_word(enclave, 1) != IDLE(1))
@@ -171,7 +171,7 @@ static void threads_that_end_leave_nothing_behind(void)
         if (round == 0)
             after_first = address_space();
     }
-    EQUAL(sim_threads_count(), 1);
+    EQUAL(threads_count(), 1);
     /* 480 blocks would be 63 MiB; malloc's arenas may come and go. */
     CHECK(address_space() < after_first + 32 * 256 || address_space() - after_first > 1000000);
 }
@@ -211,7 +211,7 @@ static void calls_faults_and_ticks_mix(void)
 {
     pthread_t threads[6];
 
-    setenv("TEEMATE_SIM_TICK", "20us-60us", 1);
+    setenv("TEEMATE_TICK", "20us-60us", 1);
     enclave = test_enclave_mapped(NULL);
     for (uintptr_t n = 0; n < 6; n++)
         CHECK(pthread_create(&threads[n], NULL, mixed, (void *)n) == 0);
@@ -224,7 +224,7 @@ static void a_tick_that_comes_late_interrupts_no_system_call(void)
     struct timespec pause = {.tv_nsec = 500000};
     pthread_t other;
 
-    setenv("TEEMATE_SIM_TICK", "20us-40us", 1);
+    setenv("TEEMATE_TICK", "20us-40us", 1);
     enclave = test_enclave_mapped(NULL);
     CHECK(pthread_create(&other, NULL, short_calls, NULL) == 0);
     for (int i = 0; i < 300; i++) {

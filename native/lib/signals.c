@@ -2,14 +2,16 @@
 /*
  * Whose signal is it?
  *
- * The library owns SIGILL, SIGSEGV, SIGFPE, SIGBUS, SIGTRAP and one real-time signal, the
- * tick.  What did not happen inside an enclave goes to the handlers that were there
+ * The sim needs SIGILL, SIGSEGV, SIGFPE, SIGBUS, SIGTRAP and one real-time signal, the
+ * tick; on sgx the tick and SIGBUS are enough, since the vDSO gets the exceptions.  The
+ * library takes what its entries need.  What did not happen inside an enclave goes to the handlers that were there
  * before (faulthandler, the JVM, ASan), in the order in which they would have run.
  *
  * The kernel is asked and told directly: libraries that wrap sigaction() (libjsig, the
  * sanitizers) would put themselves before us, and they expect the host's FS.
  *
- * Built without stack protector and sanitizers: the handler starts with the enclave's FS.
+ * Built without stack protector and sanitizers: on the sim the handler starts with the
+ * enclave's FS.
  */
 #include <dlfcn.h>
 #include <errno.h>
@@ -23,6 +25,7 @@
 #include <unistd.h>
 
 #include "enclave.h"
+#include "sgx_enter.h"
 #include "sim_thread.h"
 
 #define SA_RESTORER 0x04000000ul
@@ -50,7 +53,7 @@ struct chain {
 static const int owned[OWNED] = {SIGILL, SIGSEGV, SIGFPE, SIGBUS, SIGTRAP};
 static struct chain *_Atomic chains[OWNED + 1];
 static _Atomic int tick_signal;
-static _Atomic bool installed;
+static _Atomic uint32_t installed; /* a bit for each of the tables */
 static _Atomic uint64_t checked_at; /* time stamp counter */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
@@ -65,19 +68,19 @@ static __thread struct {
 
 static void on_signal(int sig, siginfo_t *info, void *context);
 
-int sim_tick_signal(void)
+int signals_tick(void)
 {
     return atomic_load_explicit(&tick_signal, memory_order_relaxed);
 }
 
 static int get_action(int sig, struct action *action)
 {
-    return (int)sim_syscall(SYS_rt_sigaction, sig, 0, (long)action, 8);
+    return (int)bare_syscall(SYS_rt_sigaction, sig, 0, (long)action, 8);
 }
 
 static int set_action(int sig, const struct action *action)
 {
-    return (int)sim_syscall(SYS_rt_sigaction, sig, (long)action, 0, 8);
+    return (int)bare_syscall(SYS_rt_sigaction, sig, (long)action, 0, 8);
 }
 
 static bool is_default(const struct action *action)
@@ -101,13 +104,13 @@ static void take_default(int sig, siginfo_t *info)
     const struct action action = {.handler = (void (*)(int, siginfo_t *, void *))(void *)SIG_DFL};
 
     set_action(sig, &action);
-    sim_syscall(SYS_rt_tgsigqueueinfo, sim_syscall(SYS_getpid, 0, 0, 0, 0), sim_syscall(SYS_gettid, 0, 0, 0, 0), sig,
+    bare_syscall(SYS_rt_tgsigqueueinfo, bare_syscall(SYS_getpid, 0, 0, 0, 0), bare_syscall(SYS_gettid, 0, 0, 0, 0), sig,
                 (long)info);
 }
 
 static bool from_ourselves(const siginfo_t *info)
 {
-    return info->si_code <= 0 && info->si_pid == sim_syscall(SYS_getpid, 0, 0, 0, 0);
+    return info->si_code <= 0 && info->si_pid == bare_syscall(SYS_getpid, 0, 0, 0, 0);
 }
 
 /* Raised by a handler that was called with `outer`, which lies right above it on its stack? */
@@ -155,8 +158,8 @@ static void pass_on(int sig, siginfo_t *info, void *context, bool called)
     memcpy(&mask, &uc->uc_sigmask, sizeof(mask));
     mask |= action->mask;
     if (!(action->flags & SA_NODEFER))
-        mask |= SIM_MASK(sig);
-    sim_syscall(SYS_rt_sigprocmask, SIG_SETMASK, (long)&mask, 0, 8);
+        mask |= SIGNAL_MASK(sig);
+    bare_syscall(SYS_rt_sigprocmask, SIG_SETMASK, (long)&mask, 0, 8);
     if (action->flags & SA_SIGINFO)
         action->handler(sig, info, context);
     else
@@ -189,21 +192,25 @@ static void on_signal(int sig, siginfo_t *info, void *context)
         __asm__ volatile("push %0; popfq" : : "r"(flags & ~(uint64_t)RFLAGS_AC) : "cc");
 
     if (thread && rip >= (uint64_t)(uintptr_t)sim_region_start && rip < (uint64_t)(uintptr_t)sim_region_end) {
-        if (sig == sim_tick_signal())
+        if (sig == signals_tick())
             return; /* half inside: the ticker comes again */
     } else if (thread && atomic_load_explicit(&thread->inside, memory_order_relaxed) && !thread->handling) {
         sim_inside(thread, sig, info, context);
         return;
     }
-    if (sig == sim_tick_signal() && info->si_code == SI_QUEUE && info->si_value.sival_ptr == &tick_signal)
-        return; /* came late: outside already */
+    if (sig == signals_tick() && info->si_code == SI_QUEUE && info->si_value.sival_ptr == &tick_signal) {
+        sgx_on_tick(uc); /* or came late: outside already */
+        return;
+    }
+    if (sig == SIGBUS && info->si_code > 0 && sgx_on_memory_error(info, uc))
+        return;
     /* The kernel puts the context right above the return address (struct rt_sigframe). */
     pass_on(sig, info, context, context != (uint64_t *)__builtin_frame_address(0) + 2);
 }
 
 /* ---- outside --------------------------------------------------------------- */
 
-const void *sim_tick_cookie(void)
+const void *signals_tick_cookie(void)
 {
     return &tick_signal;
 }
@@ -214,7 +221,7 @@ static int put_first(int sig, const struct action *before)
     struct action ours = {
         .handler = on_signal,
         .flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER | SA_RESTART | SA_RESTORER,
-        .restorer = sim_restorer,
+        .restorer = signals_restorer,
         .mask = ~0ull,
     };
     const struct chain *old = atomic_load(&chains[index_of(sig)]);
@@ -224,7 +231,7 @@ static int put_first(int sig, const struct action *before)
         return -ENOMEM;
     /* The synchronous ones stay open: a fault of the handler's own must not hang. */
     for (uint32_t i = 0; i < OWNED; i++)
-        ours.mask &= ~SIM_MASK(owned[i]);
+        ours.mask &= ~SIGNAL_MASK(owned[i]);
     chain->actions[chain->count++] = *before;
     for (uint32_t i = 0; old && i < old->count; i++) {
         if (old->actions[i].handler == before->handler)
@@ -277,23 +284,27 @@ static void stay_loaded(void)
         dlopen(map->l_name, RTLD_NOW | RTLD_NOLOAD | RTLD_NODELETE);
 }
 
-int sim_signals_install(void)
+static int owned_signal(uint32_t index)
+{
+    return index == TICK ? signals_tick() : owned[index];
+}
+
+int signals_install(uint32_t which)
 {
     int error = 0;
 
-    if (__builtin_expect(atomic_load_explicit(&installed, memory_order_acquire), 1))
+    if (__builtin_expect((atomic_load_explicit(&installed, memory_order_acquire) & which) == which, 1))
         return 0;
     pthread_mutex_lock(&lock);
     if (!atomic_load(&tick_signal))
         atomic_store(&tick_signal, choose_tick());
     pthread_mutex_unlock(&lock);
     stay_loaded();
-    for (uint32_t i = 0; i < OWNED && !error; i++)
-        error = adopt(owned[i]);
+    for (uint32_t i = 0; i <= OWNED && !error; i++)
+        if (which & 1u << i)
+            error = adopt(owned_signal(i));
     if (!error)
-        error = adopt(sim_tick_signal());
-    if (!error)
-        atomic_store_explicit(&installed, true, memory_order_release);
+        atomic_fetch_or_explicit(&installed, which, memory_order_release);
     return error;
 }
 
@@ -305,7 +316,7 @@ static uint64_t now(void)
     return (uint64_t)d << 32 | a;
 }
 
-int sim_signals_recheck(void)
+int signals_recheck(void)
 {
     struct action action;
     uint64_t at = now();
@@ -315,24 +326,29 @@ int sim_signals_recheck(void)
     get_action(SIGILL, &action);
     if (action.handler == on_signal && at - atomic_load_explicit(&checked_at, memory_order_relaxed) < 2000000)
         return 0;
-    for (uint32_t i = 0; i < OWNED && !error; i++)
-        error = adopt(owned[i]);
-    if (!error)
-        error = adopt(sim_tick_signal());
+    for (uint32_t i = 0; i <= OWNED && !error; i++)
+        error = adopt(owned_signal(i));
     atomic_store_explicit(&checked_at, at, memory_order_relaxed);
     return error;
 }
 
+bool signals_tick_ready(void)
+{
+    return adopt(signals_tick()) == 0;
+}
+
 int teemate_signals_check(int put_back, struct teemate_diag *diag)
 {
-    if (!atomic_load(&installed)) /* nobody can have taken what we never had */
-        return put_back ? sim_signals_install() : 0;
+    uint32_t mine = atomic_load(&installed);
+
     for (uint32_t i = 0; i <= OWNED; i++) {
-        int sig = i < OWNED ? owned[i] : sim_tick_signal();
+        int sig = owned_signal(i);
         struct action action;
         Dl_info who = {0};
         int error = 0;
 
+        if (!(mine & 1u << i)) /* nobody can have taken what we never had */
+            continue;
         if (!get_action(sig, &action) && action.handler == on_signal)
             continue;
         if (put_back) {
@@ -356,7 +372,7 @@ int teemate_signals_check(int put_back, struct teemate_diag *diag)
 }
 
 /* In a child of fork: another thread may have held it. */
-void sim_signals_forked(void)
+void signals_forked(void)
 {
     lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
     memset(nested, 0, sizeof(nested));
