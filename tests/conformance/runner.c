@@ -707,11 +707,11 @@ static void step_sgx2(char **words, char *seen, size_t size)
 
     argument = words[3] ? strtoull(words[3], NULL, 0) : 0;
     if (strcmp(words[0], "restrict") == 0)
-        error = sgx2_restrict(run.enclave, offset, length, argument, &result, &count);
+        error = enclave_restrict_permissions(run.enclave, offset, length, argument, &result, &count);
     else if (strcmp(words[0], "types") == 0)
-        error = sgx2_types(run.enclave, offset, length, argument, &result, &count);
+        error = enclave_modify_types(run.enclave, offset, length, argument, &result, &count);
     else
-        error = sgx2_remove(run.enclave, offset, length, &count);
+        error = enclave_remove_pages(run.enclave, offset, length, &count);
     if (!error)
         snprintf(seen, size, "ok");
     else

@@ -104,7 +104,7 @@ static void accept_page(uint64_t tcs, uint64_t offset, uint64_t flags)
 static void types(uint64_t offset, uint64_t pages, uint64_t type)
 {
     uint64_t result = 0, count = 0;
-    int error = sgx2_types(enclave, offset, pages * PAGE, type, &result, &count);
+    int error = enclave_modify_types(enclave, offset, pages * PAGE, type, &result, &count);
 
     printf("types: %d, %" PRIu64 ", %" PRIu64 " pages\n", error, result, count / PAGE);
 }
@@ -112,7 +112,7 @@ static void types(uint64_t offset, uint64_t pages, uint64_t type)
 static void restrict_to(uint64_t offset, uint64_t permissions)
 {
     uint64_t result = 0, count = 0;
-    int error = sgx2_restrict(enclave, offset, PAGE, permissions, &result, &count);
+    int error = enclave_restrict_permissions(enclave, offset, PAGE, permissions, &result, &count);
 
     printf("restrict: %d, %" PRIu64 ", %" PRIu64 " pages\n", error, result, count / PAGE);
 }
@@ -120,7 +120,7 @@ static void restrict_to(uint64_t offset, uint64_t permissions)
 static void remove_pages(uint64_t offset, uint64_t pages)
 {
     uint64_t count = 0;
-    int error = sgx2_remove(enclave, offset, pages * PAGE, &count);
+    int error = enclave_remove_pages(enclave, offset, pages * PAGE, &count);
 
     printf("remove: %d, %" PRIu64 " pages\n", error, count / PAGE);
 }
