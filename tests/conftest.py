@@ -12,6 +12,14 @@ from images import Images
 from running_broker import RunningBroker, run_broker
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--machine",
+        action="store_true",
+        help="run also the tests that boot the emulated machine with SGX (as TEEMATE_MACHINE=1 does)",
+    )
+
+
 def pytest_configure() -> None:
     """A shell has its background jobs ignore SIGINT; programs that tests interrupt would inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

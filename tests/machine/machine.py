@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,6 +114,13 @@ def _editable_loaders(venv: Path) -> list[Path]:
         if done.returncode != 0:
             raise NoMachineError(f"{name}, which {venv} has as editable, cannot be imported here (see above)")
     return loaders
+
+
+def cache() -> Path:
+    """The folder in which everything that was built or downloaded is kept; it can be deleted at any time."""
+    path = Path(os.environ.get("TEEMATE_MACHINE_CACHE") or Path.home() / ".cache" / "teemate-sgx-machine")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def build() -> tuple[Path, Path]:
@@ -225,6 +233,29 @@ def _following(path: Path, *, copy: bool) -> Iterator[None]:
             tail.terminate()
 
 
+@contextlib.contextmanager
+def _pipe(destination: int) -> Iterator[int]:
+    """A pipe whose content is copied to a file as it comes: QEMU wants a descriptor that is for writing only.
+
+    The writing end is closed, and everything was copied, when the block has been left.
+    """
+
+    def copy() -> None:
+        while data := os.read(reading, 65536):
+            while data:
+                data = data[os.write(destination, data) :]
+
+    reading, writing = os.pipe()
+    thread = threading.Thread(target=copy)
+    thread.start()
+    try:
+        yield writing
+    finally:
+        os.close(writing)
+        thread.join()
+        os.close(reading)
+
+
 def run(
     arguments: Sequence[str | os.PathLike[str]],
     *,
@@ -270,34 +301,23 @@ def boot(command: Command, machine: Machine, *, timeout: float, output: BinaryIO
         (files / "initramfs").write_bytes(_initramfs(command, qemu, kernel))
         console, status = files / "console", files / "status"
         console.touch()
-        # A copy, since QEMU wants no standard stream; one for both where they are one file.
-        descriptors = [os.dup(output.fileno())]
-        if not os.path.sameopenfile(output.fileno(), errors.fileno()):
-            descriptors.append(os.dup(errors.fileno()))
-        line = _qemu(
-            machine,
-            command,
-            qemu=qemu,
-            kernel=kernel,
-            files=files,
-            output=descriptors[0],
-            errors=descriptors[-1],
-        )
-        # timeout(1) ends QEMU even if this process is killed.
-        bound = ["timeout", "--kill-after=5", str(timeout)]
-        try:
-            with (
-                _following(console, copy=machine.verbose),
-                subprocess.Popen([*bound, *line], stdin=subprocess.DEVNULL, pass_fds=descriptors) as process,
-            ):
+        with contextlib.ExitStack() as stack:
+            pipes = [stack.enter_context(_pipe(output.fileno()))]
+            # One for both where they are one file, so that the order is kept.
+            if not os.path.sameopenfile(output.fileno(), errors.fileno()):
+                pipes.append(stack.enter_context(_pipe(errors.fileno())))
+            line = _qemu(
+                machine, command, qemu=qemu, kernel=kernel, files=files, output=pipes[0], errors=pipes[-1]
+            )
+            # timeout(1) ends QEMU even if this process is killed.
+            bound = ["timeout", "--kill-after=5", str(timeout)]
+            stack.enter_context(_following(console, copy=machine.verbose))
+            with subprocess.Popen([*bound, *line], stdin=subprocess.DEVNULL, pass_fds=pipes) as process:
                 try:
                     ended = process.wait()
                 finally:
                     if process.poll() is None:
                         process.terminate()
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
         text = status.read_text().strip() if status.exists() else ""
         if text:
             return int(text)

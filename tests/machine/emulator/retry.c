@@ -1,0 +1,52 @@
+/*
+ * ioctl() for the kernel's selftests, which goes on after EAGAIN
+ *
+ * The ioctls that work on a range of pages return EAGAIN, and how far they
+ * came, when they meet a page that is just being reclaimed.  The selftests of
+ * Linux 6.1 do not know that, those of later versions do.
+ */
+
+#include <errno.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <sys/ioctl.h>
+#include <asm/sgx.h>
+
+#undef ioctl
+int ioctl(int fd, unsigned long cmd, ...);
+
+int ioctl_retry(int fd, unsigned long cmd, ...)
+{
+    unsigned long long *range, *count, done = 0, offset, length;
+    va_list ap;
+    int r;
+
+    va_start(ap, cmd);
+    range = va_arg(ap, void *);
+    va_end(ap);
+
+    switch (cmd) {
+    case SGX_IOC_ENCLAVE_RESTRICT_PERMISSIONS:
+    case SGX_IOC_ENCLAVE_MODIFY_TYPES:
+        count = &range[4];
+        break;
+    case SGX_IOC_ENCLAVE_REMOVE_PAGES:
+        count = &range[2];
+        break;
+    default:
+        return ioctl(fd, cmd, range);
+    }
+
+    offset = range[0];
+    length = range[1];
+    while ((r = ioctl(fd, cmd, range)) == -1 && errno == EAGAIN) {
+        done += *count;
+        range[0] += *count;
+        range[1] -= *count;
+        *count = 0;
+    }
+    *count += done;
+    range[0] = offset;
+    range[1] = length;
+    return r;
+}
