@@ -64,6 +64,7 @@ static const struct rule warden_rules[] = {
     ANY(madvise),
     ANY(mremap), /* realloc of glibc */
     ANY(brk),
+    ONLY(personality, 0, 0xffffffffu, 0xffffffffu, 0xffffffffu), /* to ask: READ_IMPLIES_EXEC? */
     ANY(fstat), /* geometry of the fds that were handed over */
     ANY(newfstatat),
     ANY(pread64),
