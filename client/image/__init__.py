@@ -61,7 +61,7 @@ class ImagePaths:
 
 
 def shipped(name: str) -> ImagePaths:
-    """Return the files of an image that comes with TeeMate: ``vault``.
+    """Return the files of an image that comes with TeeMate: ``vault``, or ``bare``, which only leaves.
 
     Raises :class:`~teemate.errors.ImageError` when there is none of that name, or when TeeMate was
     installed without it.

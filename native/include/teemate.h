@@ -130,6 +130,8 @@ int teemate_backend_choose(int wanted, struct teemate_diag *diag);
 int teemate_cpuid(uint32_t leaf, uint32_t subleaf, uint32_t registers[4]);
 /* XCR0: the components that XSAVE saves here; 0 when the system has switched XSAVE off. */
 uint64_t teemate_xcr0(void);
+/* 1 when the vDSO of this process has __vdso_sgx_enter_enclave, else 0. */
+int teemate_vdso_enters(void);
 
 /* ---- enclaves -------------------------------------------------------------- */
 

@@ -3,10 +3,18 @@
 #include <cpuid.h>
 #include <errno.h>
 
-#include "teemate.h"
+#include "sgx.h"
 
 int teemate_cpuid(uint32_t leaf, uint32_t subleaf, uint32_t registers[4])
 {
+    /* Hypervisors answer their own leaves, when they say that they are there (CPUID.1:ECX[31]). */
+    if (leaf >= 0x40000000u && leaf < 0x40010000u) {
+        __cpuid(1, registers[0], registers[1], registers[2], registers[3]);
+        if (!(registers[2] & 1u << 31))
+            return -ENXIO;
+        __cpuid_count(leaf, subleaf, registers[0], registers[1], registers[2], registers[3]);
+        return 0;
+    }
     /* __get_cpuid_count asks for the highest leaf first: an Intel processor answers a leaf above
      * it with the data of another one (SDM 2A, CPUID). */
     if (!__get_cpuid_count(leaf, subleaf, &registers[0], &registers[1], &registers[2], &registers[3]))
@@ -22,4 +30,9 @@ uint64_t teemate_xcr0(void)
         return 0;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return (uint64_t)high << 32 | low;
+}
+
+int teemate_vdso_enters(void)
+{
+    return sgx_vdso_function() != NULL;
 }
