@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, final
 import trio
 
 from teemate import errors
+from teemate._backend import choose_backend
 from teemate.broker.enclaves import (
     PAGE,
     SIGSTRUCT_SIZE,
@@ -21,7 +22,6 @@ from teemate.broker.enclaves import (
     EnclaveState,
     ImageFacts,
     build_enclave,
-    choose_backend,
     measure_image,
 )
 from teemate.broker.limits import Charge, Resource
@@ -69,7 +69,8 @@ class Administration:
                 sigstruct = _read_sigstruct(policy.sigstruct)
                 fd = os.open(policy.image, os.O_RDONLY | os.O_CLOEXEC)
                 try:
-                    await self._build(policy, service.backend, fd, sigstruct, None)
+                    backend = policy.backend if policy.backend != "auto" else service.backend
+                    await self._build(policy, backend, fd, sigstruct, None)
                 finally:
                     os.close(fd)
             except (OSError, errors.Error, WardenError) as error:
@@ -114,9 +115,10 @@ class Administration:
     ) -> Answer:
         service = self._service
         try:
-            backend = choose_backend(
-                service.policy.broker.backend if args.backend == "auto" else args.backend
+            wanted = next(
+                (name for name in (args.backend, policy.backend) if name != "auto"), service.choice.wanted
             )
+            backend = (await trio.to_thread.run_sync(choose_backend, wanted)).backend
             facts = await trio.to_thread.run_sync(measure_image, image_fd, args.sigstruct)
             reasons = [reason for rule in rules if (reason := _refusal(rule, facts, args.debug))]
             if len(reasons) == len(rules):

@@ -28,7 +28,6 @@ __all__ = [
     "EnclaveStatistics",
     "ImageFacts",
     "build_enclave",
-    "choose_backend",
     "measure_image",
 ]
 
@@ -50,27 +49,6 @@ _STEPS = {
     9: "control",
 }
 _SEGMENT_CAPACITY = 4096
-
-
-def choose_backend(wanted: str) -> str:
-    """Return the backend that `wanted` means on this host: "sim" or "sgx".
-
-    Raises
-    ------
-    Unsupported
-        `wanted` is "sgx" and this host or this build has none.
-
-    """
-    if wanted == "sim":
-        return "sim"
-    if os.path.exists("/dev/sgx_enclave"):
-        return "sgx"
-    if wanted == "sgx":
-        raise errors.Unsupported(
-            'backend = "sgx", but this host has no /dev/sgx_enclave: it needs SGX and flexible launch'
-            " control, both enabled in the firmware, and Linux 5.11 or later"
-        )
-    return "sim"
 
 
 @final

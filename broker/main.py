@@ -42,6 +42,9 @@ async def run(policy: Policy, log: FilteringBoundLogger, listeners: list[socket.
     # Outside of the nursery: a second signal must not end us while wardens are being ended.
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         service = Service(policy, log)
+        if service.choice.wanted == "auto":
+            why = {"why_not_sgx": service.choice.reason} if service.choice.reason else {}
+            log.info("backend chosen by auto", backend=service.backend, **why)
         if service.backend == "sim":
             log.warning(
                 "the sim backend protects nothing: enclaves are ordinary memory that root, their owner"

@@ -126,7 +126,9 @@ def ping(_client: Client, _args: Nothing, _fds: tuple[int, ...]) -> Result:
 @method("enclaves", Nothing.parse)
 def enclaves(client: Client, _args: Nothing, _fds: tuple[int, ...]) -> Result:
     """List the enclaves that this client may attach to; all of them for administrators."""
-    return Answer({"enclaves": client.service.list_enclaves(client)})
+    service = client.service
+    choice = {"backend": service.choice.backend, "wanted": service.choice.wanted}
+    return Answer({"enclaves": service.list_enclaves(client), **choice})
 
 
 @method("attach", Attach.parse)

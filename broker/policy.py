@@ -62,6 +62,8 @@ class EnclavePolicy:
     start: str = "boot"
     debug: bool = False
     require_sdk: bool = True
+    backend: str = "auto"
+    """``auto``: what ``[broker]`` says."""
     attach: tuple[Rule, ...] = ()
     slots_per_client: int = 16
     clients_per_uid: int = 1024
@@ -239,6 +241,7 @@ def _enclave(table: Table, base: Path, default_owner: int) -> EnclavePolicy:
         start=start,
         debug=table.flag("debug", False),
         require_sdk=table.flag("require_sdk", True),
+        backend=table.choice("backend", "auto", ("auto", "sim", "sgx")),
         attach=tuple(rules),
         slots_per_client=table.whole("slots_per_client", 16, 0, 4096),
         clients_per_uid=table.whole("clients_per_uid", 1024, 1),

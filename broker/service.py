@@ -15,16 +15,17 @@ import trio
 from structlog.typing import FilteringBoundLogger
 
 from teemate import errors
+from teemate._backend import choose_backend
 from teemate.broker import requests
 from teemate.broker.addresses import Addresses
 from teemate.broker.administration import Administration
 from teemate.broker.audit import Audit
 from teemate.broker.cgroups import find_tree
-from teemate.broker.enclaves import Enclave, EnclaveState, choose_backend
+from teemate.broker.enclaves import Enclave, EnclaveState
 from teemate.broker.grants import Grant, Waiter
 from teemate.broker.identity import principal
 from teemate.broker.limits import Charge, Ledger, Resource
-from teemate.broker.policy import Policy
+from teemate.broker.policy import EnclavePolicy, Policy
 from teemate.broker.processes import Processes
 from teemate.broker.reclaim import Reclaimer
 from teemate.broker.requests import Answer
@@ -46,6 +47,14 @@ class ServerStatistics:
     breaches: int
 
 
+def _demand(enclave: EnclavePolicy) -> None:
+    """Refuse to start without a backend that an enclave is to have."""
+    try:
+        choose_backend(enclave.backend)
+    except errors.Unsupported as error:
+        raise errors.Unsupported(f"enclave {enclave.name}: {error.message}", error.detail) from None
+
+
 class Service:
     """The broker's state; everything runs in trio's one thread.
 
@@ -59,7 +68,11 @@ class Service:
     def __init__(self, policy: Policy, log: FilteringBoundLogger) -> None:
         self.policy = policy
         self.log = log
-        self.backend = choose_backend(policy.broker.backend)
+        self.choice = choose_backend(policy.broker.backend)
+        self.backend = self.choice.backend
+        for enclave in policy.enclaves:
+            if enclave.backend != "auto":
+                _demand(enclave)
         self.audit = Audit(log)
         self.ledger = Ledger(policy.limits)
         self.cgroup_tree = find_tree(policy.broker.cgroup_hierarchy)

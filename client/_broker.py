@@ -94,6 +94,11 @@ class Broker:
     def _enclaves(self, check: Check | None) -> list[EnclaveInfo]:
         return [EnclaveInfo.parse(info) for info in self._request("enclaves", check=check)["enclaves"]]
 
+    def backend(self) -> tuple[str, str]:
+        """Return the backend of new enclaves, and what the policy says of it (``auto``, or the same)."""
+        ok = self._request("enclaves")
+        return str(ok.get("backend", "")), str(ok.get("wanted", ""))
+
     def attach(self, name: str, slots: int = 1, wait: float = WAIT) -> GrantedEnclave:
         """Map the enclave `name` into this process and get `slots` of its TCSs.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
 
+from teemate._backend import choose_backend
 from teemate._enclave import Enclave, map_enclave, new_handle
 from teemate._faults import native_error, new_diag
 from teemate._native import ffi, lib
@@ -82,6 +84,8 @@ def create_enclave(
     finally:
         os.close(fd)
     if error:
+        if backend != "auto" and -error in (errno.ENODEV, errno.EACCES, errno.EPERM):
+            choose_backend(backend)  # raises with all that is known, when the backend is what is missing
         raise native_error(error, diag, f"creating enclave {label!r}")
     native = handle[0]
     info = ffi.new("struct teemate_enclave_info *")

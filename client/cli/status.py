@@ -29,15 +29,17 @@ def status(path: str | None, as_json: bool) -> None:
 
     with connect(path, client="teemate status") as broker:
         enclaves = broker.enclaves()
+        backend, wanted = broker.backend()
         clients: list[ClientInfo] | None
         try:
             clients = broker.clients()
         except Denied:
             clients = None  # only administrators see who else is there
     if as_json:
-        print_json(_as_json(broker.path, enclaves, clients))
+        print_json({**_as_json(broker.path, enclaves, clients), "backend": backend, "wanted": wanted})
     else:
         _show(broker.path, enclaves, clients)
+        _show_backend(backend, wanted)
 
 
 def _as_json(
@@ -72,6 +74,12 @@ def _slots(counts: SlotCounts) -> str:
     return "\n".join(
         [f"{counts.free}/{counts.total} free", *(f"{count} {what}" for count, what in rest if count)]
     )
+
+
+def _show_backend(backend: str, wanted: str) -> None:
+    if backend:
+        chosen = f"{backend}, chosen by auto (its log says why)" if wanted == "auto" else backend
+        click.echo(f"New enclaves get backend {chosen}.")
 
 
 def _show(path: str, enclaves: Sequence[EnclaveInfo], clients: Sequence[ClientInfo] | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import trio
 
+from teemate._backend import choose_backend
 from teemate._trio import open_broker
 from teemate.demo._figures import Figures, quantiles
 from teemate.demo._memory import children, pss_outside
@@ -55,6 +56,7 @@ def run_demo(*, clients: int, calls: int, heap: int, backend: str, listener: Lis
     Everything that is started is ended again, also on Ctrl-C.  Raises what went wrong; failures
     inside the enclave are counted in the result.
     """
+    choose_backend(backend)  # what cannot work is said before anything is started
     return trio.run(lambda: _run(clients, calls, heap, backend, listener))
 
 

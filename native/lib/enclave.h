@@ -22,6 +22,7 @@
 struct backend;
 struct sgx_stack;   /* sgx_enter.h */
 struct sim_mapping; /* sim.h */
+struct sgx_pages;   /* sgx_map.c */
 
 /* Private enclaves: what their warden, this process, knows (private.c). */
 struct private_warden;
@@ -40,6 +41,7 @@ struct teemate_enclave {
     pthread_mutex_t lock; /* mapping and unmapping */
     struct teemate_enclave_info info;
     struct sim_mapping *sim; /* owned by the sim backend: its own view of the file's tables */
+    struct sgx_pages *sgx_made_tcs; /* owned by the sgx backend: pages that this process made TCSs of */
     struct private_warden *warden;
     _Atomic(struct sgx_stack *) stacks; /* sgx_stack.c */
 };
@@ -95,6 +97,12 @@ struct backend {
     int (*enter)(struct teemate_enclave *enclave, uint64_t tcs_offset, struct teemate_regs *regs,
                  uint32_t function, uint64_t pause_after_ns, enum entry_stack stack,
                  struct sgx_enclave_run *run);
+    /* SGX2 (sgx2.h), one call each: -EBUSY and -EAGAIN when to be asked again. */
+    int (*restrict_permissions)(struct teemate_enclave *enclave, uint64_t offset, uint64_t length,
+                                uint64_t permissions, uint64_t *result, uint64_t *count);
+    int (*modify_types)(struct teemate_enclave *enclave, uint64_t offset, uint64_t length, uint64_t type,
+                        uint64_t *result, uint64_t *count);
+    int (*remove_pages)(struct teemate_enclave *enclave, uint64_t offset, uint64_t length, uint64_t *count);
     void (*close)(struct teemate_enclave *enclave);
 };
 

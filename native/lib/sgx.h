@@ -30,5 +30,8 @@ int sgx_open(struct teemate_enclave *enclave, struct teemate_diag *diag);
 int sgx_map(struct teemate_enclave *enclave, struct teemate_diag *diag);
 int sgx_map_tcs(struct teemate_enclave *enclave, uint64_t offset, struct teemate_diag *diag);
 int sgx_unmap_tcs(struct teemate_enclave *enclave, uint64_t offset);
+/* These pages were regular ones and are TCSs now: sgx_map_tcs takes them.  -ENOMEM. */
+int sgx_made_tcs(struct teemate_enclave *enclave, uint64_t offset, uint64_t size);
+void sgx_forget_tcs(struct teemate_enclave *enclave);
 
 #endif

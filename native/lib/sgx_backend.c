@@ -54,9 +54,31 @@ static int available(struct teemate_diag *diag)
     return result;
 }
 
+static int restrict_permissions(struct teemate_enclave *enclave, uint64_t offset, uint64_t length,
+                                uint64_t permissions, uint64_t *result, uint64_t *count)
+{
+    return sgx_driver_restrict_permissions(enclave->fd, offset, length, permissions, result, count);
+}
+
+static int modify_types(struct teemate_enclave *enclave, uint64_t offset, uint64_t length, uint64_t type,
+                        uint64_t *result, uint64_t *count)
+{
+    int error = sgx_driver_modify_types(enclave->fd, offset, length, type, result, count);
+
+    if (type == SGX_PT_TCS && *count && sgx_made_tcs(enclave, offset, *count) < 0)
+        return -ENOMEM;
+    return error;
+}
+
+static int remove_pages(struct teemate_enclave *enclave, uint64_t offset, uint64_t length, uint64_t *count)
+{
+    return sgx_driver_remove_pages(enclave->fd, offset, length, count);
+}
+
 static void close_enclave(struct teemate_enclave *enclave)
 {
     sgx_stacks_free(enclave); /* mappings and descriptor are teemate_close's */
+    sgx_forget_tcs(enclave);
 }
 
 const struct backend backend_sgx = {
@@ -72,5 +94,8 @@ const struct backend backend_sgx = {
     .map_tcs = sgx_map_tcs,
     .unmap_tcs = sgx_unmap_tcs,
     .enter = sgx_enter,
+    .restrict_permissions = restrict_permissions,
+    .modify_types = modify_types,
+    .remove_pages = remove_pages,
     .close = close_enclave,
 };

@@ -13,6 +13,7 @@
  */
 #include <errno.h>
 #include <inttypes.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -113,10 +114,43 @@ int sgx_map(struct teemate_enclave *enclave, struct teemate_diag *diag)
     return 0;
 }
 
-static const struct teemate_segment *segment_at(const struct teemate_enclave *enclave, uint64_t offset)
+/* Pages that were regular ones in the image; the newest comes first. */
+struct sgx_pages {
+    struct sgx_pages *next;
+    uint64_t offset;
+    uint64_t size;
+};
+
+int sgx_made_tcs(struct teemate_enclave *enclave, uint64_t offset, uint64_t size)
+{
+    struct sgx_pages *made = malloc(sizeof(*made));
+
+    if (!made)
+        return -ENOMEM;
+    pthread_mutex_lock(&enclave->lock);
+    *made = (struct sgx_pages){.next = enclave->sgx_made_tcs, .offset = offset, .size = size};
+    enclave->sgx_made_tcs = made;
+    pthread_mutex_unlock(&enclave->lock);
+    return 0;
+}
+
+void sgx_forget_tcs(struct teemate_enclave *enclave)
+{
+    while (enclave->sgx_made_tcs) {
+        struct sgx_pages *next = enclave->sgx_made_tcs->next;
+
+        free(enclave->sgx_made_tcs);
+        enclave->sgx_made_tcs = next;
+    }
+}
+
+static bool is_tcs(const struct teemate_enclave *enclave, uint64_t offset)
 {
     size_t low = 0, high = enclave->segment_count;
 
+    for (const struct sgx_pages *made = enclave->sgx_made_tcs; made; made = made->next)
+        if (offset >= made->offset && offset - made->offset < made->size)
+            return true;
     while (low < high) {
         size_t middle = low + (high - low) / 2;
         const struct teemate_segment *segment = &enclave->segments[middle];
@@ -126,16 +160,14 @@ static const struct teemate_segment *segment_at(const struct teemate_enclave *en
         else if (offset - segment->offset >= segment->size)
             low = middle + 1;
         else
-            return segment;
+            return segment->type == SGX_PT_TCS;
     }
-    return NULL;
+    return false;
 }
 
 int sgx_map_tcs(struct teemate_enclave *enclave, uint64_t offset, struct teemate_diag *diag)
 {
-    const struct teemate_segment *segment = segment_at(enclave, offset);
-
-    if (!segment || segment->type != SGX_PT_TCS)
+    if (!is_tcs(enclave, offset))
         return diag_set(diag, -EINVAL, TEEMATE_STEP_MAP, 0, offset, "there is no TCS at offset 0x%" PRIx64, offset);
     if (mprotect((void *)(enclave->base + offset), SGX_PAGE, PROT_READ | PROT_WRITE)) {
         const struct teemate_segment page = {.offset = offset, .size = SGX_PAGE, .prot = PROT_READ | PROT_WRITE};
@@ -147,9 +179,7 @@ int sgx_map_tcs(struct teemate_enclave *enclave, uint64_t offset, struct teemate
 
 int sgx_unmap_tcs(struct teemate_enclave *enclave, uint64_t offset)
 {
-    const struct teemate_segment *segment = segment_at(enclave, offset);
-
-    if (!segment || segment->type != SGX_PT_TCS)
+    if (!is_tcs(enclave, offset))
         return -EINVAL;
     return mprotect((void *)(enclave->base + offset), SGX_PAGE, PROT_NONE) ? -errno : 0;
 }

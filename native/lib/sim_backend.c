@@ -161,5 +161,8 @@ const struct backend backend_sim = {
     .map_tcs = map_tcs,
     .unmap_tcs = unmap_tcs,
     .enter = sim_enter,
+    .restrict_permissions = sim_restrict_permissions,
+    .modify_types = sim_modify_types,
+    .remove_pages = sim_remove_pages,
     .close = close_enclave,
 };

@@ -13,6 +13,10 @@ from images import Images
 from raw_client import RawClient, raw_client
 from running_broker import RunningBroker
 
+from teemate import Unsupported
+from teemate import connect as connect_to
+from teemate.doctor import diagnose
+
 Broker = Callable[..., RunningBroker]
 Connect = Callable[..., RawClient]
 
@@ -68,11 +72,39 @@ def test_a_file_in_the_socket_s_place_is_not_removed(tmp_path: Path) -> None:
     assert (tmp_path / "s").read_text() == "mine"
 
 
-@pytest.mark.skipif(os.path.exists("/dev/sgx_enclave"), reason="this host has SGX")
-def test_where_sgx_is_demanded_the_broker_does_not_start_without_it(tmp_path: Path) -> None:
-    message = start_and_fail(tmp_path, '[broker]\nbackend = "sgx"\n')
-    assert "no /dev/sgx_enclave" in message
-    assert "no /dev/sgx_enclave" in start_and_fail(tmp_path, "", "--backend", "sgx")
+needs_no_sgx = pytest.mark.skipif(os.path.exists("/dev/sgx_enclave"), reason="this host has SGX")
+
+
+@needs_no_sgx
+def test_where_sgx_is_demanded_the_broker_refuses_to_start_with_the_doctor_s_reason(tmp_path: Path) -> None:
+    reason = diagnose().auto_reason
+    assert reason in start_and_fail(tmp_path, '[broker]\nbackend = "sgx"\n')
+    assert reason in start_and_fail(tmp_path, "", "--backend", "sgx")
+    message = start_and_fail(tmp_path, '[[enclave]]\nname = "v"\nimage = "v.sgxs"\nbackend = "sgx"\n')
+    assert "enclave v: " in message
+    assert reason in message
+
+
+@needs_no_sgx
+def test_auto_says_in_the_log_what_it_took_and_why_not_sgx(broker: Broker, connect: Connect) -> None:
+    running = broker("", arguments=("--backend", "auto"))
+    (record,) = [record for record in running.log() if record["event"] == "backend chosen by auto"]
+    assert record["backend"] == "sim"
+    assert diagnose().auto_reason in str(record["why_not_sgx"])
+    ok = connect(running).ok("enclaves")
+    assert (ok["backend"], ok["wanted"]) == ("sim", "auto")
+
+
+@needs_no_sgx
+def test_a_create_that_demands_sgx_is_refused_with_the_reason_and_builds_nothing(
+    broker: Broker, images: Images
+) -> None:
+    running = broker(f"[[create]]\nuid = {os.geteuid()}\n")
+    with connect_to(running.socket) as client:
+        with pytest.raises(Unsupported, match="does not work here"):
+            client.create("v", images.vault.sgxs, images.vault.sigstruct, backend="sgx")
+        assert client.enclaves() == []
+        assert client.create("v", images.vault.sgxs, images.vault.sigstruct).backend == "sim"
 
 
 def test_the_sim_says_loudly_that_it_protects_nothing(broker: Broker) -> None:
