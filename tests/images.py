@@ -7,11 +7,11 @@ import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from elves import compile_elf, signing_key
+
 from teemate.image import (
     LayoutOptions,
     SigParams,
-    build_image,
-    generate_key,
     layout_image,
     parse_size,
     save_key,
@@ -64,7 +64,7 @@ class Images:
         self._folder = folder
         self._test_build = test_build
         self._built: dict[tuple[str, LayoutOptions, SigParams | None], BuiltImage] = {}
-        self.key = generate_key()
+        self.key = signing_key()
         self.key_path = folder / "test-key.pem"
         save_key(self.key, self.key_path)
 
@@ -97,10 +97,10 @@ class Images:
         earlier = next((image for image in self._built.values() if image.name == name), None)
         if earlier is None:
             bare = bool(image_table(name).get("bare"))
-            built = build_image(sources(name), output, options, bare=bare, test_build=self._test_build)
+            compile_elf(sources(name), elf, bare=bare, test_build=self._test_build)
         else:
             os.link(earlier.elf, elf)  # faults are shown by the ELF that lies beside the image
-            built = layout_image(elf, output, options)
+        built = layout_image(elf, output, options)
         params = sign or SigParams(debug_allowed=options.debug)
         signature = sign_with_key(params.unsigned(built.mrenclave), self.key)
         sigstruct = output.with_suffix(".sig")

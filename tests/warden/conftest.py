@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 from backends import NUMBER
+from elves import compile_elf
 from images import Images
 from warden_harness import Client, Enclave, Slot, Warden, check
 
 from teemate._native import ffi, lib
-from teemate.image import LayoutOptions, SigParams, build_elf, layout_image, sign_with_key
+from teemate.image import LayoutOptions, SigParams, layout_image, sign_with_key
 
 HERE = Path(__file__).resolve().parent
 
@@ -30,7 +31,7 @@ def make_image(images: Images, tmp_path_factory: pytest.TempPathFactory) -> Imag
         if key not in made:
             stem = folder / f"warden-{len(made)}"
             options = replace(LayoutOptions(slots=3, heap=1 << 20, debug=True), **changes)  # type: ignore[arg-type]
-            build_elf([HERE / "enclave.c"], stem.with_suffix(".elf"), defines=defines)
+            compile_elf([HERE / "enclave.c"], stem.with_suffix(".elf"), defines=defines)
             built = layout_image(stem.with_suffix(".elf"), stem.with_suffix(".sgxs"), options)
             unsigned = SigParams(debug_allowed=True).unsigned(built.mrenclave)
             stem.with_suffix(".sig").write_bytes(sign_with_key(unsigned, images.key).to_bytes())

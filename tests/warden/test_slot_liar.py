@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 from backends import NUMBER
+from elves import compile_elf
 from images import Images
 from warden_harness import Slot, check
 
 from teemate._native import ffi, lib
-from teemate.image import LayoutOptions, SigParams, build_elf, layout_image, sign_with_key
+from teemate.image import LayoutOptions, SigParams, layout_image, sign_with_key
 
 HERE = Path(__file__).resolve().parent
 
@@ -29,7 +30,7 @@ OCALL_CAPACITY = 1 << 20
 def liar_image(images: Images, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     """Image and SIGSTRUCT of liar.S."""
     stem = tmp_path_factory.mktemp("liar") / "liar"
-    build_elf([HERE / "liar.S"], stem.with_suffix(".elf"), bare=True)
+    compile_elf([HERE / "liar.S"], stem.with_suffix(".elf"), bare=True)
     options = LayoutOptions(slots=2, stack=8192, heap=0)
     built = layout_image(stem.with_suffix(".elf"), stem.with_suffix(".sgxs"), options)
     signed = sign_with_key(SigParams().unsigned(built.mrenclave), images.key)

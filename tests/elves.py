@@ -1,0 +1,67 @@
+"""ELFs of test enclaves, compiled once and kept where TEEMATE_TEST_BUILDS says.
+
+In the emulated machine a processor is fifty times slower, so nothing is compiled there: the host's tests,
+run with TEEMATE_TEST_BUILDS=FOLDER, leave what they compile in FOLDER, and those in the machine find it.
+Without the variable everything is compiled anew, as if this module were not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from teemate.image import build_elf, generate_key, load_key, save_key, sdk_paths
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+
+
+def kept_builds() -> Path | None:
+    """The folder, made if need be; None when nothing is to be kept."""
+    name = os.environ.get("TEEMATE_TEST_BUILDS")
+    if not name:
+        return None
+    folder = Path(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def compile_elf(sources: Sequence[Path], output: Path, **options: Any) -> None:
+    """Do what teemate.image.build_elf does, or copy what it did with the same sources and options."""
+    folder = kept_builds()
+    if folder is None:
+        build_elf(sources, output, **options)
+        return
+    kept = folder / f"{_digest(sources, options)}.elf"
+    if not kept.exists():
+        build_elf(sources, kept, **options)
+    shutil.copyfile(kept, output)
+
+
+def signing_key() -> RSAPrivateKey:
+    """A key to sign test images with: making one takes the machine a quarter of a minute."""
+    folder = kept_builds()
+    if folder is None:
+        return generate_key()
+    kept = folder / "test-key.pem"
+    if not kept.exists():
+        save_key(generate_key(), kept)
+    return load_key(kept)
+
+
+def _digest(sources: Sequence[Path], options: dict[str, Any]) -> str:
+    """Of everything that goes into the ELF: sources, what they include, the SDK, the options."""
+    native = sdk_paths().native
+    own = sorted({source.parent for source in sources})
+    folders = [*own, native / "sdk", native / "include", native / "lib"]
+    digest = hashlib.sha256(repr(([source.name for source in sources], sorted(options.items()))).encode())
+    for folder in folders:
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (".c", ".h", ".S", ".lds", ".toml"):
+                data = path.read_bytes()
+                digest.update(f"{path.name} {len(data)}\n".encode() + data)
+    return digest.hexdigest()[:32]
