@@ -217,7 +217,7 @@ struct teemate_regs {
 
 enum teemate_outcome {
     TEEMATE_LEFT = 0,   /* EEXIT, or an exception: run->function and exception_vector tell */
-    TEEMATE_PAUSED = 1, /* interrupted; function ERESUME goes on, not doing so leaves the slot interrupted */
+    TEEMATE_PAUSED = 1, /* interrupted; run->function goes on, not doing so leaves the slot interrupted */
     TEEMATE_LANDED = 2, /* the enclave refused the entry or was reset: arrived at the landing page */
 };
 
@@ -225,16 +225,28 @@ enum teemate_outcome {
  * Enter through the TCS at `tcs_offset` (mapped before) with function EENTER
  * (2) or ERESUME (3), with the contract of the vDSO's __vdso_sgx_enter_enclave,
  * run->user_handler included.  run->tcs and run->function are set here.
- * While the thread is inside, asynchronous signals wait.  When one is pending for
- * this thread it is interrupted, the signal's handler runs on the host's stack,
- * and the call returns paused; also after `pause_after_ns` (0: never; a lower
- * bound, the resolution is some milliseconds).  A paused call may be resumed
- * from another depth of the stack and by another thread.
+ * Signals of the host find this thread at the edge of the enclave: their handlers run there
+ * on the host's stack, and after one the call returns TEEMATE_PAUSED within a few
+ * milliseconds, so that an interpreter can run its own handlers.  sim: signals wait for the
+ * next tick, and the call pauses when it has to deliver one, or after `pause_after_ns` (0:
+ * never; a lower bound).  sgx: nothing is blocked, and since nobody can tell whether a handler
+ * ran, a call that stays inside for longer than 5 to 10 ms pauses at every tick, whatever
+ * `pause_after_ns` says.  So on both a pause needs no reason of its caller's: look at what
+ * may have happened (signals, time) and go on, or do not.  TEEMATE_TICK="20us-200us" in the
+ * environment has ticks come at random intervals of that length (tests).
+ * A paused call goes on with function run->function: ERESUME, or EENTER when nothing has
+ * been entered yet (the kernel found no EPC for the TCS for 100 ms); then `regs` is as it was
+ * but for the key, and not going on leaves nothing behind.  It may be resumed from another
+ * depth of the stack and by another thread.
+ * A memory error while inside is vector 18 (#MC) on sgx, after which the enclave is lost; the
+ * vDSO itself would end the process with SIGBUS.
+ * What a user handler does (longjmp out of it, too) ends the entry for the library; it runs on a
+ * stack of 256 KiB that belongs to the TCS (sgx).
  * A negative errno says that nothing was entered or resumed.
  * Returns enum teemate_outcome, or -EINVAL (reserved bytes, function, enclave not
- * mapped), -ENOTCONN (a child of fork), -EDEADLK (this thread is inside already,
- * or in a signal handler on an alternate stack), -ENOMEM and -EAGAIN (no memory or
- * thread for the ticker), -EUCLEAN (somebody replaced the library's signal
+ * mapped), -ENOTCONN (a child of fork), -ENODEV (no vDSO function for sgx), -EDEADLK (sim:
+ * this thread is inside already, or in a signal handler on an alternate stack), -ENOMEM and
+ * -EAGAIN (no memory or thread for the ticker), -EUCLEAN (somebody replaced the library's signal
  * handlers and it could not put itself before them; diag of
  * teemate_signals_check tells who).  A TCS that is busy or not mapped is an
  * exception of EENTER in `run`: #GP or #PF.
@@ -249,7 +261,8 @@ int teemate_enter(struct teemate_enclave *enclave, uint64_t tcs_offset, struct t
 void teemate_prepare(void);
 
 /*
- * Who handles SIGILL, SIGSEGV, SIGFPE, SIGBUS and SIGTRAP now?  0: we do.
+ * Who handles the signals that the library took for its entries so far (sgx: SIGBUS and the
+ * tick; sim: SIGILL, SIGSEGV, SIGFPE and SIGTRAP too) now?  0: we do.
  * Otherwise -EUCLEAN and a sentence that names the signal and the library that
  * took it.  With `adopt`, puts our handlers before the others again (which are
  * then called for everything that did not happen inside an enclave).

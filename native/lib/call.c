@@ -31,6 +31,8 @@
  */
 #define ATTENTION_NS 90000000ull
 #define PRINT_LIMIT 2048u
+/* Pauses of an entry that the gate refuses at once: it cannot begin, or the gate is none. */
+#define PROBE_LIMIT 20
 
 /* What came from the enclave cannot be: it is given up, as after a fault. */
 static int slot_nonsense(struct teemate_slot *slot)
@@ -208,14 +210,14 @@ static bool tcs_gone(struct teemate_slot *slot)
 {
     struct sgx_enclave_run run = {0};
     uint32_t function = SGX_EENTER;
-    int result;
+    int result = TEEMATE_PAUSED;
 
-    do {
+    for (int tries = 0; result == TEEMATE_PAUSED && tries < PROBE_LIMIT; tries++) {
         struct teemate_regs regs = {0};
 
-        result = teemate_enter(slot->enclave, slot->tcs_offset, &regs, function, 0, &run);
+        result = enclave_enter(slot->enclave, slot->tcs_offset, &regs, function, 0, ENTRY_STACK_CALLER, &run);
         function = run.function;
-    } while (result == TEEMATE_PAUSED);
+    }
     return result == TEEMATE_LEFT && run.function == SGX_EENTER && run.exception_vector == SGX_VECTOR_PF;
 }
 
@@ -234,6 +236,8 @@ static void slot_faulted(struct teemate_slot *slot, struct teemate_call *call)
 
     slot->state = SLOT_INTERRUPTED;
     call->outcome = TEEMATE_CALL_FAULT;
+    if (run->exception_vector == SGX_VECTOR_MC)
+        call->outcome = TEEMATE_CALL_LOST; /* a page of it failed, and the kernel gives none in its place */
     if (page_fault && (run->function == SGX_EENTER || (in_elrange && tcs_gone(slot))))
         call->outcome = TEEMATE_CALL_LOST;
 }

@@ -8,6 +8,9 @@
 
 #include "crypto.h"
 
+/* Pauses of an entry that has not begun, 100 ms each: the kernel has no EPC page for the TCS. */
+#define WAITING_LIMIT 50u
+
 void control_key_init(struct control_key *key, const uint8_t control_key[16])
 {
     static const char label[TM_LABEL_SIZE] = TM_MACKEY_LABEL;
@@ -57,7 +60,9 @@ static void control_faulted(const struct sgx_enclave_run *run, uint32_t function
 {
     exit->vector = run->exception_vector + 1u;
     exit->inside = run->function != SGX_EENTER;
-    if (exit->inside)
+    if (run->exception_vector == SGX_VECTOR_MC)
+        exit->status = -ENODEV;
+    else if (exit->inside)
         exit->status = -EFAULT;
     else if (function == SGX_EENTER && run->exception_vector == SGX_VECTOR_PF)
         exit->status = -ENODEV;
@@ -72,7 +77,7 @@ void control_enter(struct teemate_enclave *enclave, uint64_t tcs_offset, const s
     struct tm_control request = *control;
     struct sgx_enclave_run run;
     struct teemate_regs regs;
-    uint32_t function = SGX_EENTER;
+    uint32_t function = SGX_EENTER, waited = 0;
     int outcome;
 
     memset(exit, 0, sizeof(*exit));
@@ -88,7 +93,11 @@ void control_enter(struct teemate_enclave *enclave, uint64_t tcs_offset, const s
         outcome = enclave_enter(enclave, tcs_offset, &regs, function, 0, ENTRY_STACK_CALLER, &run);
         if (outcome != TEEMATE_PAUSED)
             break;
-        function = run.function == SGX_EENTER ? SGX_EENTER : SGX_ERESUME;
+        function = run.function;
+        if (function == SGX_EENTER && ++waited == WAITING_LIMIT) {
+            outcome = -EBUSY;
+            break;
+        }
     }
     crypto_wipe(&request, sizeof(request));
     if (outcome < 0) {

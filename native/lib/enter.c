@@ -9,7 +9,8 @@
 int enclave_enter(struct teemate_enclave *enclave, uint64_t tcs_offset, struct teemate_regs *regs, uint32_t function,
                   uint64_t pause_after_ns, enum entry_stack stack, struct sgx_enclave_run *run)
 {
-    struct entry *outer = entry_current;
+    struct thread *thread = thread_get();
+    bool outer = thread && atomic_load_explicit(&thread->tick_state, memory_order_relaxed) != TICK_OUTSIDE;
     int result;
 
     if (!enclave_is_ours(enclave)) {
@@ -20,9 +21,9 @@ int enclave_enter(struct teemate_enclave *enclave, uint64_t tcs_offset, struct t
         run->tcs = enclave->base + tcs_offset;
         run->function = function;
         result = enclave->backend->enter(enclave, tcs_offset, regs, function, pause_after_ns, stack, run);
-        /* Back in a signal handler that interrupted an entry: that one is ticked again. */
-        if (outer && outer->inside)
-            thread_inside(outer->thread);
+        /* Back in a signal handler that interrupted an sgx entry: that one is ticked again. */
+        if (outer)
+            thread_inside(thread);
     }
     /* The key does not outlive the entry, also one that was refused. */
     *(volatile uint64_t *)&regs->r12 = 0;

@@ -63,8 +63,15 @@ void sgx_on_tick(ucontext_t *uc)
     struct entry *entry = interrupted(uc);
     uint32_t leaf = (uint32_t)uc->uc_mcontext.gregs[REG_RAX];
 
-    if (!entry)
-        return; /* in another handler, or half-way: the ticker comes again */
+    if (!entry) {
+        /* In another handler, or half-way: the ticker comes again. */
+        struct thread *thread = thread_get();
+
+        if (thread)
+            atomic_fetch_add_explicit(&thread->astray, 1, memory_order_relaxed);
+        return;
+    }
+    atomic_store_explicit(&entry->thread->astray, 0, memory_order_relaxed);
     if (leaf == SGX_EENTER && ++entry->waiting < WAITING_TICKS)
         return;
     entry->run->function = leaf;

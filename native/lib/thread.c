@@ -150,6 +150,7 @@ struct thread *thread_get(void)
 
 void thread_inside(struct thread *thread)
 {
+    atomic_store_explicit(&thread->astray, 0, memory_order_relaxed);
     atomic_store_explicit(&thread->sequence, thread->sequence + 1, memory_order_relaxed);
     atomic_store(&thread->tick_state, TICK_INSIDE); /* a full barrier: see ticker.c */
     if (atomic_load_explicit(&ticker_asleep, memory_order_relaxed))

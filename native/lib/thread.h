@@ -33,8 +33,9 @@ struct thread {
     _Atomic uint32_t tick_state;
     /* For the ticker: changes at each entry and exit. */
     _Atomic uint64_t sequence;
-    uint64_t seen;          /* the ticker's: the sequence when it last looked */
-    struct sim_thread *sim; /* the sim's block, made at the thread's first entry into a sim enclave */
+    _Atomic uint32_t astray; /* ticks in a row that found neither an enclave nor its edge */
+    uint64_t seen;           /* the ticker's: the sequence when it last looked */
+    struct sim_thread *sim;  /* the sim's block, made at the thread's first entry into a sim enclave */
     struct thread *next, **link;
 };
 
@@ -63,7 +64,7 @@ struct entry {
     uint64_t pause_after_ns; /* sim */
     uint64_t started_ns;     /* sim */
     uint64_t handler;        /* sgx: the caller's run->user_handler */
-    uint32_t inside;         /* sgx: thread_inside() was said for this entry */
+    uint32_t inside;         /* sgx: thread_inside() was said for this entry, and not yet thread_outside() */
     uint32_t waiting;        /* sgx: ticks that found EENTER not done yet */
 };
 

@@ -54,18 +54,32 @@ static void send_tick(struct thread *thread)
     atomic_store(&thread->tick_state, TICK_INSIDE);
 }
 
+/*
+ * On sgx a handler of the host's may keep a thread at the enclave's edge, or leave it for good
+ * with longjmp(), which nobody tells us.  Ticks that find such a thread become rarer, to one in
+ * 64 rounds, so as not to disturb its system calls.
+ */
+static bool is_due(struct thread *thread, uint64_t round)
+{
+    uint32_t shift = atomic_load_explicit(&thread->astray, memory_order_relaxed) / 4;
+
+    return round % (1u << (shift < 6 ? shift : 6)) == 0;
+}
+
 /* Returns whether anybody has been inside since the last round. */
 static bool tick_round(bool always)
 {
+    static uint64_t round;
     bool busy = false, ready = false;
 
+    round++;
     threads_lock();
     for (struct thread *thread = threads_first(); thread; thread = thread->next) {
         uint64_t sequence = atomic_load(&thread->sequence);
         bool inside = atomic_load(&thread->tick_state) != TICK_OUTSIDE;
 
         /* Looked at only when one is sent: without a handler it would end the process. */
-        if (inside && (always || sequence == thread->seen) && (ready || (ready = signals_tick_ready())))
+        if (inside && (always || sequence == thread->seen) && is_due(thread, round) && (ready || (ready = signals_tick_ready())))
             send_tick(thread);
         busy |= inside || sequence != thread->seen;
         thread->seen = sequence;
