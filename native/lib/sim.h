@@ -181,6 +181,11 @@ bool sim_access(struct teemate_enclave *enclave, uint64_t addr, uint32_t length,
  * READ_IMPLIES_EXEC.
  */
 int sim_may_map(const struct teemate_enclave *enclave, struct teemate_diag *diag);
+/*
+ * Does this process map the page of a TCS: by map_tcs, or as the regular page that it was
+ * (EMODT leaves mappings alone)?  `index` is its place in the table.
+ */
+bool sim_tcs_is_mapped(const struct teemate_enclave *enclave, uint64_t offset, uint32_t index);
 /* Where an address of ELRANGE lies in the view. */
 void *sim_at(const struct teemate_enclave *enclave, uint64_t addr);
 

@@ -98,7 +98,7 @@ static struct sim_tcs *find_tcs(struct teemate_enclave *enclave, uint64_t addr, 
         return NULL;
     }
     /* The page table's say: this process did not map the page. */
-    if (SIM_CHECK("EENTER.TCS.MAPPED", !atomic_load(&sim->tcs_mapped[index]))) {
+    if (SIM_CHECK("EENTER.TCS.MAPPED", !sim_tcs_is_mapped(enclave, offset, index))) {
         fault_pf(fault, SGX_PF_W | SGX_PF_U, addr);
         return NULL;
     }

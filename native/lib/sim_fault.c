@@ -39,6 +39,15 @@ static const struct teemate_segment *segment_of(const struct teemate_enclave *en
     return NULL;
 }
 
+bool sim_tcs_is_mapped(const struct teemate_enclave *enclave, uint64_t offset, uint32_t index)
+{
+    const struct teemate_segment *segment = segment_of(enclave, offset);
+
+    if (segment && segment->type != SGX_PT_TCS)
+        return segment->prot & PROT_WRITE;
+    return atomic_load(&enclave->sim->tcs_mapped[index]);
+}
+
 int sim_may_map(const struct teemate_enclave *enclave, struct teemate_diag *diag)
 {
     if (SIM_CHECK("MAP.PERSONALITY", personality(0xffffffff) & READ_IMPLIES_EXEC))

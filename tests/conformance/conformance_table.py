@@ -1,7 +1,8 @@
 """The conformance table: what the SDM's pseudo-code says, and how it is seen.
 
 One row for every fault and error branch of EENTER, ERESUME, EEXIT, AEX, EREPORT, EGETKEY, EINIT,
-EACCEPT, EACCEPTCOPY and EMODPE, in `table/*.toml`; and of the driver's mmap and SGX2 calls.  A row is exactly one of
+EACCEPT, EACCEPTCOPY and EMODPE, in `table/*.toml`; and of the driver's mmap and SGX2 calls.
+A row is exactly one of
 
 * *tested*: `case` (the language of runner.c), and `expect` (what a caller sees) or `check` (the
   name of a function below, where the expected bytes are computed);

@@ -325,11 +325,17 @@ static void step_remap(char **words, char *seen, size_t size)
     snprintf(seen, size, "%s", error_name(open_again(run.enclave, &diag), name, sizeof(name)));
 }
 
+/* The TCS's offset.  It is mapped first, unless it was a regular page: that one is mapped. */
 static uint64_t tcs_of(const char *name)
 {
     uint64_t offset = offset_of(name ? name : "t0");
     struct teemate_diag diag = {0};
+    size_t i = 0;
 
+    while (i < run.segment_count && offset - run.segments[i].offset >= run.segments[i].size)
+        i++;
+    if (i < run.segment_count && run.segments[i].type != SGX_PT_TCS)
+        return offset;
     if (!run.mapped_tcs[offset / SGX_PAGE % 128]) {
         if (teemate_map_tcs(run.enclave, offset, &diag))
             die("cannot map TCS %s: %s", name, diag.text);
