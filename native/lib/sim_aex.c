@@ -375,6 +375,18 @@ void sim_inside(struct sim_thread *thread, int sig, siginfo_t *info, void *conte
             leave(thread, uc, (uint64_t)(uintptr_t)(is_over(thread->entry) ? sim_paused : sim_aep));
         return;
     }
+    /*
+     * An AEX leaves x87 and SSE in their initial state, in which the kernel finds no reason for
+     * #MF or #XM: it takes them for spurious and tells nobody (Linux, traps.c, math_error).
+     * The instruction runs again, and so on, until the call is paused.
+     */
+    if ((vector == SGX_VECTOR_MF || vector == SGX_VECTOR_XM) && SIM_STEP("AEX.MATH")) {
+        bool pause = is_pending(thread) || is_over(thread->entry);
+
+        if (aex(thread, uc, &(struct event){.exception = true, .vector = vector}, fs, gs))
+            leave(thread, uc, (uint64_t)(uintptr_t)(pause ? sim_paused : sim_aep));
+        return;
+    }
     if ((sig == SIGILL || (sig == SIGSEGV && !(vector == SGX_VECTOR_PF && regs[REG_ERR] & SGX_PF_I))) &&
         at_enclu(thread, (uint64_t)regs[REG_RIP])) {
         enclu(thread, uc, fs, gs);

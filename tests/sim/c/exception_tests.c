@@ -45,15 +45,24 @@ static void an_illegal_instruction_is_ud(void)
     EQUAL(frame(enclave, 0, 0)->exitinfo, EXITINFO(SGX_VECTOR_UD));
 }
 
-static void floating_point_exceptions_are_mf_and_xm(void)
+/* The kernel takes them for spurious after an AEX (traps.c, math_error), so nobody hears of them. */
+static void floating_point_exceptions_repeat_until_the_call_is_paused(void)
 {
+    static const struct {
+        uint64_t op;
+        uint32_t vector;
+    } faults[] = {{OP_SIMD_FAULT, SGX_VECTOR_XM}, {OP_X87_FAULT, SGX_VECTOR_MF}};
     struct teemate_enclave *enclave = test_enclave_mapped(NULL);
     uint32_t mxcsr = 0;
 
-    FAULTED(enter(enclave, 0, OP_SIMD_FAULT, 0, 0), SGX_ERESUME, SGX_VECTOR_XM);
-    EQUAL(frame(enclave, 0, 0)->exitinfo, EXITINFO(SGX_VECTOR_XM));
-    FAULTED(enter(enclave, 1, OP_X87_FAULT, 0, 0), SGX_ERESUME, SGX_VECTOR_MF);
-    EQUAL(frame(enclave, 1, 0)->exitinfo, EXITINFO(SGX_VECTOR_MF));
+    for (unsigned tcs = 0; tcs < 2; tcs++) {
+        struct teemate_regs regs = {.rdi = faults[tcs].op};
+        struct sgx_enclave_run run = {0};
+
+        EQUAL(teemate_enter(enclave, tcs_of(tcs), &regs, SGX_EENTER, 1000000, &run), TEEMATE_PAUSED);
+        EQUAL(frame(enclave, tcs, 0)->exitinfo, EXITINFO(faults[tcs].vector));
+        EQUAL(tcs_word(enclave, tcs), IDLE(1));
+    }
     __asm__ volatile("stmxcsr %0" : "=m"(mxcsr));
     EQUAL(mxcsr & 0x1f80, 0x1f80);
 }
@@ -190,7 +199,7 @@ static void pages_come_in_on_demand_after_mapping(void)
 const struct test exception_tests[] = {
     TEST(a_division_by_zero_is_saved_and_can_be_resumed),
     TEST(an_illegal_instruction_is_ud),
-    TEST(floating_point_exceptions_are_mf_and_xm),
+    TEST(floating_point_exceptions_repeat_until_the_call_is_paused),
     TEST(a_page_fault_tells_the_page_and_no_more),
     TEST(exinfo_tells_the_enclave_what_the_host_may_not_know),
     TEST(gp_is_not_told_to_the_enclave_without_exinfo),
