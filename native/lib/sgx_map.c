@@ -16,14 +16,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/personality.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 
 #include "sgx.h"
 
 #define MISC_MAJOR 10u /* include/uapi/linux/major.h; the minor number is dynamic */
-
-#define SMALL "is its personality READ_IMPLIES_EXEC (an executable stack, setarch -X)?"
 
 /* May a page be mapped there?  0, or -EACCES (outside of the enclave), -EEXIST (a mapping is in the way), ... */
 static int probe(const struct teemate_enclave *enclave, uint64_t address)
@@ -61,6 +60,10 @@ int sgx_open(struct teemate_enclave *enclave, struct teemate_diag *diag)
     int first, last;
 
     enclave->process = fork_process();
+    if (personality(0xffffffff) & READ_IMPLIES_EXEC)
+        return diag_set(diag, -EACCES, TEEMATE_STEP_MAP, 0, 0,
+                        "this program runs with READ_IMPLIES_EXEC (an executable stack, or setarch -X), with which "
+                        "Linux lets nobody map an enclave: link it with -z noexecstack");
     if (!is_enclave(enclave->fd))
         return diag_set(diag, -ENODEV, TEEMATE_STEP_MAP, 0, 0, "the descriptor is not that of an SGX enclave");
     if (!probe(enclave, end) || !probe(enclave, enclave->base - SGX_PAGE)) {
@@ -77,7 +80,7 @@ int sgx_open(struct teemate_enclave *enclave, struct teemate_diag *diag)
     if (first == -EACCES || last == -EACCES)
         return diag_set(diag, -ESTALE, TEEMATE_STEP_MAP, 0, 0,
                         "the SGX enclave does not have its place at 0x%" PRIx64 " (0x%" PRIx64
-                        " bytes), or this program may map none: " SMALL,
+                        " bytes)",
                         enclave->base, enclave->size);
     /* A mapping in the way is teemate_map's to name. */
     enclave->finished = true;
@@ -91,7 +94,7 @@ static int map_error(int error, const struct teemate_segment *segment, struct te
     if (error == -EPERM)
         what = "/dev is mounted noexec where the enclave was created: mount it with exec there, enclaves have code";
     else if (error == -EACCES)
-        what = "its pages have not these permissions, or this program may map no enclave: " SMALL;
+        what = "its pages have not these permissions";
     else if (error == -ENOMEM)
         what = "no memory, or more mappings than vm.max_map_count";
     return diag_set(diag, error, TEEMATE_STEP_MAP, 0, segment->offset,
