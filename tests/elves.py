@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,13 +56,14 @@ def signing_key() -> RSAPrivateKey:
 
 def _digest(sources: Sequence[Path], options: dict[str, Any]) -> str:
     """Of everything that goes into the ELF: sources, what they include, the SDK, the options."""
-    native = sdk_paths().native
-    own = sorted({source.parent for source in sources})
-    folders = [*own, native / "sdk", native / "include", native / "lib"]
-    digest = hashlib.sha256(repr(([source.name for source in sources], sorted(options.items()))).encode())
-    for folder in folders:
-        for path in sorted(folder.iterdir()):
-            if path.suffix in (".c", ".h", ".S", ".lds", ".toml"):
-                data = path.read_bytes()
-                digest.update(f"{path.name} {len(data)}\n".encode() + data)
+    sdk = sdk_paths()
+    flags = sdk.sdk / "flags.toml"
+    used = [*sources, *(sdk.sdk / name for name in tomllib.loads(flags.read_text())["sources"])]
+    folders = {path.parent.resolve() for path in used} | {sdk.native / "include"}
+    headers = sorted(path for folder in folders for path in folder.glob("*.h"))
+    names = [path.name for path in used]
+    digest = hashlib.sha256(repr((names, sorted(options.items()))).encode())
+    for path in [*used, *headers, flags, sdk.sdk / "enclave.lds"]:
+        data = path.read_bytes()
+        digest.update(f"{path.name} {len(data)}\n".encode() + data)
     return digest.hexdigest()[:32]
