@@ -1,15 +1,71 @@
-"""Proportional set sizes from /proc, without the enclaves' own memory."""
+"""What the programs' memory comes to: enclaves once each, and everything else by its share.
+
+/proc does not show an enclave's EPC pages as anybody's memory (the driver maps page frames, VM_PFNMAP,
+which have no Rss and no Pss), and the sim's pages are a file's.  So on both backends an enclave counts
+with the pages that it was built from, once, and the PSS of the processes counts without its mappings.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-__all__ = ["children", "pss_outside"]
+from teemate.errors import Unsupported
+
+__all__ = ["Mapped", "children", "distinct", "pss_outside"]
 
 FileId = tuple[int, int]
 """Device and inode."""
+
+_SYS_KCMP = 312  # x86-64
+_KCMP_FILE = 0
+
+
+class Mapped(NamedTuple):
+    """A program's enclave: its descriptor `fd` in process `pid`, that file, and the enclave's pages."""
+
+    pid: int
+    fd: int
+    file: FileId
+    device: bool
+    """The file is a device's: others of it are the same file to stat()."""
+    pages: int
+
+
+def distinct(enclaves: Sequence[Mapped]) -> list[Mapped]:
+    """Return each enclave once, however many programs have it.
+
+    Those of the sim are files of their own.  Linux's driver makes one at each open() of the same device,
+    so device and inode tell nothing there: whether two descriptors are of one open file, kcmp(2) knows.
+
+    Raises
+    ------
+    Unsupported
+        The kernel does not tell (a container that denies kcmp).
+
+    """
+    found: list[Mapped] = []
+    for enclave in enclaves:
+        if not any(_same(enclave, other) for other in found):
+            found.append(enclave)
+    return found
+
+
+def _same(one: Mapped, two: Mapped) -> bool:
+    if one.file != two.file:
+        return False
+    if not one.device:
+        return True
+    libc = ctypes.CDLL(None, use_errno=True)
+    fds = (ctypes.c_ulong(one.fd), ctypes.c_ulong(two.fd))
+    order = libc.syscall(_SYS_KCMP, one.pid, two.pid, _KCMP_FILE, *fds)
+    if order < 0:
+        reason = os.strerror(ctypes.get_errno())
+        raise Unsupported(f"the kernel does not tell which programs share an enclave: kcmp(): {reason}")
+    return bool(order == 0)
 
 
 def pss_outside(pid: int, enclaves: Iterable[FileId]) -> int:

@@ -14,7 +14,7 @@ import trio
 from teemate._backend import choose_backend
 from teemate._trio import open_broker
 from teemate.demo._figures import Figures, quantiles
-from teemate.demo._memory import children, pss_outside
+from teemate.demo._memory import Mapped, children, distinct, pss_outside
 from teemate.demo._prepare import ENCLAVE, DemoImage, prepare_image, run_broker
 from teemate.demo._program import Program
 from teemate.errors import InternalError
@@ -149,9 +149,19 @@ async def _side(
             await program.tell("prepare")
         inside = [await program.hear("prepared", INSIDE_TIMEOUT) for program in programs]
         # All are attached now: that is when memory counts.
-        files = {(message["file"][0], message["file"][1]): message["pages"] for message in inside}
+        enclaves = [
+            Mapped(
+                pid=program.pid,
+                fd=message["fd"],
+                file=(message["file"][0], message["file"][1]),
+                device=message["backend"] == "sgx",
+                pages=message["pages"],
+            )
+            for program, message in zip(programs, inside, strict=True)
+        ]
+        files = {enclave.file for enclave in enclaves}
         pss = sum(pss_outside(pid, files) for pid in [*(program.pid for program in programs), *service])
-        pages = sum(files.values())
+        pages = sum(enclave.pages for enclave in distinct(enclaves))
         listener.phase(f"{way}: {clients} x {calls} calls", clients * calls)
         done = await _work(programs, calls, listener)
         counters = []

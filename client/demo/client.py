@@ -81,6 +81,7 @@ def _inside(enclave: Enclave, options: argparse.Namespace, start: int) -> None:
         _say(
             event="prepared",
             pages=enclave.pages(),
+            fd=lib.teemate_enclave_fd(enclave._handle()),
             file=[status.st_dev, status.st_ino],
             backend=_backend(enclave),
             mrenclave=enclave.mrenclave.hex(),
