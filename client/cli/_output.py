@@ -37,7 +37,7 @@ class SizeType(_IntType):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from ..image.sizes import parse_size
+        from .._sizes import parse_size
 
         if isinstance(value, int):
             return value

@@ -101,7 +101,7 @@ def _show(figures: Figures) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..image.sizes import format_size
+    from .._sizes import format_size
     from .status import SIM_WARNING
 
     console = Console()

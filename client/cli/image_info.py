@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .._sizes import about_size, format_size
 from ..errors import ImageError
 from ..image.info import ImageInfo, SegmentInfo, TcsInfo, read_sigstruct
 from ..image.layout import WARDEN_SLOTS, ImageHeader
 from ..image.sigstruct import Sigstruct, attribute_names, verify
-from ..image.sizes import about_size, format_size
 
 __all__ = ["describe", "show"]
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import click
 
+from .._sizes import format_size
 from .._types import ClientInfo, EnclaveInfo, SlotCounts
 from ..errors import Denied
-from ..image.sizes import format_size
 from ._output import json_option, print_json
 from ._socket import socket_option
 

@@ -7,7 +7,6 @@ import mmap
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from teemate import wire
 from teemate._native import ffi, lib
 from teemate.doctor._host import BrokerAnswer, Choice, DeviceTrial, ProbeResult, Unit
+from teemate.doctor._probe import Probe
 from teemate.errors import ProtocolError
 
 __all__ = ["ThisMachine"]
@@ -23,7 +23,7 @@ __all__ = ["ThisMachine"]
 SOCKET_TIMEOUT = 1.0
 """Seconds that a broker has for both answers."""
 PROBE_TIMEOUT = 10.0
-"""Seconds for an enclave of three pages; an emulated processor needs some of them to start Python."""
+"""Seconds for an enclave of a few pages, on a machine that is busy or emulated."""
 SYSTEMCTL_TIMEOUT = 1.0
 _NUMBERS = {"auto": lib.TEEMATE_AUTO, "sim": lib.TEEMATE_SIM, "sgx": lib.TEEMATE_SGX}
 _NAMES = {lib.TEEMATE_SIM: "sim", lib.TEEMATE_SGX: "sgx"}
@@ -77,43 +77,9 @@ class ThisMachine:
         return os.geteuid(), (os.getegid(), *os.getgroups())
 
     def probe(self, backends: Sequence[str]) -> dict[str, ProbeResult]:
-        # Programs of their own: whatever happens inside, we go on, and say what it was.
-        started = {name: self._start_probe(name) for name in backends}
+        started = {name: Probe(name) for name in backends}
         deadline = time.monotonic() + PROBE_TIMEOUT
-        return {
-            name: child if isinstance(child, ProbeResult) else self._finish_probe(child, deadline)
-            for name, child in started.items()
-        }
-
-    def _start_probe(self, backend: str) -> subprocess.Popen[str] | ProbeResult:
-        try:
-            return subprocess.Popen(  # noqa: S603
-                [sys.executable, "-m", "teemate.doctor._probe", backend],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                errors="replace",
-            )
-        except OSError as error:
-            return ProbeResult(works=False, text=f"cannot start {sys.executable}: {error.strerror}")
-
-    def _finish_probe(self, child: subprocess.Popen[str], deadline: float) -> ProbeResult:
-        try:
-            out, err = child.communicate(timeout=max(deadline - time.monotonic(), 0.1))
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.communicate()
-            return ProbeResult(
-                works=False, text=f"the enclave was not created, entered and left in {PROBE_TIMEOUT:g} s"
-            )
-        if child.returncode < 0:
-            return ProbeResult(
-                works=False, text=f"the program that tried was ended by signal {-child.returncode}"
-            )
-        said = (out if child.returncode == 0 else err).strip().splitlines()
-        last = said[-1] if said else f"the program that tried ended with status {child.returncode}"
-        return ProbeResult(works=child.returncode == 0, text=last)
+        return {name: probe.result(deadline, PROBE_TIMEOUT) for name, probe in started.items()}
 
     def ask_broker(self, path: str) -> BrokerAnswer:
         deadline = time.monotonic() + SOCKET_TIMEOUT

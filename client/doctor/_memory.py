@@ -6,10 +6,10 @@ import re
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
+from teemate._sizes import about_size, format_size
 from teemate.doctor._check import Check, Group, Status
 from teemate.doctor._host import BrokerAnswer, Host
 from teemate.doctor._processor import Processor
-from teemate.image.sizes import about_size, format_size
 
 __all__ = ["check_epc", "check_memory", "check_window", "check_xsave"]
 

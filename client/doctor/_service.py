@@ -7,11 +7,11 @@ import os
 import stat
 import time
 
+from teemate._sizes import format_size
 from teemate.doctor._check import Check, Group, Status
 from teemate.doctor._container import container_signs
 from teemate.doctor._host import BrokerAnswer, Host, Mapping
 from teemate.doctor._memory import WINDOW_SIZE, WINDOW_START
-from teemate.image.sizes import format_size
 
 __all__ = ["DEFAULT_SOCKET", "ask", "check_holders", "check_socket", "check_unit", "socket_path"]
 

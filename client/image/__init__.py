@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from .._sizes import format_size, parse_size
 from ._problem import problem
 from .build import Built, build_elf, build_image, layout_image, sdk_paths
 from .elf import Location, Symbols
@@ -20,7 +21,6 @@ from .info import ImageInfo, inspect, measure_file, read_sigstruct
 from .key import generate_key, load_key, save_key
 from .layout import ImageHeader, LayoutOptions
 from .sigstruct import SigParams, Sigstruct, sign, sign_with_key, verify
-from .sizes import format_size, parse_size
 
 __all__ = [
     "Built",

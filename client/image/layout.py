@@ -23,10 +23,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
+from .._sizes import format_size
 from ._problem import problem
 from .elf import Elf, Segment
 from .sgxs import PAGE, PageFlags, Writer
-from .sizes import format_size
 
 __all__ = [
     "HEADER_SIZE",

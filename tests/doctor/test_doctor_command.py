@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
-import stat
 import subprocess
 import sys
 import threading
@@ -17,8 +17,9 @@ import pytest
 from images import Images
 from running_broker import RunningBroker
 
-from teemate import Unsupported, create_enclave
+from teemate import EnclaveLost, Unsupported, create_enclave
 from teemate.doctor import Check, diagnose, this_host
+from teemate.doctor._host import ProbeResult
 from teemate.doctor._machine import ThisMachine
 from teemate.doctor._service import ask, check_socket
 
@@ -152,31 +153,33 @@ def test_doctor_shows_the_broker_s_socket_as_forbidden_to_who_may_not_connect(
     assert told["backends"]["sim"] is True
 
 
-def test_a_probe_that_dies_or_cannot_start_is_an_answer(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    dying = tmp_path / "dying"
-    dying.write_text("#!/bin/sh\nkill -ILL $$\n")
-    dying.chmod(dying.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr(sys, "executable", str(dying))
-    result = ThisMachine().probe(["sim"])["sim"]
-    assert not result.works
-    assert "signal 4" in result.text
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
-    result = ThisMachine().probe(["sim"])["sim"]
-    assert not result.works
-    assert "cannot start" in result.text
+def probe_with(monkeypatch: pytest.MonkeyPatch, run_enclave: Callable[[str], str]) -> ProbeResult:
+    monkeypatch.setattr("teemate.doctor._probe.run_enclave", run_enclave)
+    return ThisMachine().probe(["sim"])["sim"]
 
 
-def test_a_probe_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    hanging = tmp_path / "hanging"
-    hanging.write_text("#!/bin/sh\nexec cat <>/dev/zero >/dev/null\n")
-    hanging.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(hanging))
+def test_a_probe_that_dies_inside_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = probe_with(monkeypatch, lambda _: os.kill(os.getpid(), signal.SIGUSR1) or "")
+    assert not result.works
+    assert "signal 10 (User defined signal 1)" in result.text
+
+
+def test_a_probe_that_fails_gives_the_error_s_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(backend: str) -> str:
+        raise EnclaveLost(f"{backend} is gone")
+
+    assert probe_with(monkeypatch, fail) == ProbeResult(works=False, text="sim is gone")
+
+
+def test_a_probe_that_does_not_come_back_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("teemate.doctor._machine.PROBE_TIMEOUT", 0.2)
-    result = ThisMachine().probe(["sim"])["sim"]
-    assert not result.works
-    assert "0.2 s" in result.text
+    children: list[int] = []
+    fork = os.fork
+    monkeypatch.setattr(os, "fork", lambda: children.append(fork()) or children[-1])
+    result = probe_with(monkeypatch, lambda _: signal.pause() or "")
+    assert result == ProbeResult(works=False, text="the enclave was not created, entered and left in 0.2 s")
+    with pytest.raises(ProcessLookupError):
+        os.kill(children[0], 0)
 
 
 @needs_no_sgx
