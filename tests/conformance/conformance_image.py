@@ -50,7 +50,8 @@ PLACES = {
     "end": SIZE,
 }
 FIRST_TCS = 0x18000
-NONCANONICAL = 0x0000_8000_0000_0000
+#: Added to any base, canonical with neither 48 nor 57 bits of address.
+NONCANONICAL = 0x4000_0000_0000_0000
 
 
 def tcs(

@@ -37,6 +37,7 @@ entry:
         pushfq
         pop     %r13
         push    %r10            /* the way out */
+        push    %rbp            /* the host's: the vDSO finds its frame by it */
         push    %r11            /* the host's stack */
         cmp     $(ops_end - ops) / 8, %rdi
         jae     out
@@ -48,6 +49,7 @@ entry:
 
 out:
         pop     %r11
+        pop     %rbp
         pop     %rbx
         mov     %r11, %rsp
         xor     %r10d, %r10d
