@@ -9,6 +9,9 @@ A row is exactly one of
 * *not reachable* from user mode, with the reason in `unreachable`;
 * and of the tested ones, *not shown* by the backends that `not_shown` names, each with a reason.
 
+`needs` names what the machine must be like: `sgx1` (a processor without SGX2), `provision` (this process
+may open /dev/sgx_provision; without it, it may not).
+
 `guards` names the branches of the sim (SIM_CHECK ids) whose absence makes the row fail.
 """
 
