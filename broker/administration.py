@@ -24,6 +24,7 @@ from teemate.broker.enclaves import (
     build_enclave,
     measure_image,
 )
+from teemate.broker.epc import warn_when_full
 from teemate.broker.limits import Charge, Resource
 from teemate.broker.policy import CreateRule, EnclavePolicy, Rule
 from teemate.broker.programs import warden_program
@@ -164,6 +165,9 @@ class Administration:
             )
             enclave = Enclave(policy, backend, built, charge)
             undo.pop_all()
+        if backend == "sgx":
+            others = sum(other.built.pages for other in service.enclaves.values() if other.backend == "sgx")
+            warn_when_full(service.log, enclave=policy.name, pages=built.pages, others=others)
         try:
             _check_sdk(policy, built)
             if built.sdk:
