@@ -114,15 +114,28 @@ static int loader_begin(void *context, uint64_t size, uint32_t ssa_frame_pages, 
     return backend_error(enclave->backend->create(enclave, &params, diag));
 }
 
+/* The EPC that CPUID shows (leaf 12H, subleafs from 2), in pages. */
+static uint64_t epc_pages(void)
+{
+    uint64_t bytes = 0;
+    unsigned a, b, c, d;
+
+    for (unsigned leaf = 2; leaf < 64 && __get_cpuid_count(0x12, leaf, &a, &b, &c, &d) && (a & 15) == 1; leaf++)
+        bytes += (uint64_t)(d & 0xfffff) << 32 | (c & 0xfffff000);
+    return bytes / SGX_PAGE;
+}
+
 /*
- * The sim's EPC is memory, and adding pages to a memfd does not fail when there is no more:
- * the kernel kills processes until there is.  A small stream can ask for 64 GiB.
+ * The sim's EPC is memory, and so is what Linux swaps out of a real one: adding pages does not
+ * fail when there is no more, the kernel kills processes until there is.  A small stream can
+ * ask for 64 GiB.
  */
 static uint64_t pages_limit(const struct teemate_enclave *enclave)
 {
-    long pages = enclave->backend->id == TEEMATE_SIM ? sysconf(_SC_PHYS_PAGES) : -1;
+    long pages = sysconf(_SC_PHYS_PAGES);
 
-    return pages > 0 ? (uint64_t)pages / 2 : UINT64_MAX;
+    return (pages > 0 ? (uint64_t)pages / 2 : UINT64_MAX / 2) +
+           (enclave->backend->id == TEEMATE_SGX ? epc_pages() : 0);
 }
 
 static int loader_pages(void *context, const struct sgxs_run *run, struct teemate_diag *diag)
@@ -134,8 +147,8 @@ static int loader_pages(void *context, const struct sgxs_run *run, struct teemat
     if (run->size / SGX_PAGE > loader->pages_left)
         return diag_set(diag, -ENOMEM, TEEMATE_STEP_EADD, ENOMEM, run->record,
                         "the enclave has more than %" PRIu64
-                        " pages, half of this machine's memory: the sim takes no more",
-                        pages_limit(enclave));
+                        " pages, half of this machine's memory%s: no more can be added here",
+                        pages_limit(enclave), enclave->backend->id == TEEMATE_SGX ? " and its EPC" : "");
     loader->pages_left -= run->size / SGX_PAGE;
     result = enclave->backend->add_pages(enclave, run->offset, run->data, run->size, run->secinfo_flags,
                                          run->measured, run->partly, diag);

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from backends import NUMBER
+
 from teemate._native import ffi, lib
 
 
@@ -68,11 +70,11 @@ def verify(sigstruct: bytes, mrenclave: bytes | None = None) -> bytes:
 
 @contextmanager
 def created(content: bytes, sigstruct: bytes, *, base: int = 0, attributes: int = 0) -> Iterator[Any]:
-    """Yield a struct teemate_enclave of the sim, and close it."""
+    """Yield a struct teemate_enclave of the chosen backend, and close it."""
     enclave, diag = ffi.new("struct teemate_enclave **"), ffi.new("struct teemate_diag *")
     assert len(sigstruct) == 1808
     with file_of(content) as fd:
-        result = lib.teemate_create(lib.TEEMATE_SIM, base, attributes, fd, sigstruct, enclave, diag)
+        result = lib.teemate_create(NUMBER, base, attributes, fd, sigstruct, enclave, diag)
     _check(result, diag)
     try:
         yield enclave[0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from sgxs_writer import PAGE, REG, TCS, R, Stream, X, eadd, ecreate, sign, small_image, tcs_page
+from backends import BACKEND, sgx_only
+from sgxs_writer import PAGE, REG, TCS, R, Stream, X, eadd, ecreate, eextend, sign, small_image, tcs_page
 
 import teemate
 from teemate._native import lib
@@ -30,7 +31,7 @@ BAD: dict[str, tuple[bytes, bytes, str, int, int | None]] = {
 def test_a_bad_image_is_an_image_error_that_says_where(name: str) -> None:
     image, sigstruct, step, offset, code = BAD[name]
     with pytest.raises(teemate.ImageError) as caught:
-        teemate.create_enclave(image, sigstruct, backend="sim")
+        teemate.create_enclave(image, sigstruct, backend=BACKEND)
     assert caught.value.detail["step"] == step
     assert caught.value.detail["offset"] == offset
     if code is not None:
@@ -41,7 +42,17 @@ def test_a_bad_image_is_an_image_error_that_says_where(name: str) -> None:
 def test_attributes_that_are_not_allowed_are_denied() -> None:
     forbidden = sign(IMAGE.mrenclave(), attribute_mask=(1 << 64) - 1)
     with pytest.raises(teemate.Denied) as caught:
-        teemate.create_enclave(GOOD, forbidden, backend="sim", debug=True)
+        teemate.create_enclave(GOOD, forbidden, backend=BACKEND, debug=True)
     assert (caught.value.detail["step"], caught.value.detail["offset"]) == ("einit", 928)
-    with pytest.raises(teemate.Denied):
-        teemate.create_enclave(GOOD, sign(IMAGE.mrenclave(), attributes=4 | 0x10), backend="sim")
+    with pytest.raises(teemate.Denied) as caught:
+        teemate.create_enclave(GOOD, sign(IMAGE.mrenclave(), attributes=4 | 0x20), backend=BACKEND)
+    assert (caught.value.detail["step"], caught.value.detail["offset"]) == ("einit", 928)
+
+
+@sgx_only("Linux measures a page from its first byte to its last, or not at all")
+def test_a_page_that_is_measured_in_part_is_an_image_error_that_says_why() -> None:
+    image = Stream().page(0, REG | R | X, b"code")
+    image.records += [eadd(PAGE, REG | R), eextend(PAGE + 512, b"c" * 256)]
+    with pytest.raises(teemate.ImageError, match="measured in part") as caught:
+        teemate.create_enclave(image.to_bytes(), sign(image.mrenclave()), backend=BACKEND)
+    assert (caught.value.detail["step"], caught.value.detail["offset"]) == ("eadd", image.offset_of(17))
