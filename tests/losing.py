@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from backends import BACKEND
 from teemate import Enclave
 from teemate._native import lib
 
-LOSE_EPC = Path("/run/teemate-machine/lose-epc")
-"""Where the emulated machine takes the word for it (tests/machine)."""
+BREAKER = Path(__file__).resolve().parent / "machine" / "guest" / "epc"
+"""Takes the emulated machine's EPC away, or poisons a page of it."""
 
 # native/lib/sim.h: header and TCS table follow the pages; then the EPCM, a word for each page.
 _SIM_EPOCH = 228
@@ -28,6 +29,11 @@ def lose_epc(enclave: Enclave) -> None:
         (epoch,) = struct.unpack("<I", os.pread(fd, 4, enclave.size + _SIM_EPOCH))
         os.pwrite(fd, struct.pack("<I", epoch + 1), enclave.size + _SIM_EPOCH)
         return
-    if not LOSE_EPC.exists():
-        pytest.skip("this machine cannot lose its EPC on command: tests/machine/run boots one that can")
-    LOSE_EPC.write_text("1")
+    break_epc("lose")
+
+
+def break_epc(*arguments: str) -> None:
+    """Do what tests/machine/guest/epc does; skips the test where there is a real processor."""
+    if "TEEMATE_IN_MACHINE" not in os.environ:
+        pytest.skip("no real processor breaks its EPC on command: tests/machine/run boots one that does")
+    subprocess.run([BREAKER, *arguments], check=True)

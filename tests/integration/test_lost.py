@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from backends import sgx_only
 from images import Images
-from losing import lose_epc
+from losing import break_epc, lose_epc
 from policies import enclave_policy
 from running_broker import RunningBroker
 
@@ -141,3 +142,25 @@ def test_a_lost_enclave_is_destroyed_and_made_again(
         connection.create("faults", images.faults.sgxs, images.faults.sigstruct)
         with connection.attach("faults") as enclave, enclave.slot() as slot:
             assert slot.call("echo", b"again") == b"again"
+
+
+@sgx_only("the sim's pages are ordinary memory: an error there ends the process")
+def test_a_memory_error_in_a_slot_loses_the_enclave_for_all_and_ends_no_process(
+    broker: StartBroker, lost_policy: str
+) -> None:
+    running = broker(lost_policy)
+    with teemate.connect(running.socket) as admin, teemate.connect(running.socket) as connection:
+        with connection.attach("faults", slots=2) as enclave:
+            tcs = enclave.base + enclave._unopened[0].tcs
+            with enclave.slot() as slot, enclave.slot() as second:
+                slot.call("empty")
+                second.call("empty")
+                break_epc("poison", hex(tcs))
+                with pytest.raises(teemate.EnclaveLost):
+                    slot.call("empty")
+                with pytest.raises(teemate.EnclaveLost):
+                    second.call("empty")
+        assert info_of(admin, "faults").state == "lost"
+        assert info_of(admin, "vault").state == "ready"
+        with admin.attach("vault") as other, other.slot() as slot:
+            assert slot.call("echo", b"unharmed") == b"unharmed"
