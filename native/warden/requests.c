@@ -238,12 +238,12 @@ static void handle_dead(struct warden *warden, const struct warden_request *requ
     uint64_t slot = request->body.dead.slot;
     int result;
 
-    if (warden->enclave->backend->id != TEEMATE_SIM) {
-        refuse(reply, -ENOTSUP, "DEAD: hardware has done so by itself");
-        return;
-    }
     if (slot >= warden->tcs_count) {
         refuse(reply, -EINVAL, "DEAD: there are %zu slots", warden->tcs_count);
+        return;
+    }
+    if (warden->enclave->backend->id != TEEMATE_SIM) {
+        refuse(reply, -ENOTSUP, "DEAD: hardware has done so by itself");
         return;
     }
     result = sim_tcs_bury(warden->enclave, warden->tcs[slot]);

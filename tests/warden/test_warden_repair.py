@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import warden_wire as wire
+from backends import sim_only
 from warden_harness import Client, Enclave, Warden
 
 KEY = bytes(range(1, 17))
@@ -142,6 +143,7 @@ def test_a_start_that_hung_is_done_again(
 FULL = 3  # NSSA of the test's image
 
 
+@sim_only("a processor keeps the state of a TCS where nobody can write it")
 @pytest.mark.parametrize("busy", [(0, 0), (1, 0), (0, 1), (1, 1)], ids=lambda b: f"busy={b}")
 @pytest.mark.parametrize(
     "cssa",
@@ -169,6 +171,7 @@ def test_both_tcss_come_back_from_wherever_they_stood(
     usable(second, enclave)
 
 
+@sim_only("a processor keeps the state of a TCS where nobody can write it")
 def test_two_tcss_without_a_free_frame_are_told_and_nothing_crashes(
     make_warden: Callable[[], Warden], enclave: Enclave
 ) -> None:
@@ -184,6 +187,7 @@ def test_two_tcss_without_a_free_frame_are_told_and_nothing_crashes(
     assert second.ping().status == 0
 
 
+@sim_only("a processor keeps the state of a TCS where nobody can write it")
 def test_start_waits_no_longer_than_its_patience_for_a_holder_that_lives(
     make_warden: Callable[[], Warden], enclave: Enclave, started: Warden
 ) -> None:

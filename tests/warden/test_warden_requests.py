@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import warden_wire as wire
+from backends import sgx_only, sim_only
 from warden_harness import Client, Enclave, Warden
 
 from teemate._native import lib
@@ -180,6 +181,7 @@ def test_probe_and_dead_refuse_slots_that_are_not_there(started: Warden, enclave
         assert started.dead(slot).status == -errno.EINVAL
 
 
+@sim_only("a processor keeps the state of a TCS where nobody can write it")
 def test_a_slot_whose_holder_died_inside_is_seen_by_its_probe(started: Warden, enclave: Enclave) -> None:
     arm(started, enclave)
     enclave.set_tcs_word(SLOT, 1)
@@ -189,6 +191,12 @@ def test_a_slot_whose_holder_died_inside_is_seen_by_its_probe(started: Warden, e
     assert (dead.status, dead.repaired) == (0, 1)
     assert started.probe(SLOT).result.cssa == 1
     assert started.dead(SLOT).repaired == 0
+
+
+@sgx_only("a processor that leaves an enclave asynchronously has buried the dead by that")
+def test_nobody_is_buried_on_hardware(started: Warden) -> None:
+    reply = started.dead(SLOT)
+    assert (reply.status, reply.entered) == (-errno.ENOTSUP, 0)
 
 
 def test_an_interrupted_slot_is_seen_by_its_probe(started: Warden, enclave: Enclave, client: Client) -> None:
