@@ -1,0 +1,86 @@
+"""The tests of the whole path, unchanged, on Linux's driver; and the demonstration on both backends.
+
+Brokers, wardens, clients and enclaves run in the machine; nothing in these tests knows of it but
+TEEMATE_TEST_BACKEND (tests/backends.py).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import machine
+import pytest
+from elves import kept_builds
+from images import Images
+from machine import Machine
+
+SELECTED = (
+    "tests/integration",
+    "tests/client/test_private.py",
+    "tests/client/test_signals.py",
+    "tests/broker/test_gate_and_death.py",
+    "tests/broker/test_revocation.py",
+)
+"""What goes all the way through broker, warden and client.  Python is some twenty times slower in there, so
+the rest of tests/broker, tests/warden and tests/sdk is left to those who ask for it."""
+
+CLIENTS = 8
+HEAP = "4M"
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The enclaves of the tests, compiled here: the emulated processor would take minutes for each."""
+    folder = kept_builds()
+    if folder is None:
+        folder = tmp_path / "builds"
+        monkeypatch.setenv("TEEMATE_TEST_BUILDS", str(folder))
+    images = Images(tmp_path)
+    for name in ("vault", "faults", "bare", "raw"):
+        images.build(name)
+    return folder
+
+
+def test_the_integration_tests_pass_on_the_driver_as_on_the_sim(
+    builds: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = machine.run(
+        ["python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *SELECTED],
+        machine=Machine(epc="256M", memory="3G"),
+        directory=machine.PROJECT,
+        env={"TEEMATE_TEST_BACKEND": "sgx", "TEEMATE_TEST_BUILDS": str(builds)},
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    with capsys.disabled():
+        print("\nin the machine:", *done.stdout.splitlines()[-12:], sep="\n  ")
+    assert " passed" in done.stdout.splitlines()[-1]
+
+
+def demo(*options: str) -> list[str]:
+    return ["teemate", "demo", "--clients", str(CLIENTS), "--calls", "50", "--heap", HEAP, "--json", *options]
+
+
+def test_the_demonstration_passes_on_the_driver_with_the_measurement_of_the_sim(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    done = machine.run(demo("--backend", "sgx"), machine=Machine(epc="128M", memory="3G"), timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    on_sgx: dict[str, Any] = json.loads(done.stdout)
+    here = [sys.executable, "-c", "from teemate.cli.main import main; main()"]
+    command = [*here, *demo("--backend", "sim")[1:]]
+    on_sim: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    with capsys.disabled():
+        shown = {key: on_sgx[key] for key in ("mrenclave", "calls_total", "failures", "seconds")}
+        print("\nin the machine:", json.dumps(shown))
+    assert (on_sgx["backend"], on_sim["backend"]) == ("sgx", "sim")
+    assert on_sgx["mrenclave"] == on_sim["mrenclave"]
+    for figures in (on_sgx, on_sim):
+        assert figures["failures"] == 0
+        assert figures["counter"] == figures["counter_expected"]
+        assert figures["private_counters_match"]
+        assert figures["epc_pages_conventional"] == CLIENTS * figures["epc_pages_shared"]
