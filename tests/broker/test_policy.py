@@ -161,6 +161,7 @@ def test_a_rule_holds_when_all_its_conditions_hold(
         ('share_between_owners = "unfenced"', "sgx", False, None),
         ('share_between_owners = "unfenced"', "sim", False, "insecure_sim_sharing = true"),
         ("insecure_sim_sharing = true", "sim", True, "debug enclaves are never shared"),
+        ('share_between_owners = "unfenced"', "sgx", True, "debug enclaves are never shared"),
     ],
 )
 def test_other_users_than_the_owner_need_the_sharing_of_the_backend(

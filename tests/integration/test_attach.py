@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
 import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import pytest
 from backends import BACKEND
@@ -239,6 +241,57 @@ def test_an_unknown_enclave_is_not_found_and_a_foreign_one_denied(
             connection.attach("vault")
         assert isinstance(unknown.value, teemate.NotFound | teemate.Denied)
         assert isinstance(denied.value, teemate.NotFound | teemate.Denied)
+
+
+class EnoughError(Exception):
+    """The loop has been interrupted often enough."""
+
+
+def test_a_loop_that_is_inside_when_the_broker_is_killed_goes_on(broker: StartBroker, policy: str) -> None:
+    running = broker(policy, expect_errors=True)
+    seen = 0
+
+    def handler(_number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        if frame is None or not frame.f_code.co_filename.endswith("_slot.py"):
+            return  # not in the call: the enclave is interrupted only there
+        if not seen:
+            os.kill(running.pid, 9)
+            os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOWAIT)
+        elif seen == 5:
+            raise EnoughError
+        seen += 1
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        with teemate.connect(running.socket) as connection, connection.attach("faults", slots=2) as enclave:
+            signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+            with pytest.raises(EnoughError), enclave.slot() as slot:
+                slot.call("loop", timeout=100)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            with enclave.slot() as slot:
+                assert slot.call("echo", b"still here") == b"still here"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert seen == 5
+
+
+def test_a_call_that_waits_for_its_ocall_when_the_broker_is_killed_goes_on(
+    broker: StartBroker, policy: str
+) -> None:
+    running = broker(policy, expect_errors=True)
+    with teemate.connect(running.socket) as connection, connection.attach("faults") as enclave:
+
+        def kill_the_broker(data: bytes) -> bytes:
+            os.kill(running.pid, 9)
+            with pytest.raises(teemate.ConnectionLost):
+                ping_for_ever(connection)
+            return data[::-1]
+
+        with enclave.slot() as slot:
+            assert slot.call("ocall", b"abc", ocalls={"echo": kill_the_broker}) == b"cba"
+            assert slot.call("count", struct.pack("<Q", 20000)) == struct.pack("<Q", 20000)
 
 
 def test_calls_go_on_when_the_broker_is_gone(broker: StartBroker, policy: str) -> None:
