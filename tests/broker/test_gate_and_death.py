@@ -178,6 +178,8 @@ class Attacker:
         assert lib.teemate_slot_open(self.enclave, args, handle, ffi.NULL) == 0
         call = ffi.new("struct teemate_call *")
         assert lib.teemate_slot_call(handle[0], b"empty", 5, b"", 0, ffi.NULL, 0, 0, call) == 0
+        while call.outcome == lib.TEEMATE_CALL_PAUSED:
+            assert lib.teemate_slot_resume(handle[0], 0, call) == 0
         lib.teemate_slot_close(handle[0])
         return call.outcome, call.status
 

@@ -97,6 +97,7 @@ def test_a_refused_ocall_is_told_to_the_enclave(private: Any) -> None:
 def test_a_slot_with_an_ocall_outstanding_takes_nothing_but_its_answer(private: Any) -> None:
     slot = private.slot()
     assert slot.begin("ask", b"?") == 0
+    slot.go_on()
     assert slot.last.outcome == lib.TEEMATE_CALL_OCALL
     call = ffi.new("struct teemate_call *")
     assert lib.teemate_slot_resume(slot.handle, 0, call) == -errno.EINVAL
@@ -109,6 +110,7 @@ def test_a_slot_with_an_ocall_outstanding_takes_nothing_but_its_answer(private: 
 def test_an_abandoned_ocall_leaves_the_slot_interrupted(private: Any) -> None:
     slot = private.slot()
     assert slot.begin("ask", b"?") == 0
+    slot.go_on()
     slot.abandon()
     assert slot.begin("empty") == -errno.ESTALE
     assert slot.close() == 0

@@ -215,6 +215,7 @@ def test_a_parked_slot_is_seen_by_its_probe(started: Warden, enclave: Enclave, c
     arm(started, enclave)
     slot = client.slot(index=SLOT, generation=1, key=KEY)
     assert slot.begin("ask", b"?") == 0
+    slot.go_on()
     assert slot.last.outcome == lib.TEEMATE_CALL_OCALL
     slot.abandon()
     assert slot.close() == 0

@@ -308,6 +308,11 @@ class Slot:
             )
         )
 
+    def go_on(self) -> None:
+        """Resume while the call is paused: on sgx ticks pause it without a reason of ours."""
+        while self.last.outcome == lib.TEEMATE_CALL_PAUSED:
+            check(lib.teemate_slot_resume(self.handle, 0, self.last))
+
     def finish(self, handler: Handler | None = None) -> Result:
         """Resume and answer until the call is done."""
         while True:
