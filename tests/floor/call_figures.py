@@ -1,6 +1,6 @@
 """What an empty ECALL costs above the bare transition into an enclave: ratios of one run.
 
-Usage: python tests/floor/call_figures.py [--json] [--rounds N]
+Usage: python tests/floor/call_figures.py [--json] [--rounds N] [--backend sim|sgx]
 
 Ends with status 1 when a bound of the project is not met:
   an empty call of the vault   at most 1.5 x the same entry into an enclave that only leaves
@@ -40,11 +40,11 @@ def build_call_floor(folder: Path) -> Path:
     return program
 
 
-def call_figures(program: Path, images: Images, rounds: int) -> dict[str, float]:
+def call_figures(program: Path, images: Images, rounds: int, backend: str = "sim") -> dict[str, float]:
     """Return nanoseconds of getppid(), the bare transition and an empty call, and their ratios."""
     bare, vault = images.bare, images.vault
     files = (bare.sgxs, bare.sigstruct, vault.sgxs, vault.sigstruct)
-    command = [str(program), *map(str, files), "empty", str(rounds)]
+    command = [str(program), *map(str, files), "empty", str(rounds), backend]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     figures: dict[str, float] = json.loads(printed)
     return figures
@@ -54,10 +54,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--backend", choices=["sim", "sgx"], default="sim")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        figures = call_figures(build_call_floor(folder), Images(folder), options.rounds)
+        figures = call_figures(build_call_floor(folder), Images(folder), options.rounds, options.backend)
     bounds = {"ratio": figures["ratio"] <= 1.5, "getppids_more": figures["getppids_more"] <= 5}
     if options.json:
         print(json.dumps(figures))

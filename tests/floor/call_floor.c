@@ -2,7 +2,7 @@
 /*
  * What does an empty ECALL cost above the bare transition?
  *
- *   call_floor BARE.sgxs BARE.sig SDK.sgxs SDK.sig [ECALL] [ROUNDS]
+ *   call_floor BARE.sgxs BARE.sig SDK.sgxs SDK.sig [ECALL] [ROUNDS] [sim|sgx]
  *
  * BARE is an enclave that only executes EEXIT, SDK an image of the SDK with an
  * ECALL that does nothing ("empty" unless named).  Both run in this process through the
@@ -36,7 +36,7 @@ static _Noreturn void fail(const char *what, int error, const struct teemate_dia
     exit(1);
 }
 
-static struct teemate_enclave *enclave_load(const char *image, const char *sigstruct)
+static struct teemate_enclave *enclave_load(int backend, const char *image, const char *sigstruct)
 {
     uint8_t signature[1808];
     struct teemate_diag diag = {0};
@@ -50,7 +50,7 @@ static struct teemate_enclave *enclave_load(const char *image, const char *sigst
     fd = open(image, O_RDONLY | O_CLOEXEC);
     if (fd < 0)
         fail(image, -errno, NULL);
-    result = teemate_create(TEEMATE_SIM, 0, 0, fd, signature, &enclave, &diag);
+    result = teemate_create(backend, 0, 0, fd, signature, &enclave, &diag);
     close(fd);
     if (result == 0)
         result = teemate_map(enclave, &diag);
@@ -88,7 +88,7 @@ static double round_bare(const struct floor *floor)
         int result = teemate_enter(floor->bare, floor->bare_tcs, &regs, SGX_EENTER, 0, &run);
 
         while (result == TEEMATE_PAUSED)
-            result = teemate_enter(floor->bare, floor->bare_tcs, &regs, SGX_ERESUME, 0, &run);
+            result = teemate_enter(floor->bare, floor->bare_tcs, &regs, run.function, 0, &run);
         if (result != TEEMATE_LEFT || run.function != SGX_EEXIT)
             fail("the bare enclave did not leave by EEXIT", result < 0 ? result : -EIO, NULL);
     }
@@ -129,17 +129,19 @@ int main(int argc, char **argv)
     double getppid_ns = 0;
     double bare_ns = 0;
     double call_ns = 0;
+    int backend;
     int rounds;
     int result;
 
     if (argc < 5) {
-        fprintf(stderr, "usage: call_floor BARE.sgxs BARE.sig SDK.sgxs SDK.sig [ECALL] [ROUNDS]\n");
+        fprintf(stderr, "usage: call_floor BARE.sgxs BARE.sig SDK.sgxs SDK.sig [ECALL] [ROUNDS] [sim|sgx]\n");
         return 2;
     }
     floor.ecall = argc > 5 ? argv[5] : "empty";
     rounds = argc > 6 ? atoi(argv[6]) : 100;
-    floor.bare = enclave_load(argv[1], argv[2]);
-    sdk = enclave_load(argv[3], argv[4]);
+    backend = argc > 7 && strcmp(argv[7], "sgx") == 0 ? TEEMATE_SGX : TEEMATE_SIM;
+    floor.bare = enclave_load(backend, argv[1], argv[2]);
+    sdk = enclave_load(backend, argv[3], argv[4]);
     if (teemate_enclave_tcs(floor.bare, &floor.bare_tcs, 1) < 1)
         fail(argv[1], -ENOENT, NULL);
     result = teemate_map_tcs(floor.bare, floor.bare_tcs, &diag);

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
+import layout
 import pytest
+from backends import BACKEND
 from sim_programs import HARNESS, PROGRAMS, Toolchain
 
 
@@ -13,6 +16,10 @@ def toolchain(tmp_path_factory: pytest.TempPathFactory) -> Toolchain:
     assert compiler is not None, "the tests need a C compiler"
     tools = Toolchain(compiler=compiler, directory=tmp_path_factory.mktemp("sim"))
     tools.library()
+    if BACKEND == "sgx":
+        sigstruct = tools.directory / "sigstruct"
+        sigstruct.write_bytes(layout.sigstruct())
+        os.environ["TEEMATE_TEST_SIGSTRUCT"] = str(sigstruct)
     return tools
 
 

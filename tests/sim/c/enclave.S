@@ -71,6 +71,8 @@ enclave_code:
         je      op_gp
         cmp     $OP_PUSH, %edi
         je      op_push
+        cmp     $OP_SPIN_URSP, %edi
+        je      op_spin_ursp
 op_illegal:
         ud2
         leave_enclave
@@ -109,6 +111,20 @@ op_spin:
 1:      lock incq 136(%r11)
         cmpq    $0, 128(%r11)
         je      1b
+        leave_enclave
+
+        /* As the SDK: RSI is where the GPRs of its SSA frame lie, with the caller's RSP and RBP. */
+op_spin_ursp:
+        lea     enclave_code(%rip), %r10
+        add     %rsi, %r10
+        xor     %esp, %esp
+        xor     %ebp, %ebp
+        board   %r11
+1:      lock incq 136(%r11)
+        cmpq    $0, 128(%r11)
+        je      1b
+        mov     144(%r10), %rsp
+        mov     152(%r10), %rbp
         leave_enclave
 
 op_divide:
@@ -153,13 +169,17 @@ op_int3:
         leave_enclave
 
         /* to the landing page with nothing left, not even a stack */
+        /* With RSI the stack stays, so that the host can take signals on it. */
 op_landing:
         lea     enclave_code+SIZE(%rip), %rbx
+        test    %rsi, %rsi
+        jnz     1f
+        xor     %esp, %esp
+1:
         xor     %ecx, %ecx
         xor     %edx, %edx
         xor     %esi, %esi
         xor     %edi, %edi
-        xor     %esp, %esp
         xor     %ebp, %ebp
         xor     %r8d, %r8d
         std

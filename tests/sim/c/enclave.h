@@ -39,5 +39,6 @@
 #define OP_PATTERN 17
 #define OP_GP 18
 #define OP_PUSH 19
+#define OP_SPIN_URSP 20
 
 #endif

@@ -22,12 +22,42 @@ static const struct teemate_segment segments[] = {
 
 static void add(struct teemate_enclave *enclave, uint64_t offset, const void *data, uint64_t size, uint64_t flags)
 {
+    static uint8_t aligned[CODE_SIZE] __attribute__((aligned(4096))); /* as ADD_PAGES wants it */
     struct teemate_diag diag = {0};
-    int error = enclave->backend->add_pages(enclave, offset, data, size, flags, true, false, &diag);
+    int error;
+
+    if (data) {
+        CHECK(size <= sizeof(aligned));
+        data = memcpy(aligned, data, size);
+    }
+    error = enclave->backend->add_pages(enclave, offset, data, size, flags, !on_sgx(), false, &diag);
 
     if (error)
         fprintf(stderr, "%s\n", diag.text);
     CHECK(error == 0);
+}
+
+static void finish_on_sim(struct teemate_enclave *enclave)
+{
+    enclave->sim->header->attributes.flags |= SGX_ATTR_INIT;
+    CHECK(fcntl(enclave->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0 ||
+          fcntl(enclave->fd, F_GET_SEALS) & F_SEAL_SEAL);
+}
+
+/* The measurement has the layout and no contents, so one SIGSTRUCT (layout.py) goes with all options. */
+static void finish_on_sgx(struct teemate_enclave *enclave)
+{
+    const char *path = getenv("TEEMATE_TEST_SIGSTRUCT");
+    FILE *file = path ? fopen(path, "re") : NULL;
+    struct sgx_sigstruct sigstruct;
+    struct teemate_diag diag = {0};
+
+    CHECK(file && fread(&sigstruct, sizeof(sigstruct), 1, file) == 1);
+    fclose(file);
+    if (enclave->backend->init(enclave, &sigstruct, sigstruct.enclavehash, &diag)) {
+        fprintf(stderr, "%s\n", diag.text);
+        abort_test();
+    }
 }
 
 struct teemate_enclave *test_enclave(const struct options *options)
@@ -46,9 +76,10 @@ struct teemate_enclave *test_enclave(const struct options *options)
                                     .size = SIZE,
                                     .ssa_frame_pages = 1,
                                     .miscselect = options->miscselect,
-                                    .attributes = {.flags = SGX_ATTR_MODE64BIT | options->attributes,
+                                    .attributes = {.flags = SGX_ATTR_MODE64BIT | options->attributes |
+                                                            (on_sgx() ? SGX_ATTR_DEBUG : 0),
                                                    .xfrm = options->xfrm ? options->xfrm : SGX_XFRM_LEGACY}};
-    CHECK(enclave_new(&backend_sim, &enclave, &diag) == 0);
+    CHECK(enclave_new(on_sgx() ? &backend_sgx : &backend_sim, &enclave, &diag) == 0);
     enclave->base = base;
     enclave->size = SIZE;
     if (enclave->backend->create(enclave, &params, &diag)) {
@@ -69,9 +100,10 @@ struct teemate_enclave *test_enclave(const struct options *options)
                               .gslimit = 0xfff};
         add(enclave, tcs_of(i), &tcs, 4096, SGX_SECINFO_PT(SGX_PT_TCS));
     }
-    enclave->sim->header->attributes.flags |= SGX_ATTR_INIT;
-    CHECK(fcntl(enclave->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0 ||
-          fcntl(enclave->fd, F_GET_SEALS) & F_SEAL_SEAL);
+    if (on_sgx())
+        finish_on_sgx(enclave);
+    else
+        finish_on_sim(enclave);
     enclave->finished = true;
     enclave->segments = malloc(sizeof(segments));
     memcpy(enclave->segments, segments, sizeof(segments));
@@ -104,7 +136,7 @@ struct teemate_enclave *test_enclave_from_fd(int fd, bool map)
     struct teemate_enclave *enclave;
     struct teemate_diag diag = {0};
 
-    if (teemate_open(TEEMATE_SIM, fd, BASE, SIZE, segments, SEGMENTS, &enclave, &diag)) {
+    if (teemate_open(on_sgx() ? TEEMATE_SGX : TEEMATE_SIM, fd, BASE, SIZE, segments, SEGMENTS, &enclave, &diag)) {
         fprintf(stderr, "%s\n", diag.text);
         abort_test();
     }
@@ -113,20 +145,134 @@ struct teemate_enclave *test_enclave_from_fd(int fd, bool map)
     return enclave;
 }
 
-uint64_t *board(struct teemate_enclave *enclave)
+bool on_sgx(void)
 {
-    return (uint64_t *)(enclave->sim->view + DATA);
+    const char *name = getenv("TEEMATE_TEST_BACKEND");
+
+    return name && strcmp(name, "sgx") == 0;
 }
 
-struct sgx_gprs *frame(struct teemate_enclave *enclave, unsigned tcs, unsigned cssa)
+/* The driver does EDBGRD and EDBGWR for ptrace's kind of access (sgx_vma_access). */
+static int debugger(void)
 {
-    return (struct sgx_gprs *)(enclave->sim->view + SSA + tcs * SSA_STRIDE + (cssa + 1) * 4096ull -
-                               sizeof(struct sgx_gprs));
+    int fd = open("/proc/self/mem", O_RDWR | O_CLOEXEC);
+
+    CHECK(fd >= 0);
+    return fd;
+}
+
+void memory_read(struct teemate_enclave *enclave, uint64_t offset, void *data, size_t size)
+{
+    int fd;
+
+    if (!on_sgx()) {
+        memcpy(data, enclave->sim->view + offset, size);
+        return;
+    }
+    fd = debugger();
+    CHECK(pread(fd, data, size, (off_t)(enclave->base + offset)) == (ssize_t)size);
+    close(fd);
+}
+
+void memory_write(struct teemate_enclave *enclave, uint64_t offset, const void *data, size_t size)
+{
+    int fd;
+
+    if (!on_sgx()) {
+        memcpy(enclave->sim->view + offset, data, size);
+        return;
+    }
+    fd = debugger();
+    CHECK(pwrite(fd, data, size, (off_t)(enclave->base + offset)) == (ssize_t)size);
+    close(fd);
+}
+
+uint64_t board_get(struct teemate_enclave *enclave, unsigned word)
+{
+    uint64_t value;
+
+    if (!on_sgx())
+        return __atomic_load_n((uint64_t *)(enclave->sim->view + DATA) + word, __ATOMIC_RELAXED);
+    memory_read(enclave, DATA + word * 8ull, &value, sizeof(value));
+    return value;
+}
+
+void board_set(struct teemate_enclave *enclave, unsigned word, uint64_t value)
+{
+    memory_write(enclave, DATA + word * 8ull, &value, sizeof(value));
+}
+
+static uint64_t frame_end(unsigned tcs, unsigned cssa)
+{
+    return SSA + tcs * SSA_STRIDE + (cssa + 1) * 4096ull;
+}
+
+struct sgx_gprs frame_get(struct teemate_enclave *enclave, unsigned tcs, unsigned cssa)
+{
+    struct sgx_gprs gprs;
+
+    memory_read(enclave, frame_end(tcs, cssa) - sizeof(gprs), &gprs, sizeof(gprs));
+    return gprs;
+}
+
+void frame_set(struct teemate_enclave *enclave, unsigned tcs, unsigned cssa, const struct sgx_gprs *gprs)
+{
+    memory_write(enclave, frame_end(tcs, cssa) - sizeof(*gprs), gprs, sizeof(*gprs));
+}
+
+void frame_skip(struct teemate_enclave *enclave, unsigned tcs, unsigned cssa, uint64_t bytes)
+{
+    struct sgx_gprs gprs = frame_get(enclave, tcs, cssa);
+
+    gprs.rip += bytes;
+    frame_set(enclave, tcs, cssa, &gprs);
+}
+
+struct sgx_exinfo exinfo_get(struct teemate_enclave *enclave, unsigned tcs, unsigned cssa)
+{
+    struct sgx_exinfo exinfo;
+
+    memory_read(enclave, frame_end(tcs, cssa) - sizeof(struct sgx_gprs) - sizeof(exinfo), &exinfo, sizeof(exinfo));
+    return exinfo;
 }
 
 uint64_t tcs_word(struct teemate_enclave *enclave, unsigned tcs)
 {
-    return atomic_load(&enclave->sim->tcs[tcs].word);
+    uint32_t cssa[2];
+
+    if (!on_sgx())
+        return atomic_load(&enclave->sim->tcs[tcs].word);
+    memory_read(enclave, tcs_of(tcs) + 24, cssa, sizeof(cssa)); /* SDM volume 3D, "TCS": CSSA and NSSA */
+    return SIM_TCS_WORD(0, cssa[0], 0);
+}
+
+void tcs_set_flags(struct teemate_enclave *enclave, unsigned tcs, uint64_t flags)
+{
+    if (on_sgx())
+        memory_write(enclave, tcs_of(tcs) + 8, &flags, sizeof(flags));
+    else
+        enclave->sim->tcs[tcs].flags = flags;
+}
+
+void without_sgx2(struct teemate_enclave *enclave)
+{
+    if (!on_sgx())
+        enclave->sim->header->sgx2 = 0;
+}
+
+uint64_t behind_enclu(void)
+{
+    return on_sgx() ? sgx_vdso_enclu() + 3 : (uint64_t)(uintptr_t)sim_exit;
+}
+
+uint64_t aep(void)
+{
+    return on_sgx() ? sgx_vdso_enclu() : (uint64_t)(uintptr_t)sim_aep;
+}
+
+int handler_pauses(void)
+{
+    return on_sgx() ? 0 : 1;
 }
 
 struct result enter(struct teemate_enclave *enclave, unsigned tcs, uint64_t rdi, uint64_t rsi, uint64_t rdx)
@@ -150,6 +296,6 @@ struct result call(struct teemate_enclave *enclave, unsigned tcs, uint64_t rdi, 
     struct result result = enter(enclave, tcs, rdi, rsi, rdx);
 
     while (result.outcome == TEEMATE_PAUSED)
-        result = resume(enclave, tcs);
+        result = result.run.function == SGX_EENTER ? enter(enclave, tcs, rdi, rsi, rdx) : resume(enclave, tcs);
     return result;
 }

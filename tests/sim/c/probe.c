@@ -18,11 +18,11 @@ int probe_enter(int rounds)
 
         LEFT(r);
         FAULTED(call(enclave, 0, OP_READ, 8, 0), SGX_ERESUME, SGX_VECTOR_PF);
-        *frame(enclave, 0, 0) = (struct sgx_gprs){
-            .rip = BASE + ENTRY, .rdi = OP_LANDING, .fsbase = BASE + FSPAGE, .gsbase = BASE + GSPAGE};
+        frame_set(enclave, 0, 0, &(struct sgx_gprs){
+            .rip = BASE + ENTRY, .rdi = OP_LANDING, .fsbase = BASE + FSPAGE, .gsbase = BASE + GSPAGE});
         EQUAL(resume(enclave, 0).outcome, TEEMATE_LANDED);
         FAULTED(call(enclave, 1, OP_DIVIDE, 0, 0), SGX_ERESUME, SGX_VECTOR_DE);
-        frame(enclave, 1, 0)->rip += 3;
+        frame_skip(enclave, 1, 0, 3);
         do
             r = resume(enclave, 1);
         while (r.outcome == TEEMATE_PAUSED);
@@ -41,7 +41,7 @@ int probe_spin(void)
 
     if (!enclave)
         enclave = test_enclave_mapped(NULL);
-    board(enclave)[STOP] = 0;
+    board_set(enclave, STOP, 0);
     r = enter(enclave, 0, OP_SPIN, 0, 0);
     while (r.outcome == TEEMATE_PAUSED) {
         pauses++;
@@ -56,7 +56,7 @@ int probe_pause(void)
 {
     if (!enclave)
         enclave = test_enclave_mapped(NULL);
-    board(enclave)[STOP] = 0;
+    board_set(enclave, STOP, 0);
     return enter(enclave, 2, OP_SPIN, 0, 0).outcome;
 }
 
@@ -67,7 +67,7 @@ int probe_resume(void)
 
 void probe_stop(void)
 {
-    board(enclave)[STOP] = 1;
+    board_set(enclave, STOP, 1);
 }
 
 __attribute__((constructor)) static void probe(void)

@@ -59,8 +59,8 @@ static void two_processes_see_each_others_writes(void)
     send_fd(pair[0], enclave->fd);
     LEFT(call(enclave, 0, OP_COUNT, 1, 3000000));
     child_ends(pid);
-    EQUAL(board(enclave)[COUNTER], 6000000);
-    r = enter(enclave, 0, OP_READ, BASE + DATA + 0x800, 0);
+    EQUAL(board_get(enclave, COUNTER), 6000000);
+    r = call(enclave, 0, OP_READ, BASE + DATA + 0x800, 0);
     LEFT(r);
     EQUAL(r.regs.rsi, 0xabc);
 }
@@ -76,7 +76,7 @@ static void spin_in_another_process(void *unused)
 
 static void wait_until_inside(struct teemate_enclave *enclave)
 {
-    while (__atomic_load_n(&board(enclave)[ROUNDS], __ATOMIC_RELAXED) == 0)
+    while (board_get(enclave, ROUNDS) == 0)
         sched_yield();
 }
 
@@ -85,6 +85,7 @@ static void the_dead_leave_a_busy_tcs_that_can_be_buried(void)
     struct teemate_enclave *enclave;
     int pid, status;
 
+    SIM_ONLY("hardware does the AEX of the dead itself");
     CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) == 0);
     pid = start_child(spin_in_another_process, NULL);
     enclave = test_enclave_mapped(NULL);
@@ -96,7 +97,7 @@ static void the_dead_leave_a_busy_tcs_that_can_be_buried(void)
         CHECK(waitpid(pid, &status, WUNTRACED) == pid);
     } while (!(tcs_word(enclave, 2) & SIM_TCS_BUSY));
     EQUAL(SIM_TCS_HOLDER(tcs_word(enclave, 2)), (uint32_t)pid);
-    FAULTED(enter(enclave, 2, OP_NOTHING, 0, 0), SGX_EENTER, SGX_VECTOR_GP);
+    FAULTED(call(enclave, 2, OP_NOTHING, 0, 0), SGX_EENTER, SGX_VECTOR_GP);
     FAULTED(resume(enclave, 2), SGX_ERESUME, SGX_VECTOR_GP);
     kill(pid, SIGKILL);
     CHECK(waitpid(pid, &status, 0) == pid);
@@ -106,13 +107,13 @@ static void the_dead_leave_a_busy_tcs_that_can_be_buried(void)
     EQUAL(sim_tcs_bury(enclave, tcs_of(2)), 0);
     /* The poisoned frame cannot be resumed as it is, ... */
     FAULTED(resume(enclave, 2), SGX_ERESUME, SGX_VECTOR_GP);
-    LEFT(enter(enclave, 2, OP_REGISTERS, 0, 0));
-    EQUAL(board(enclave)[0], 1);
+    LEFT(call(enclave, 2, OP_REGISTERS, 0, 0));
+    EQUAL(board_get(enclave, 0), 1);
     /* ... but once the enclave has written GPRs into it, those are. */
-    *frame(enclave, 2, 0) = (struct sgx_gprs){.rip = BASE + ENTRY,
+    frame_set(enclave, 2, 0, &(struct sgx_gprs){.rip = BASE + ENTRY,
                                               .rdi = OP_LANDING,
                                               .fsbase = BASE + FSPAGE,
-                                              .gsbase = BASE + GSPAGE};
+                                              .gsbase = BASE + GSPAGE});
     EQUAL(resume(enclave, 2).outcome, TEEMATE_LANDED);
     EQUAL(tcs_word(enclave, 2), IDLE(0));
     EQUAL(sim_tcs_bury(enclave, DATA), -EINVAL);
@@ -131,7 +132,7 @@ static void enter_for_ever(void *unused)
     for (;;) {
         LEFT(call(enclave, 2, OP_COUNT, 1, 300));
         FAULTED(call(enclave, 2, OP_DIVIDE, 0, 0), SGX_ERESUME, SGX_VECTOR_DE);
-        frame(enclave, 2, 0)->rip += 3;
+        frame_skip(enclave, 2, 0, 3);
         do
             r = resume(enclave, 2);
         while (r.outcome == TEEMATE_PAUSED);
@@ -146,14 +147,14 @@ static void whoever_is_killed_leaves_the_state_before_or_after(void)
 
     setenv("TEEMATE_TICK", "20us-60us", 1);
     CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) == 0);
-    enclave = test_enclave(NULL); /* mapped only after the forks have seen nothing of it */
+    enclave = test_enclave_mapped(NULL); /* of which the forks see nothing */
     for (int round = 0; round < 40; round++) {
         int pid = start_child(enter_for_ever, NULL), status;
-        uint64_t before = tcs_word(enclave, 2), word;
+        uint64_t before = board_get(enclave, COUNTER), word;
         struct timespec pause = {.tv_nsec = 0};
 
         send_fd(pair[0], enclave->fd);
-        while (tcs_word(enclave, 2) == before) /* until it has begun */
+        while (board_get(enclave, COUNTER) == before) /* until it has begun */
             sched_yield();
         pause.tv_nsec = 10000 + rand_r(&seed) % 1000000;
         nanosleep(&pause, NULL);
@@ -163,25 +164,22 @@ static void whoever_is_killed_leaves_the_state_before_or_after(void)
         word = tcs_word(enclave, 2);
         if (word & SIM_TCS_BUSY) {
             CHECK(SIM_TCS_CSSA(word) <= 1);
-            EQUAL(teemate_map(enclave, NULL), 0);
             EQUAL(sim_tcs_bury(enclave, tcs_of(2)), 1);
             EQUAL(tcs_word(enclave, 2), IDLE(SIM_TCS_CSSA(word) + 1));
             buried++;
         }
         CHECK(SIM_TCS_CSSA(tcs_word(enclave, 2)) <= 2);
-        EQUAL(teemate_map(enclave, NULL), 0);
-        CHECK(teemate_map_tcs(enclave, tcs_of(2), NULL) == 0);
         while (SIM_TCS_CSSA(tcs_word(enclave, 2))) {
             unsigned last = SIM_TCS_CSSA(tcs_word(enclave, 2)) - 1;
-            *frame(enclave, 2, last) = (struct sgx_gprs){.rip = BASE + ENTRY,
+            frame_set(enclave, 2, last, &(struct sgx_gprs){.rip = BASE + ENTRY,
                                                          .rdi = OP_LANDING,
                                                          .fsbase = BASE + FSPAGE,
-                                                         .gsbase = BASE + GSPAGE};
+                                                         .gsbase = BASE + GSPAGE});
             EQUAL(resume(enclave, 2).outcome, TEEMATE_LANDED);
         }
         LEFT(call(enclave, 2, OP_NOTHING, 0, 0));
     }
-    CHECK(buried > 0);
+    CHECK(on_sgx() || buried > 0);
 }
 
 static struct teemate_enclave *parents;
@@ -189,7 +187,7 @@ static struct teemate_enclave *parents;
 static void stop_spinning(int sig)
 {
     (void)sig;
-    board(parents)[STOP] = 1;
+    board_set(parents, STOP, 1);
 }
 
 static void child_of_a_holder(void *unused)
@@ -200,12 +198,13 @@ static void child_of_a_holder(void *unused)
     void *there;
 
     (void)unused;
-    EQUAL(enter(parents, 0, OP_NOTHING, 0, 0).outcome, -ENOTCONN);
+    EQUAL(call(parents, 0, OP_NOTHING, 0, 0).outcome, -ENOTCONN);
     EQUAL(teemate_map(parents, &diag), -ENOTCONN);
     CHECK(strstr(diag.text, "fork"));
     EQUAL(teemate_map_tcs(parents, tcs_of(0), &diag), -ENOTCONN);
     EQUAL(teemate_unmap_tcs(parents, tcs_of(0)), -ENOTCONN);
-    EQUAL(sim_tcs_bury(parents, tcs_of(0)), -ENOTCONN);
+    if (!on_sgx())
+        EQUAL(sim_tcs_bury(parents, tcs_of(0)), -ENOTCONN);
     /* Nothing of the parent's is there. */
     there = mmap((void *)BASE, 2 * SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
     EQUAL((uintptr_t)there, BASE);
@@ -222,9 +221,9 @@ static void child_of_a_holder(void *unused)
 static void a_child_of_fork_holds_nothing_and_attaches_itself(void)
 {
     parents = test_enclave_mapped(NULL);
-    LEFT(enter(parents, 0, OP_NOTHING, 0, 0));
+    LEFT(call(parents, 0, OP_NOTHING, 0, 0));
     child_ends(start_child(child_of_a_holder, NULL));
-    LEFT(enter(parents, 0, OP_NOTHING, 0, 0));
+    LEFT(call(parents, 0, OP_NOTHING, 0, 0));
 }
 
 static void a_bare_clone_is_another_process_too(void)
@@ -232,15 +231,15 @@ static void a_bare_clone_is_another_process_too(void)
     long pid;
 
     parents = test_enclave_mapped(NULL);
-    LEFT(enter(parents, 0, OP_NOTHING, 0, 0));
+    LEFT(call(parents, 0, OP_NOTHING, 0, 0));
     pid = syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0); /* no pthread_atfork handler runs */
     CHECK(pid >= 0);
     if (!pid) {
-        EQUAL(enter(parents, 0, OP_NOTHING, 0, 0).outcome, -ENOTCONN);
+        EQUAL(call(parents, 0, OP_NOTHING, 0, 0).outcome, -ENOTCONN);
         _exit(0);
     }
     child_ends((int)pid);
-    LEFT(enter(parents, 0, OP_NOTHING, 0, 0));
+    LEFT(call(parents, 0, OP_NOTHING, 0, 0));
 }
 
 static volatile bool other_stops;
@@ -259,7 +258,7 @@ static void forking_while_another_thread_is_inside_hurts_nobody(void)
 
     parents = test_enclave_mapped(NULL);
     CHECK(pthread_create(&other, NULL, spin_thread, NULL) == 0);
-    while (__atomic_load_n(&board(parents)[COUNTER], __ATOMIC_RELAXED) == 0)
+    while (board_get(parents, COUNTER) == 0)
         sched_yield();
     for (int i = 0; i < 5; i++)
         child_ends(start_child(child_of_a_holder, NULL));

@@ -23,17 +23,18 @@ static void a_busy_tcs_refuses_the_next(void)
     pthread_t other;
     bool refused = false;
 
+    SIM_ONLY("a TCS is idle at each interrupt, and an entry then takes its thread's frame");
     enclave = test_enclave_mapped(NULL);
     CHECK(pthread_create(&other, NULL, spin_thread, NULL) == 0);
-    while (__atomic_load_n(&board(enclave)[ROUNDS], __ATOMIC_RELAXED) == 0)
+    while (board_get(enclave, ROUNDS) == 0)
         sched_yield();
     /* At a tick it is idle for a moment, and an entry at CSSA 1 succeeds. */
     for (int i = 0; i < 100 && !refused; i++) {
-        struct result r = enter(enclave, 0, OP_NOTHING, 0, 0);
+        struct result r = call(enclave, 0, OP_NOTHING, 0, 0);
         refused = r.run.function == SGX_EENTER && r.run.exception_vector == SGX_VECTOR_GP;
     }
     CHECK(refused);
-    board(enclave)[STOP] = 1;
+    board_set(enclave, STOP, 1);
     pthread_join(other, NULL);
     EQUAL(tcs_word(enclave, 0), IDLE(0));
 }
@@ -57,13 +58,15 @@ struct pattern {
 _Static_assert(offsetof(struct pattern, in) == 512, "as enclave.S has it");
 _Static_assert(offsetof(struct pattern, out) == 1536, "as enclave.S has it");
 
+static struct pattern patterns[THREADS];
+
 static void *keep_registers(void *argument)
 {
     unsigned n = (unsigned)(uintptr_t)argument, seed = n + 1;
-    struct pattern *pattern = (struct pattern *)((uint8_t *)board(enclave) + n * 4096);
+    struct pattern *pattern = &patterns[n];
     struct thread *self = thread_get();
 
-    for (unsigned round = 0; ticks_seen[n] < TICKS; round++) {
+    for (unsigned round = 0; ticks_seen[n] < (on_sgx() ? TICKS / 10 : TICKS); round++) {
         uint64_t before = self->sequence;
         struct result r = {.regs = {.rdi = OP_PATTERN, .rsi = n * 4096, .rdx = 300000, .r8 = wide}};
 
@@ -72,10 +75,12 @@ static void *keep_registers(void *argument)
         pattern->in.rflags = 0x202 | ((uint64_t)rand_r(&seed) & 0x8d5) | (round & 1 ? 0x400 : 0);
         pattern->in.x87 = 1.5 * rand_r(&seed);
         memset(&pattern->out, 0, sizeof(pattern->out));
+        memory_write(enclave, DATA + n * 4096ull, pattern, sizeof(*pattern));
         r.outcome = teemate_enter(enclave, tcs_of(n), &r.regs, SGX_EENTER, 0, &r.run);
         while (r.outcome == TEEMATE_PAUSED)
-            r.outcome = teemate_enter(enclave, tcs_of(n), &r.regs, SGX_ERESUME, 0, &r.run);
+            r.outcome = teemate_enter(enclave, tcs_of(n), &r.regs, r.run.function, 0, &r.run);
         LEFT(r);
+        memory_read(enclave, DATA + n * 4096ull, pattern, sizeof(*pattern));
         EQUAL(pattern->control[6], 0); /* R11 and RSP */
         for (int i = 0; i < 14; i++)
             EQUAL(pattern->out.gprs[i], pattern->in.gprs[i]);
@@ -118,10 +123,112 @@ static void ymm_survives_where_xfrm_has_avx(void)
     keep_registers_in_threads(SGX_XFRM_LEGACY | SGX_XFRM_AVX);
 }
 
+/* ---- a call goes on elsewhere ------------------------------------------------- */
+
+static struct result paused;
+static struct sgx_enclave_run paused_run;
+static enum entry_stack stack_of_call;
+
+static int enter_on_stack(uint32_t function, uint64_t op)
+{
+    struct teemate_regs regs = {.rdi = op, .rsi = SSA + 4096 - sizeof(struct sgx_gprs)};
+    int outcome = enclave_enter(enclave, tcs_of(0), &regs, function, 1, stack_of_call, &paused_run);
+
+    paused = (struct result){.outcome = outcome, .regs = regs, .run = paused_run};
+    return outcome;
+}
+
+/* From a stack that is deeper by some pages, whose callers' frames are then written over. */
+static __attribute__((noinline)) int resume_deeper(unsigned depth)
+{
+    volatile uint8_t frame[4096];
+    int outcome;
+
+    memset((void *)frame, (int)depth, sizeof(frame));
+    outcome = depth ? resume_deeper(depth - 1) : enter_on_stack(SGX_ERESUME, 0);
+    for (size_t i = 0; i < sizeof(frame); i++)
+        EQUAL(frame[i], depth);
+    return outcome;
+}
+
+static __attribute__((noinline)) int pause_deeper(unsigned depth)
+{
+    volatile uint8_t frame[4096];
+
+    memset((void *)frame, 0x5a, sizeof(frame));
+    return depth ? pause_deeper(depth - 1) : enter_on_stack(SGX_EENTER, stack_of_call == ENTRY_STACK_TCS ? OP_SPIN : OP_SPIN_URSP);
+}
+
+static void go_on_at_another_depth(enum entry_stack stack)
+{
+    stack_of_call = stack;
+    enclave = test_enclave_mapped(NULL);
+    EQUAL(pause_deeper(3), TEEMATE_PAUSED);
+    for (unsigned depth = 0; depth < 12; depth += 3)
+        EQUAL(resume_deeper(depth), TEEMATE_PAUSED);
+    board_set(enclave, STOP, 1);
+    while (resume_deeper(20) == TEEMATE_PAUSED)
+        ;
+    LEFT(paused);
+    EQUAL(tcs_word(enclave, 0), IDLE(0));
+    LEFT(call(enclave, 0, OP_NOTHING, 0, 0));
+}
+
+static void a_paused_call_goes_on_from_another_depth_of_the_stack(void)
+{
+    go_on_at_another_depth(ENTRY_STACK_TCS);
+}
+
+static void a_paused_call_of_an_sdk_image_does_so_on_its_callers_stack(void)
+{
+    go_on_at_another_depth(ENTRY_STACK_CALLER);
+}
+
+static void *pause_thread(void *unused)
+{
+    (void)unused;
+    EQUAL(pause_deeper(5), TEEMATE_PAUSED);
+    return NULL;
+}
+
+static void *end_thread(void *unused)
+{
+    (void)unused;
+    board_set(enclave, STOP, 1);
+    while (resume_deeper(1) == TEEMATE_PAUSED)
+        ;
+    return NULL;
+}
+
+static void go_on_in_another_thread(enum entry_stack stack)
+{
+    pthread_t thread;
+
+    stack_of_call = stack;
+    enclave = test_enclave_mapped(NULL);
+    CHECK(pthread_create(&thread, NULL, pause_thread, NULL) == 0);
+    pthread_join(thread, NULL); /* and its stack is gone */
+    EQUAL(resume_deeper(2), TEEMATE_PAUSED);
+    CHECK(pthread_create(&thread, NULL, end_thread, NULL) == 0);
+    pthread_join(thread, NULL);
+    LEFT(paused);
+    EQUAL(tcs_word(enclave, 0), IDLE(0));
+}
+
+static void a_paused_call_goes_on_in_another_thread(void)
+{
+    go_on_in_another_thread(ENTRY_STACK_TCS);
+}
+
+static void a_paused_call_of_an_sdk_image_goes_on_in_another_thread(void)
+{
+    go_on_in_another_thread(ENTRY_STACK_CALLER);
+}
+
 static void *short_calls(void *unused)
 {
     (void)unused;
-    while (!__atomic_load_n(&board(enclave)[STOP], __ATOMIC_RELAXED))
+    while (!board_get(enclave, STOP))
         LEFT(call(enclave, 1, OP_COUNT, 0, 20000));
     return NULL;
 }
@@ -135,7 +242,7 @@ static void short_calls_show_idle_with_cssa_1_too(void)
     CHECK(pthread_create(&other, NULL, short_calls, NULL) == 0);
     while (tcs_word(enclave, 1) != IDLE(1))
         ;
-    board(enclave)[STOP] = 1;
+    board_set(enclave, STOP, 1);
     pthread_join(other, NULL);
 }
 
@@ -160,7 +267,7 @@ static void threads_that_end_leave_nothing_behind(void)
     unsigned long after_first = 0;
 
     enclave = test_enclave_mapped(NULL);
-    LEFT(enter(enclave, 0, OP_NOTHING, 0, 0));
+    LEFT(call(enclave, 0, OP_NOTHING, 0, 0));
     for (int round = 0; round < 60; round++) {
         pthread_t threads[8];
 
@@ -187,7 +294,7 @@ static void *mixed(void *argument)
         switch (rand_r(&seed) % 4) {
         case 0:
             FAULTED(call(enclave, n, OP_DIVIDE, 0, 0), SGX_ERESUME, SGX_VECTOR_DE);
-            frame(enclave, n, 0)->rip += 3;
+            frame_skip(enclave, n, 0, 3);
             do
                 r = resume(enclave, n);
             while (r.outcome == TEEMATE_PAUSED);
@@ -197,7 +304,7 @@ static void *mixed(void *argument)
             LEFT(call(enclave, n, OP_COUNT, 1, 5000));
             break;
         case 2:
-            EQUAL(call(enclave, n, OP_LANDING, 0, 0).outcome, TEEMATE_LANDED);
+            EQUAL(call(enclave, n, OP_LANDING, on_sgx(), 0).outcome, TEEMATE_LANDED);
             break;
         default:
             LEFT(call(enclave, n, OP_REGISTERS, 0, 0));
@@ -231,7 +338,7 @@ static void a_tick_that_comes_late_interrupts_no_system_call(void)
         LEFT(call(enclave, 2, OP_COUNT, 0, 3000));
         EQUAL(nanosleep(&pause, NULL), 0);
     }
-    board(enclave)[STOP] = 1;
+    board_set(enclave, STOP, 1);
     pthread_join(other, NULL);
 }
 
@@ -239,6 +346,10 @@ const struct test thread_tests[] = {
     TEST(a_busy_tcs_refuses_the_next),
     TEST(registers_and_xmm_survive_thousands_of_ticks),
     TEST(ymm_survives_where_xfrm_has_avx),
+    TEST(a_paused_call_goes_on_from_another_depth_of_the_stack),
+    TEST(a_paused_call_of_an_sdk_image_does_so_on_its_callers_stack),
+    TEST(a_paused_call_goes_on_in_another_thread),
+    TEST(a_paused_call_of_an_sdk_image_goes_on_in_another_thread),
     TEST(short_calls_show_idle_with_cssa_1_too),
     TEST(threads_that_end_leave_nothing_behind),
     TEST(calls_faults_and_ticks_mix),
