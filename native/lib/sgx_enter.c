@@ -46,7 +46,8 @@ static struct entry *interrupted(const ucontext_t *uc)
     const greg_t *regs = uc->uc_mcontext.gregs;
     struct entry *entry = entry_current;
 
-    if (!entry || !entry->inside || (uint64_t)regs[REG_RIP] != sgx_vdso_enclu() ||
+    /* RIP first: elsewhere the entry may have been left by longjmp(), and its stack be gone. */
+    if ((uint64_t)regs[REG_RIP] != sgx_vdso_enclu() || !entry || !entry->inside ||
         (uint64_t)regs[REG_RBP] != entry->frame)
         return NULL;
     return entry;
@@ -94,6 +95,27 @@ bool sgx_on_memory_error(const siginfo_t *info, ucontext_t *uc)
     return true;
 }
 
+/*
+ * Programs block all signals in their worker threads.  A tick that is blocked would pause
+ * nobody, and be queued each time (the queue is limited for all processes of a user).
+ * Returns whether it was blocked.
+ */
+static bool tick_unblock(void)
+{
+    const uint64_t tick = SIGNAL_MASK(signals_tick());
+    uint64_t before = 0;
+
+    bare_syscall(SYS_rt_sigprocmask, SIG_UNBLOCK, (long)&tick, (long)&before, sizeof(before));
+    return before & tick;
+}
+
+static void tick_block(void)
+{
+    const uint64_t tick = SIGNAL_MASK(signals_tick());
+
+    bare_syscall(SYS_rt_sigprocmask, SIG_BLOCK, (long)&tick, 0, sizeof(tick));
+}
+
 /* ---- entries ----------------------------------------------------------------------- */
 
 int sgx_run_handler(struct entry *entry, uint64_t rsp)
@@ -131,6 +153,7 @@ int sgx_enter(struct teemate_enclave *enclave, uint64_t tcs_offset, struct teema
                           .thread = thread,
                           .outer = entry_current,
                           .handler = run->user_handler};
+    bool blocked;
     int result;
 
     (void)pause_after_ns; /* every tick pauses */
@@ -151,11 +174,14 @@ int sgx_enter(struct teemate_enclave *enclave, uint64_t tcs_offset, struct teema
     }
     if (entry.handler)
         run->user_handler = our_handler();
+    blocked = tick_unblock();
     entry_current = &entry;
     go_inside(&entry);
     result = sgx_trampoline(&entry);
     go_outside(&entry);
     entry_current = entry.outer;
+    if (blocked)
+        tick_block();
     if (run->user_handler == our_handler())
         run->user_handler = entry.handler;
     if (stack)

@@ -245,3 +245,31 @@ def test_ctrl_c_reaches_the_main_thread_while_another_is_inside(run: Run) -> Non
         thread.join(60)
         assert len(errors) == 1
     """)
+
+
+def test_a_thread_that_blocks_all_signals_can_still_be_timed_out(run: Run) -> None:
+    """Servers do so in their worker threads; the library's own tick has to come through, and not pile up."""
+    done = run("""
+        def queued():
+            with open("/proc/self/status") as status:
+                return int(status.read().split("SigQ:")[1].split("/")[0])
+
+        def worker():
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+            before = queued()
+            for _ in range(2):
+                try:
+                    with enclave.slot() as slot:
+                        slot.call("loop", timeout=0.2)
+                except teemate.CallTimeout:
+                    print("timed out")
+            print("not piled up" if queued() - before < 10 else f"{queued() - before} ticks are queued")
+            missing = blocked - signal.pthread_sigmask(signal.SIG_BLOCK, ())
+            print(f"not blocked any more: {missing}" if missing else "all blocked as before")
+
+        thread = threading.Thread(target=worker)
+        thread.start()
+        thread.join()
+    """)
+    assert done.stdout.splitlines() == ["timed out", "timed out", "not piled up", "all blocked as before"]
