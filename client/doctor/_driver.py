@@ -236,7 +236,7 @@ def check_exec(host: Host) -> Check:
             return made(
                 Status.PROBLEM,
                 "this process runs with READ_IMPLIES_EXEC, with which the driver maps nothing",
-                "start it without `setarch -X`, and with a binary that has a PT_GNU_STACK header",
+                "leave out the call of personality(2) that sets it",
             )
         return made(
             Status.PROBLEM,

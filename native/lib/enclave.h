@@ -136,6 +136,11 @@ static inline bool enclave_is_ours(const struct teemate_enclave *enclave)
 /* landing.c: the landing page's code at its place; 0 or a negative errno. */
 int landing_map(uint64_t address);
 
+/* Why a process with that personality maps no enclave, on either backend. */
+#define ALL_EXECUTABLE                                                                                   \
+    "this process has set its personality to READ_IMPLIES_EXEC, with which Linux lets nobody map an enclave: " \
+    "leave out that call of personality(2), or attach before it"
+
 /* diag.c: fill and return `error`; diag may be NULL. */
 int diag_set(struct teemate_diag *diag, int error, enum teemate_step step, int code, uint64_t offset,
              const char *format, ...) __attribute__((format(printf, 6, 7)));

@@ -27,6 +27,8 @@ int sgx_device_open(struct teemate_diag *diag);
 
 /* sgx_map.c */
 int sgx_open(struct teemate_enclave *enclave, struct teemate_diag *diag);
+/* 0, or -EACCES when this process has a personality with which Linux lets nobody map an enclave. */
+int sgx_may_map(struct teemate_diag *diag);
 int sgx_map(struct teemate_enclave *enclave, struct teemate_diag *diag);
 int sgx_map_tcs(struct teemate_enclave *enclave, uint64_t offset, struct teemate_diag *diag);
 int sgx_unmap_tcs(struct teemate_enclave *enclave, uint64_t offset);

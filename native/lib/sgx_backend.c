@@ -2,7 +2,6 @@
 #include <errno.h>
 #include <stdatomic.h>
 #include <sys/auxv.h>
-#include <sys/personality.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
 
@@ -44,10 +43,8 @@ static int available(struct teemate_diag *diag)
         result = diag_set(diag, -EACCES, TEEMATE_STEP_ECREATE, EPERM, 0,
                           "/dev is mounted noexec, so the code of enclaves that are created here cannot be mapped by "
                           "anyone: mount -o remount,exec /dev (what only attaches needs neither)");
-    else if (!result && personality(0xffffffff) & READ_IMPLIES_EXEC)
-        result = diag_set(diag, -EACCES, TEEMATE_STEP_ECREATE, EACCES, 0,
-                          "this program runs with READ_IMPLIES_EXEC (an executable stack, or setarch -X), with which "
-                          "Linux lets nobody map an enclave: link it with -z noexecstack");
+    if (!result)
+        result = sgx_may_map(diag);
     close(fd);
     if (!result)
         atomic_store_explicit(&found, true, memory_order_relaxed);

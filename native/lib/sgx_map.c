@@ -50,6 +50,14 @@ static bool is_enclave(int fd)
     return false;
 }
 
+/* Every mmap() would answer EACCES.  execve() clears it in 64-bit programs, whatever setarch(8) set before. */
+int sgx_may_map(struct teemate_diag *diag)
+{
+    if (personality(0xffffffff) & READ_IMPLIES_EXEC)
+        return diag_set(diag, -EACCES, TEEMATE_STEP_MAP, 0, 0, ALL_EXECUTABLE);
+    return 0;
+}
+
 /*
  * There are no tables to read.  But a finished enclave can be mapped in ELRANGE and nowhere
  * else, and an unfinished one everywhere: four pages tell both.
@@ -60,10 +68,9 @@ int sgx_open(struct teemate_enclave *enclave, struct teemate_diag *diag)
     int first, last;
 
     enclave->process = fork_process();
-    if (personality(0xffffffff) & READ_IMPLIES_EXEC)
-        return diag_set(diag, -EACCES, TEEMATE_STEP_MAP, 0, 0,
-                        "this program runs with READ_IMPLIES_EXEC (an executable stack, or setarch -X), with which "
-                        "Linux lets nobody map an enclave: link it with -z noexecstack");
+    first = sgx_may_map(diag);
+    if (first)
+        return first;
     if (!is_enclave(enclave->fd))
         return diag_set(diag, -ENODEV, TEEMATE_STEP_MAP, 0, 0, "the descriptor is not that of an SGX enclave");
     if (!probe(enclave, end) || !probe(enclave, enclave->base - SGX_PAGE)) {
@@ -105,6 +112,10 @@ static int map_error(int error, const struct teemate_segment *segment, struct te
 
 int sgx_map(struct teemate_enclave *enclave, struct teemate_diag *diag)
 {
+    int error = sgx_may_map(diag);
+
+    if (error)
+        return error;
     for (size_t i = 0; i < enclave->segment_count; i++) {
         const struct teemate_segment *segment = &enclave->segments[i];
         int prot = segment->type == SGX_PT_TCS ? PROT_NONE : (int)segment->prot;

@@ -51,9 +51,7 @@ bool sim_tcs_is_mapped(const struct teemate_enclave *enclave, uint64_t offset, u
 int sim_may_map(const struct teemate_enclave *enclave, struct teemate_diag *diag)
 {
     if (SIM_CHECK("MAP.PERSONALITY", personality(0xffffffff) & READ_IMPLIES_EXEC))
-        return diag_set(diag, -EACCES, TEEMATE_STEP_MAP, 0, 0,
-                        "a process with the personality READ_IMPLIES_EXEC cannot map an enclave: start it without"
-                        " (setarch -X, or a program with an executable stack)");
+        return diag_set(diag, -EACCES, TEEMATE_STEP_MAP, 0, 0, ALL_EXECUTABLE);
     for (size_t i = 0; i < enclave->segment_count; i++) {
         const struct teemate_segment *segment = &enclave->segments[i];
         uint64_t end = segment->offset + segment->size;

@@ -68,7 +68,6 @@ static const struct rule warden_rules[] = {
     ANY(fstat), /* geometry of the fds that were handed over */
     ANY(newfstatat),
     ANY(pread64),
-    ONLY(personality, 0, 0xffffffff, 0xffffffff, 0xffffffff), /* asks, changes nothing: READ_IMPLIES_EXEC? */
     ANY(lseek), /* SEEK_DATA: blocks that the sim's file holds */
     ONLY(fcntl, 1, F_GET_SEALS, F_DUPFD_CLOEXEC, F_GETFL),
     /* entering: handlers, alternate stack, FS and GS base, the ticker thread */
