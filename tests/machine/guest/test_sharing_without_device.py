@@ -1,0 +1,204 @@
+"""Clients without any device: no node, no permission, no exec on /dev; the broker's descriptor is enough.
+
+Everything here happens in mount namespaces of their own, so the machine's /dev stays as it is.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from images import BuiltImage, Images
+from running_broker import RunningBroker, run_broker
+from sharing import DEVICE, Operation, Raw, Stranger
+
+pytestmark = [
+    pytest.mark.skipif(
+        not DEVICE.exists(), reason=f"no {DEVICE} here: tests/machine/run boots a machine that has it"
+    ),
+    pytest.mark.skipif(os.geteuid() != 0, reason="mount namespaces are root's to make"),
+]
+
+HERE = Path(__file__).resolve().parent
+NOBODY = 65534
+
+BARE_DEV = "mount -t tmpfs -o noexec,mode=755 tmpfs /dev"
+"""No node at all, and nothing in it could be executed."""
+NOEXEC_DEV = "mount -o remount,bind,noexec /dev"
+
+
+@pytest.fixture
+def image(images: Images) -> BuiltImage:
+    return images.build("raw", heap="64K")
+
+
+def in_namespace(setup: str) -> tuple[str, ...]:
+    """What to put before a command so that it runs in a mount namespace that `setup` has changed."""
+    script = f'mount --make-rprivate / && mount --bind /dev /dev && {setup} && exec "$@"'
+    return ("unshare", "--mount", "sh", "-c", script, "sh")
+
+
+TRY = """
+import os, sys
+sys.path[:0] = [{guest!r}, {tests!r}]
+from pathlib import Path
+from images import BuiltImage
+from sharing import Operation, Raw
+import teemate
+try:
+    os.close(os.open("/dev/sgx_enclave", os.O_RDWR))
+    print("device: opened")
+except OSError as error:
+    print("device:", error.strerror)
+files = {{"sgxs": Path({sgxs!r}), "sigstruct": Path({sig!r}), "elf": Path()}}
+image = BuiltImage(name="raw", mrenclave=b"", slots=2, **files)
+try:
+    with Raw.create(image) as raw:
+        print("called", raw.map().call(Operation.COUNT))
+except teemate.Error as error:
+    print(type(error).__name__ + ":", error.message)
+"""
+
+
+def try_alone(image: BuiltImage, launcher: tuple[str, ...]) -> tuple[str, str]:
+    """Try to open the device, then to make an enclave of one's own; what came of it."""
+    code = TRY.format(
+        guest=str(HERE), tests=str(HERE.parents[1]), sgxs=str(image.sgxs), sig=str(image.sigstruct)
+    )
+    done = subprocess.run([*launcher, sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    device, created = done.stdout.splitlines()
+    return device, created
+
+
+def test_where_dev_is_noexec_an_enclave_can_be_opened_but_not_mapped_and_the_error_says_so(
+    image: BuiltImage,
+) -> None:
+    assert try_alone(image, in_namespace("true")) == ("device: opened", "called 1")
+    device, created = try_alone(image, in_namespace(NOEXEC_DEV))
+    assert device == "device: opened"
+    assert created.split(":")[0] in ("Denied", "Unsupported"), created
+    assert "noexec" in created
+    assert "exec" in created.replace("noexec", "")  # what to do
+
+
+def test_a_descriptor_from_where_dev_may_execute_can_be_mapped_where_it_may_not(image: BuiltImage) -> None:
+    with Raw.create(image) as raw, Stranger(launcher=in_namespace(NOEXEC_DEV)) as stranger:
+        stranger.give(raw)
+        assert stranger.call(Operation.COUNT) == 1
+        assert raw.map().call(Operation.COUNT, tcs=1) == 2
+
+
+def test_a_descriptor_from_where_dev_is_noexec_can_be_mapped_nowhere(image: BuiltImage) -> None:
+    """The control: it is the opener's mount that counts."""
+    with Stranger(launcher=in_namespace(NOEXEC_DEV)) as creator:
+        creator.start("create", sgxs=str(image.sgxs), sigstruct=str(image.sigstruct), mapped=False)
+        with creator.answer() as raw:
+            with pytest.raises(Exception, match="noexec"):
+                raw.map()
+
+
+# ---- through a broker ----------------------------------------------------------------------------------
+
+CLIENT = """
+import os, sys
+socket, uid = sys.argv[1], int(sys.argv[2])
+if uid:
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+try:
+    os.close(os.open("/dev/sgx_enclave", os.O_RDWR))
+    print("device: opened")
+except OSError as error:
+    print("device:", error.strerror)
+import teemate
+with teemate.connect(socket) as broker, broker.attach("raw", slots=1) as enclave, enclave.slot() as slot:
+    for line in open("/proc/self/maps"):
+        if line.split()[-1] == "/dev/sgx_enclave" and line.split()[1] == "r-xs":
+            print("code mapped")
+    print("called", slot.enter(rdi=9).rdi)
+"""
+
+
+@pytest.fixture
+def served(image: BuiltImage) -> Iterator[Callable[[int], RunningBroker]]:
+    """A broker with the enclave for one owner: `served(uid)`."""
+    from contextlib import ExitStack
+
+    with ExitStack() as running:
+
+        def start(owner: int) -> RunningBroker:
+            return running.enter_context(
+                run_broker(
+                    f"""
+[[enclave]]
+name = "raw"
+image = "{image.sgxs}"
+sigstruct = "{image.sigstruct}"
+require_sdk = false
+owner = {owner}
+[[enclave.attach]]
+uid = {owner}
+"""
+                )
+            )
+
+        yield start
+
+
+def attach(broker: RunningBroker, uid: int, launcher: tuple[str, ...] = ()) -> list[str]:
+    done = subprocess.run(
+        [*launcher, sys.executable, "-c", CLIENT, broker.socket, str(uid)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_client_without_any_node_and_with_dev_noexec_attaches_and_calls(
+    served: Callable[[int], RunningBroker],
+) -> None:
+    said = attach(served(0), 0, in_namespace(BARE_DEV))
+    assert said == [f"device: {os.strerror(errno.ENOENT)}", "code mapped", "called 1"]
+
+
+def test_a_client_of_another_user_without_permission_and_group_attaches_and_calls(
+    served: Callable[[int], RunningBroker],
+) -> None:
+    node = DEVICE.stat()
+    assert node.st_mode & 0o007 == 0
+    said = attach(served(NOBODY), NOBODY)
+    assert said == [f"device: {os.strerror(errno.EACCES)}", "code mapped", "called 1"]
+
+
+def test_all_of_it_at_once(served: Callable[[int], RunningBroker]) -> None:
+    broker = served(NOBODY)
+    said = attach(broker, NOBODY, in_namespace(BARE_DEV))
+    assert said == [f"device: {os.strerror(errno.ENOENT)}", "code mapped", "called 1"]
+    assert attach(broker, NOBODY)[1:] == ["code mapped", "called 2"]
+
+
+def test_without_a_node_nothing_can_be_created_and_the_error_says_what_is_missing(image: BuiltImage) -> None:
+    device, created = try_alone(image, in_namespace(BARE_DEV))
+    assert device == f"device: {os.strerror(errno.ENOENT)}"
+    assert created.startswith("Unsupported:")
+    assert str(DEVICE) in created
+
+
+def test_without_permission_nothing_can_be_created_and_the_error_says_what_is_missing(
+    image: BuiltImage,
+) -> None:
+    as_nobody = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
+    device, created = try_alone(image, as_nobody)
+    assert device == f"device: {os.strerror(errno.EACCES)}"
+    assert created.split(":")[0] in ("Unsupported", "Denied"), created
+    assert str(DEVICE) in created
+    assert "ermission" in created or "group" in created
