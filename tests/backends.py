@@ -39,6 +39,10 @@ SHARING = {"sim": "insecure_sim_sharing = true", "sgx": 'share_between_owners = 
 """The line of a policy's [[enclave]] that lets other users than the owner in."""
 
 
+PATIENCE = 10 if "TEEMATE_IN_MACHINE" in os.environ else 1
+"""By how much limits that end a test which hangs are longer: processors of the emulated machine are slow."""
+
+
 def sim_only(reason: str) -> pytest.MarkDecorator:
     """Mark a test that is about the sim's inner life; `reason` says what hardware has instead."""
     return pytest.mark.skipif(BACKEND != "sim", reason=f"about the sim: {reason}")

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from backends import BACKEND
+from backends import BACKEND, PATIENCE
 
-DEADLINE = 60.0
+DEADLINE = 60.0 * PATIENCE
 """Seconds after which a broker that does not get ready, or does not end, has failed."""
 
 

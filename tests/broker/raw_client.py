@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from backends import PATIENCE
+
 from teemate import wire
 
-TIMEOUT = 30.0
+TIMEOUT = 30.0 * PATIENCE
 """Seconds after which a broker that does not answer has failed the test."""
 
 

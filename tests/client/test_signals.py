@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable
 
 import pytest
-from backends import BACKEND
+from backends import BACKEND, PATIENCE
 from images import Images
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -45,7 +45,7 @@ def run(images: Images) -> Run:
             ],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=120 * PATIENCE,
         )  # fmt: skip
         assert done.returncode == expected, done.stderr
         return done

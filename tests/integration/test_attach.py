@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
-from backends import BACKEND
+from backends import BACKEND, PATIENCE
 from images import Images
 from policies import enclave_policy
 from running_broker import RunningBroker
@@ -31,7 +31,7 @@ def run_client(socket: str, code: str, *arguments: str) -> subprocess.CompletedP
         [sys.executable, "-c", f"import os, sys, teemate\npath = sys.argv[1]\n{code}", socket, *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=120 * PATIENCE,
     )
 
 

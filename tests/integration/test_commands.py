@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from backends import BACKEND
+from backends import BACKEND, PATIENCE
 from other_client import OtherClient
 from running_broker import RunningBroker
 
@@ -22,7 +22,7 @@ StartBroker = Callable[..., RunningBroker]
 def teemate(
     *arguments: str, status: int = 0, stdin: bytes | None = None
 ) -> subprocess.CompletedProcess[bytes]:
-    done = subprocess.run(command(arguments), capture_output=True, timeout=250, input=stdin)
+    done = subprocess.run(command(arguments), capture_output=True, timeout=250 * PATIENCE, input=stdin)
     assert done.returncode == status, done.stderr.decode()
     assert b"Traceback" not in done.stderr
     return done
@@ -128,7 +128,7 @@ def test_ctrl_c_ends_the_demo_and_everything_that_it_started(phase: str, process
                 break
         started = descendants(demo.pid)
         os.killpg(demo.pid, signal.SIGINT)  # as a terminal does
-        assert demo.wait(60) == 130
+        assert demo.wait(60 * PATIENCE) == 130
         said = demo.stderr.read()
         assert said.endswith("interrupted\n")
         assert "Traceback" not in said
