@@ -220,8 +220,8 @@ static void a_handler_may_jump_out_of_a_call(void)
 static void enter_again(int sig, siginfo_t *info, void *context)
 {
     (void)sig, (void)info, (void)context;
-    if (!board_get(enclave, ROUNDS))
-        return;
+    if (!board_get(enclave, ROUNDS) || received)
+        return; /* too early, or it came again before it was stopped */
     start_timer(ITIMER_REAL, 0, 0);
     note();
     LEFT(call(enclave, 0, OP_REGISTERS, 0, 0)); /* CSSA is 1 now */
