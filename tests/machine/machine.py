@@ -129,6 +129,8 @@ def build() -> tuple[Path, Path]:
     if done.returncode != 0:
         raise NoMachineError("the machine cannot be built (see above)")
     qemu, kernel = done.stdout.splitlines()
+    # For work on the patches (edit-patches)
+    qemu = os.environ.get("TEEMATE_MACHINE_QEMU", qemu)
     return Path(qemu), Path(kernel)
 
 

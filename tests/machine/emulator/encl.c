@@ -204,6 +204,11 @@ __attribute__((used)) static void body(struct op *op, u64 cssa, u64 ret)
         }
         op->ret = *(volatile u64 *)a;
         break;
+    case OP_STAY:
+        for (;;) {
+            *(volatile u64 *)a = 1;
+        }
+        break;
     case OP_WAIT:
         while (!shared[a]) {
         }

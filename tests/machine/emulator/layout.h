@@ -55,6 +55,7 @@ enum {
     OP_SSA,             /* buf = GPRSGX, EXINFO of frame b of TCS a */
     OP_SKIP,            /* in frame b of TCS a: RIP += c */
     OP_UNWIND,          /* make frame b of TCS a leave on ERESUME */
+    OP_STAY,            /* *a = 1, then never leave */
 };
 
 #endif
