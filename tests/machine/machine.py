@@ -262,7 +262,7 @@ def run(
     arguments: Sequence[str | os.PathLike[str]],
     *,
     machine: Machine | None = None,
-    timeout: float = 120,
+    timeout: float = 300,
     directory: Path | None = None,
     env: Mapping[str, str] | None = None,
     venv: Path | None = None,
