@@ -84,14 +84,16 @@ def test_ctrl_c_that_nobody_handles_ends_the_program_with_a_traceback(run: Run) 
 
 def test_an_alarm_is_handled_while_inside_and_the_call_goes_on(run: Run) -> None:
     run("""
-        inside = []
+        inside = 0
 
         class Enough(Exception):
             pass
 
         def handler(number, frame):
-            inside.append(is_inside(frame))
-            if len(inside) == 5:
+            global inside
+            inside += is_inside(frame)  # on a slow processor one may come before the call
+            if inside == 5:
+                signal.setitimer(signal.ITIMER_REAL, 0)  # the next may come before this one is handled
                 raise Enough
 
         signal.signal(signal.SIGALRM, handler)
@@ -101,8 +103,7 @@ def test_an_alarm_is_handled_while_inside_and_the_call_goes_on(run: Run) -> None
                 slot.call("loop")
             except Enough:
                 pass
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        assert inside == [True] * 5, inside
+        assert inside == 5, inside
         assert enclave.statistics().abandoned == 1
     """)
 
