@@ -142,6 +142,7 @@ static void enter_for_ever(void *unused)
 
 static void whoever_is_killed_leaves_the_state_before_or_after(void)
 {
+    static uint8_t stack[65536]; /* for signals that come at the landing page */
     struct teemate_enclave *enclave;
     unsigned seed = 1, buried = 0;
 
@@ -171,11 +172,18 @@ static void whoever_is_killed_leaves_the_state_before_or_after(void)
         CHECK(SIM_TCS_CSSA(tcs_word(enclave, 2)) <= 2);
         while (SIM_TCS_CSSA(tcs_word(enclave, 2))) {
             unsigned last = SIM_TCS_CSSA(tcs_word(enclave, 2)) - 1;
+            struct result r;
+
             frame_set(enclave, 2, last, &(struct sgx_gprs){.rip = BASE + ENTRY,
-                                                         .rdi = OP_LANDING,
-                                                         .fsbase = BASE + FSPAGE,
-                                                         .gsbase = BASE + GSPAGE});
-            EQUAL(resume(enclave, 2).outcome, TEEMATE_LANDED);
+                                                           .rdi = OP_LANDING,
+                                                           .rsi = on_sgx(),
+                                                           .rsp = (uint64_t)(uintptr_t)(stack + sizeof(stack)),
+                                                           .fsbase = BASE + FSPAGE,
+                                                           .gsbase = BASE + GSPAGE});
+            do
+                r = resume(enclave, 2);
+            while (r.outcome == TEEMATE_PAUSED);
+            EQUAL(r.outcome, TEEMATE_LANDED);
         }
         LEFT(call(enclave, 2, OP_NOTHING, 0, 0));
     }
