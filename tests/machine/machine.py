@@ -276,7 +276,7 @@ def run(
     :raises NoMachineError: where there is no machine, or it ended early.
     """
     command = Command(
-        arguments=tuple(map(os.fspath, arguments)),
+        arguments=tuple(os.fspath(argument) for argument in arguments),
         directory=directory or Path.cwd(),
         environment=dict(env or {}),
         venv=venv or default_venv(),

@@ -44,8 +44,8 @@ def _extract(tree: Path) -> None:
         'dpkg-deb --fsys-tarfile "$1" | tar -xO "./usr/src/$2.tar.xz" |'
         ' { folder=$3; shift 3; tar -xJ -C "$folder" "$@"; }'
     )
-    line = ["bash", "-euo", "pipefail", "-c", pipeline, "extract", package, PACKAGE, work, *members]
-    subprocess.run(line, check=True)
+    shell = ["bash", "-euo", "pipefail", "-c", pipeline, "extract"]
+    subprocess.run([*shell, str(package), PACKAGE, str(work), *members], check=True)
     (work / PACKAGE).rename(tree)
     shutil.rmtree(work)
 
