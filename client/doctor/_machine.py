@@ -22,7 +22,7 @@ __all__ = ["ThisMachine"]
 
 SOCKET_TIMEOUT = 1.0
 """Seconds that a broker has for both answers."""
-PROBE_TIMEOUT = 10.0
+PROBE_TIMEOUT = 20.0
 """Seconds for an enclave of a few pages, on a machine that is busy or emulated."""
 SYSTEMCTL_TIMEOUT = 1.0
 _NUMBERS = {"auto": lib.TEEMATE_AUTO, "sim": lib.TEEMATE_SIM, "sgx": lib.TEEMATE_SGX}
