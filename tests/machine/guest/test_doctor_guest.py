@@ -28,7 +28,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 this_host()  # imports what a child that has become another user may not read
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can put the machine into these states")
+pytestmark = [
+    pytest.mark.skipif(
+        not os.path.exists("/dev/sgx_enclave"),
+        reason="needs /dev/sgx_enclave; run with: tests/machine/run pytest tests/machine/guest",
+    ),
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root can put the machine into these states"),
+]
 
 
 def mount(*arguments: str) -> None:
