@@ -37,7 +37,10 @@ def _extract(tree: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     download = ["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", PACKAGE]
-    subprocess.run(download, cwd=work, check=True)
+    if subprocess.run(download, cwd=work, check=False).returncode != 0:
+        # A new system has no lists of packages yet.
+        subprocess.run(["apt-get", "-qq", "update"], check=True)
+        subprocess.run(download, cwd=work, check=True)
     (package,) = work.glob("*.deb")
     members = [f"{PACKAGE}/{folder}" for folder in FOLDERS]
     pipeline = (
