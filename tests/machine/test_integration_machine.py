@@ -23,7 +23,6 @@ SELECTED = (
     "tests/client/test_private.py",
     "tests/client/test_signals.py",
     "tests/broker/test_gate_and_death.py",
-    "tests/broker/test_revocation.py",
 )
 """What goes all the way through broker, warden and client.  Python is some twenty times slower in there, so
 the rest of tests/broker, tests/warden and tests/sdk is left to those who ask for it."""
