@@ -11,6 +11,7 @@ import struct
 from dataclasses import dataclass, field
 from functools import cache
 
+import elves
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
@@ -123,8 +124,8 @@ def sdk_image(**changes: int) -> Stream:
 
 @cache
 def signing_key() -> rsa.RSAPrivateKey:
-    """Return a key that is made once in a run."""
-    return rsa.generate_private_key(public_exponent=3, key_size=3072)
+    """Return a key that is made once in a run (or, for the machine, once in many)."""
+    return elves.signing_key()
 
 
 def sign(
