@@ -46,10 +46,11 @@ static bool secinfo_reserved(const struct sgx_secinfo *secinfo)
 /*
  * "DS:RCX does not resolve within an EPC": is there a page of the enclave in this process's
  * address space, whatever its EPCM entry says?  The walk of the page table adds it on demand.
+ * `access` is what the leaf's table of memory parameters permits: SGX_PF_W or 0.
  */
-static bool resolves(struct teemate_enclave *enclave, uint64_t addr, struct sim_fault *fault)
+static bool resolves(struct teemate_enclave *enclave, uint64_t addr, uint32_t access, struct sim_fault *fault)
 {
-    return sim_access(enclave, addr, SGX_PAGE, 0, fault) || fault->error & SGX_PF_SGX;
+    return sim_access(enclave, addr, SGX_PAGE, access, fault) || fault->error & SGX_PF_SGX;
 }
 
 /* For a TCS: EACCEPT's last checks, and its place in the table.  1 when *fault is to be raised. */
@@ -89,7 +90,7 @@ int sim_eaccept(struct teemate_enclave *enclave, struct sim_leaf_regs *regs, str
         return sim_gp(fault);
     if (SIM_CHECK("EACCEPT.TARGET.RANGE", !sim_in_elrange(enclave, regs->rcx, SGX_PAGE)))
         return sim_gp(fault);
-    if (SIM_CHECK("EACCEPT.TARGET.RESOLVE", !resolves(enclave, regs->rcx, fault)))
+    if (SIM_CHECK("EACCEPT.TARGET.RESOLVE", !resolves(enclave, regs->rcx, 0, fault)))
         return 1;
     type = SECINFO_TYPE(secinfo.flags);
     if (SIM_CHECK("EACCEPT.SECINFO.TYPE", type != SGX_PT_REG && type != SGX_PT_TCS && type != SGX_PT_TRIM))
@@ -135,7 +136,7 @@ int sim_emodpe(struct teemate_enclave *enclave, struct sim_leaf_regs *regs, stru
         return sim_gp(fault);
     if (SIM_CHECK("EMODPE.SECINFO.ACCESS", !sim_access(enclave, regs->rbx, sizeof(secinfo), 0, fault)))
         return 1;
-    if (SIM_CHECK("EMODPE.TARGET.RESOLVE", !resolves(enclave, regs->rcx, fault)))
+    if (SIM_CHECK("EMODPE.TARGET.RESOLVE", !resolves(enclave, regs->rcx, 0, fault)))
         return 1;
     memcpy(&secinfo, sim_at(enclave, regs->rbx), sizeof(secinfo));
     if (SIM_CHECK("EMODPE.SECINFO.RESERVED", secinfo_reserved(&secinfo)))
@@ -178,7 +179,9 @@ int sim_eacceptcopy(struct teemate_enclave *enclave, struct sim_leaf_regs *regs,
         return sim_gp(fault);
     if (SIM_CHECK("EACCEPTCOPY.SECINFO.ACCESS", !sim_access(enclave, regs->rbx, sizeof(secinfo), 0, fault)))
         return 1;
-    if (SIM_CHECK("EACCEPTCOPY.TARGET.RESOLVE", !resolves(enclave, regs->rcx, fault)))
+    if (SIM_CHECK("EACCEPTCOPY.TARGET.RESOLVE", !resolves(enclave, regs->rcx, SGX_PF_W, fault)))
+        return 1;
+    if (SIM_CHECK("EACCEPTCOPY.SOURCE.RESOLVE", !resolves(enclave, regs->rdx, 0, fault)))
         return 1;
     memcpy(&secinfo, sim_at(enclave, regs->rbx), sizeof(secinfo));
     if (SIM_CHECK("EACCEPTCOPY.SECINFO.RESERVED", secinfo_reserved(&secinfo)))

@@ -75,6 +75,7 @@ static struct sim_tcs *find_tcs(struct teemate_enclave *enclave, uint64_t addr, 
 {
     struct sim_mapping *sim = enclave->sim;
     uint64_t offset = addr - enclave->base, entry;
+    bool is_tcs, was_tcs;
     uint32_t index;
 
     if (SIM_CHECK("EENTER.TCS.ALIGN", addr & (SGX_PAGE - 1))) {
@@ -87,19 +88,22 @@ static struct sim_tcs *find_tcs(struct teemate_enclave *enclave, uint64_t addr, 
     }
     entry = atomic_load(&sim->epcm[offset / SGX_PAGE]);
     index = SIM_EPCM_TCS(entry);
-    if (!(entry & SIM_EPCM_VALID)) {
+    is_tcs = entry & SIM_EPCM_VALID && SIM_EPCM_TYPE(entry) == SGX_PT_TCS;
+    was_tcs = entry & SIM_EPCM_VALID && SIM_EPCM_TYPE(entry) == SGX_PT_TRIM;
+    /* The page table's say comes first: this process did not map the page. */
+    if ((is_tcs || was_tcs) && SIM_CHECK("EENTER.TCS.MAPPED", !sim_tcs_is_mapped(enclave, offset, index))) {
         fault_pf(fault, SGX_PF_W | SGX_PF_U, addr);
         return NULL;
     }
-    if (SIM_CHECK("EENTER.TCS.TYPE", SIM_EPCM_TYPE(entry) != SGX_PT_TCS) || index >= SIM_TCS_MAX ||
-        entry & SIM_EPCM_PENDING ||
+    /* Of other pages as well, and one that is not there is added. */
+    if (SIM_CHECK("EENTER.TCS.TYPE", !is_tcs)) {
+        if (sim_access(enclave, addr, SGX_PAGE, SGX_PF_W, fault))
+            fault_pf(fault, SGX_PF_SGX | SGX_PF_P | SGX_PF_U, addr);
+        return NULL;
+    }
+    if (index >= SIM_TCS_MAX || entry & SIM_EPCM_PENDING ||
         SIM_CHECK("EENTER.TCS.MODIFIED", entry & SIM_EPCM_MODIFIED)) {
         fault_pf(fault, SGX_PF_SGX | SGX_PF_P | SGX_PF_U, addr);
-        return NULL;
-    }
-    /* The page table's say: this process did not map the page. */
-    if (SIM_CHECK("EENTER.TCS.MAPPED", !sim_tcs_is_mapped(enclave, offset, index))) {
-        fault_pf(fault, SGX_PF_W | SGX_PF_U, addr);
         return NULL;
     }
     return &sim->tcs[index];

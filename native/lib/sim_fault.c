@@ -39,13 +39,20 @@ static const struct teemate_segment *segment_of(const struct teemate_enclave *en
     return NULL;
 }
 
+/* PROT_READ, PROT_WRITE and PROT_EXEC are SECINFO's R, W and X.  Where no page is, all goes. */
+static bool too_wide(const struct teemate_segment *segment, uint64_t word)
+{
+    return segment->type != SGX_PT_TCS && word & SIM_EPCM_VALID && segment->prot & ~SIM_EPCM_MAX(word);
+}
+
 bool sim_tcs_is_mapped(const struct teemate_enclave *enclave, uint64_t offset, uint32_t index)
 {
     const struct teemate_segment *segment = segment_of(enclave, offset);
 
     if (segment && segment->type != SGX_PT_TCS)
-        return segment->prot & PROT_WRITE;
-    return atomic_load(&enclave->sim->tcs_mapped[index]);
+        return segment->prot & PROT_WRITE &&
+               !too_wide(segment, atomic_load(&enclave->sim->epcm[offset / SGX_PAGE]));
+    return index < SIM_TCS_MAX && atomic_load(&enclave->sim->tcs_mapped[index]);
 }
 
 int sim_may_map(const struct teemate_enclave *enclave, struct teemate_diag *diag)
@@ -60,8 +67,7 @@ int sim_may_map(const struct teemate_enclave *enclave, struct teemate_diag *diag
         for (uint64_t at = segment->offset; segment->type != SGX_PT_TCS && at < end; at += SGX_PAGE) {
             uint64_t word = atomic_load_explicit(&enclave->sim->epcm[at / SGX_PAGE], memory_order_relaxed);
 
-            /* PROT_READ, PROT_WRITE and PROT_EXEC are SECINFO's R, W and X.  Where no page is, all goes. */
-            if (SIM_CHECK("MAP.PROT", word & SIM_EPCM_VALID && segment->prot & ~SIM_EPCM_MAX(word)))
+            if (SIM_CHECK("MAP.PROT", too_wide(segment, word)))
                 return diag_set(diag, -EACCES, TEEMATE_STEP_MAP, 0, at,
                                 "the page at offset %#llx was added with fewer permissions than its segment has",
                                 (unsigned long long)at);
@@ -136,6 +142,10 @@ bool sim_access(struct teemate_enclave *enclave, uint64_t addr, uint32_t length,
     word = atomic_load(&sim->epcm[offset / SGX_PAGE]);
     if (segment->type != SGX_PT_TCS && !(segment->prot & (uint32_t)prot_for(access)))
         return refuse(fault, addr, access, word & SIM_EPCM_VALID ? SGX_PF_P : 0);
+    /* A page that became a TCS: EMODT took it out of all page tables, and it comes back in none that
+     * maps it wider than R and W (Linux, ioctl.c, sgx_enclave_modify_types; encl.c, sgx_encl_load_page_in_vma). */
+    if (SIM_CHECK("MAP.TCS", too_wide(segment, word)))
+        return refuse(fault, addr, access, 0);
     if (!(word & SIM_EPCM_VALID)) {
         if (!sim->header->sgx2)
             return refuse(fault, addr, access, 0);

@@ -112,7 +112,7 @@ int sim_modify_types(struct teemate_enclave *enclave, uint64_t offset, uint64_t 
         return -EINVAL;
     for (; *count < length; *count += SGX_PAGE) {
         _Atomic uint64_t *entry = &enclave->sim->epcm[(offset + *count) / SGX_PAGE];
-        uint64_t word = atomic_load(entry), next, index = 0;
+        uint64_t word = atomic_load(entry), next, index = SIM_EPCM_TCS(word); /* of a TCS that is trimmed */
 
         error = modify_fault(word, type, result);
         /* A place in the table now, so that the page can be mapped as a TCS; EACCEPT fills it. */

@@ -412,7 +412,7 @@ static void enter(const char *tcs, uint32_t function, enum op op, struct block *
     else if (result->function == SGX_EEXIT)
         snprintf(seen, size, "exit");
     else if (result->exception_vector == SGX_VECTOR_PF)
-        snprintf(seen, size, "#PF(%s) %s%s", pf_name(result->exception_error_code, op, error),
+        snprintf(seen, size, "#PF(%s) %s%s", pf_name(result->exception_error_code, result->function == SGX_EENTER ? OP_NONE : op, error),
                  where(result->exception_addr, at, sizeof(at)), result->function == SGX_EENTER ? " at EENTER" : "");
     else
         snprintf(seen, size, "#%s(%u)%s", vector_name(result->exception_vector, name), result->exception_error_code,
