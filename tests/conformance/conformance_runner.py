@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,12 @@ def build_runner(folder: Path, flags: Iterable[str] = (), programs: Iterable[str
     return program
 
 
+def parse_seen(output: str) -> dict[str, str]:
+    """What each case saw, by its name."""
+    lines = (line.partition("|") for line in output.splitlines())
+    return {name: text for name, _, text in lines}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Runner:
     program: Path
@@ -67,20 +73,24 @@ class Runner:
         rows = list(rows)
         seen: dict[str, str] = {}
         for needs in sorted({row.needs or "" for row in rows}):
-            lines = "".join(f"{row.id}|{row.case}\n" for row in rows if (row.needs or "") == needs)
-            environment = dict(os.environ) | {"TEEMATE_SIM_CPU": needs}
+            cases = {row.id: row.case or "" for row in rows if (row.needs or "") == needs}
+            environment = {"TEEMATE_SIM_CPU": needs}
             if mutant is not None:
                 environment["TEEMATE_SIM_MUTANT"] = mutant
-            result = subprocess.run(
-                [str(self.program), self.backend, str(self.images)],
-                input=lines,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=PATIENCE,
-                check=False,
-            )
-            for line in result.stdout.splitlines():
-                name, _, text = line.partition("|")
-                seen[name] = text
+            seen |= self.run_cases(cases, environment)
         return seen
+
+    def run_cases(
+        self, cases: Mapping[str, str], environment: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
+        """Run cases by name."""
+        result = subprocess.run(
+            [str(self.program), self.backend, str(self.images)],
+            input="".join(f"{name}|{case}\n" for name, case in cases.items()),
+            env=dict(os.environ) | dict(environment or {}),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        return parse_seen(result.stdout)

@@ -15,10 +15,12 @@ CONFORMANCE = Path(__file__).resolve().parents[1] / "conformance"
 sys.path.insert(0, str(CONFORMANCE))
 
 import conformance_image  # noqa: E402
-from conformance_runner import build_runner  # noqa: E402
+from conformance_runner import Runner, build_runner, parse_seen  # noqa: E402
 from conformance_table import HERE, Row, read_table  # noqa: E402
+from random_cases import case, comparable  # noqa: E402
 
 BACKEND = "sgx-machine"
+RANDOM_CASES = 300
 ROWS = read_table()
 TESTED = [row for row in ROWS if row.tested_on(BACKEND)]
 #: A case that has one of these words does so with an instruction or ioctl of SGX2, or with a page
@@ -51,8 +53,7 @@ def run(folder: Path, rows: Iterable[Row], **options: object) -> dict[str, str]:
         timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found = [line.partition("|") for line in done.stdout.splitlines()]
-    return {name: text for name, _, text in found}
+    return parse_seen(done.stdout)
 
 
 class Summary:
@@ -121,3 +122,20 @@ def test_without_sgx2_exactly_the_rows_that_lean_on_it_fail(
     either = {row.id for row in rows if row.id in leaning - failed}
     assert all(row.expect is not None and "#" in row.expect for row in rows if row.id in either)
     assert len(failed) > len(leaning) / 2
+
+
+def test_random_cases_look_the_same_on_sim_and_driver(folder: Path) -> None:
+    """What no row thought of: sequences of leaves, SGX2 calls, accesses and entries by chance."""
+    cases = {str(seed): case(seed) for seed in range(RANDOM_CASES)}
+    (folder / "cases-random").write_text("".join(f"{seed}|{text}\n" for seed, text in cases.items()))
+    on_sim = Runner(program=folder / "runner", images=folder, backend="sim").run_cases(cases)
+    done = machine.run(["sh", "-c", f"./runner {BACKEND} . <cases-random"], directory=folder, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    on_driver = parse_seen(done.stdout)
+    assert len(on_driver) == RANDOM_CASES
+    differences = [
+        f"{text}\n  sim: {comparable(on_sim[seed])}\n  sgx: {comparable(on_driver[seed])}"
+        for seed, text in cases.items()
+        if comparable(on_sim[seed]) != comparable(on_driver[seed])
+    ]
+    assert not differences, "\n".join(differences[:5])
