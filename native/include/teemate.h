@@ -119,7 +119,7 @@ void teemate_sha256(const void *data, size_t length, uint8_t *digest);
  * Which backend `wanted` means for this process on this host: TEEMATE_SIM or
  * TEEMATE_SGX.  AUTO takes sgx where it is available, else sim; then the diag says
  * why not sgx (empty otherwise).  Nothing is built: `teemate doctor` does that.
- * Fails with -ENODEV (not available here: the diag says why), -EINVAL (no such backend).
+ * Fails with -ENODEV or -EACCES (not available here: the diag says why), -EINVAL (no such backend).
  */
 int teemate_backend_choose(int wanted, struct teemate_diag *diag);
 
@@ -163,9 +163,9 @@ struct teemate_enclave_info {
  * 1 TiB) is chosen, with as much again kept free above it.  `attributes` may add
  * SGX_ATTR_DEBUG when the SIGSTRUCT allows it.  image_fd stays the caller's; the
  * enclave's own fd belongs to *enclave.
- * Fails with -EBADMSG, -EKEYREJECTED, -EKEYEXPIRED, -EACCES (attributes),
- * -ENODEV (backend not here), -ENOMEM, -ENOSPC (no range free), -EIO; what was
- * built is torn down.
+ * Fails with -EBADMSG, -EKEYREJECTED, -EKEYEXPIRED, -EACCES (attributes; SGX's device
+ * may not be opened), -ENODEV (backend not here), -ENOMEM, -ENOSPC (no range free), -EIO
+ * (SGX memory was lost meanwhile); what was built is torn down.
  */
 int teemate_create(int backend, uint64_t base, uint64_t attributes, int image_fd,
                    const uint8_t *sigstruct, struct teemate_enclave **enclave,
@@ -174,7 +174,11 @@ int teemate_create(int backend, uint64_t base, uint64_t attributes, int image_fd
 /*
  * An enclave that somebody else built.  Takes `fd` over (also when it fails).
  * `segments` is copied; it is checked to lie in `size`, sorted, without overlap.
- * Fails with -EINVAL, -ENODEV, -ENOMEM.
+ * AUTO: the backend whose enclave it is.  No device is needed.  Linux's driver tells nobody
+ * what an enclave is: opened on sgx, its info has base, size, backend and what follows
+ * from the segments; the rest is zero.
+ * Fails with -EINVAL, -ENODEV (no enclave of that backend), -ESTALE (not finished, or of
+ * another geometry), -EACCES (this program may map none), -ENOMEM.
  */
 int teemate_open(int backend, int fd, uint64_t base, uint64_t size,
                  const struct teemate_segment *segments, size_t count,
