@@ -55,4 +55,4 @@ def test_a_page_that_is_measured_in_part_is_an_image_error_that_says_why() -> No
     image.records += [eadd(PAGE, REG | R), eextend(PAGE + 512, b"c" * 256)]
     with pytest.raises(teemate.ImageError, match="measured in part") as caught:
         teemate.create_enclave(image.to_bytes(), sign(image.mrenclave()), backend=BACKEND)
-    assert (caught.value.detail["step"], caught.value.detail["offset"]) == ("eadd", image.offset_of(17))
+    assert (caught.value.detail["step"], caught.value.detail["offset"]) == ("eadd", image.offset_of(1 + 17))
