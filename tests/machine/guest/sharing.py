@@ -266,6 +266,12 @@ class Stranger:
             return Raw.open(fds[0], Geometry.from_json(answer["geometry"]))  # not mapped here yet
         return answer["result"]
 
+    def device(self) -> int:
+        """A descriptor of the device that it opens; the caller owns it."""
+        self.start("device")
+        _, (fd,), _, _ = socket.recv_fds(self._socket, 1 << 20, 1)
+        return fd
+
     def answered(self) -> bool:
         """Whether it has said something already."""
         return bool(select.select([self._socket], [], [], 0)[0])

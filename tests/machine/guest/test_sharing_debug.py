@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 import pytest
+from backends import sgx_only
 from images import BuiltImage, Images
 from running_broker import RunningBroker
 from sharing import DEVICE
@@ -16,6 +17,7 @@ import teemate
 from teemate.image import SigParams
 
 pytestmark = [
+    sgx_only("how a descriptor of the driver is shared (TEEMATE_TEST_BACKEND=sgx)"),
     pytest.mark.skipif(
         not DEVICE.exists(), reason=f"no {DEVICE} here: tests/machine/run boots a machine that has it"
     ),
