@@ -34,7 +34,7 @@ def ask(backend: str, image: BuiltImage, reports: list[str], folder: Path) -> di
     if backend == "sim":
         done = subprocess.run(line, env={"ORDERS": str(orders)}, capture_output=True, text=True, timeout=60)
     else:
-        done = machine.run(line, env={"ORDERS": str(orders)}, directory=machine.PROJECT, timeout=120)
+        done = machine.run(line, env={"ORDERS": str(orders)}, directory=machine.PROJECT, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer

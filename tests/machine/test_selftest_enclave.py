@@ -42,7 +42,7 @@ def test_it_does_the_same_on_the_sim_and_on_the_driver(material: Path) -> None:
     )
     assert here.returncode == 0, here.stdout
     there = machine.run(
-        pytest_line, env={**setting, "TEEMATE_TEST_BACKEND": "sgx"}, directory=machine.PROJECT, timeout=240
+        pytest_line, env={**setting, "TEEMATE_TEST_BACKEND": "sgx"}, directory=machine.PROJECT, timeout=600
     )
     assert there.returncode == 0, there.stdout + there.stderr
     on_sim, on_sgx = outcomes(here.stdout), outcomes(there.stdout)
