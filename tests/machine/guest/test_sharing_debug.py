@@ -26,13 +26,14 @@ pytestmark = [
 
 NOBODY = 65534
 
+# The imports come first: the interpreter may lie where only root can read.
 CLIENT = """
 import os, sys
+import teemate, teemate._broker, teemate._grant, teemate._slot
 uid = int(sys.argv[2])
 os.setgroups([])
 os.setresgid(uid, uid, uid)
 os.setresuid(uid, uid, uid)
-import teemate
 try:
     with teemate.connect(sys.argv[1]) as broker, broker.attach("raw", slots=1) as enclave:
         with enclave.slot() as slot:
