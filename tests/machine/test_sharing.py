@@ -10,7 +10,6 @@ import pytest
 from elves import kept_builds
 from images import Images
 
-
 AREAS = ("mappings", "lives", "epc")
 
 

@@ -15,7 +15,7 @@ def material() -> Material:
     if folder is None:
         pytest.skip(
             "the kernel's selftest enclave needs the kernel's source (a download of 140 MB): "
-            "pytest --machine tests/machine/test_selftest_enclave.py runs these tests on both backends"
+            "pytest --machine tests/machine/test_selftest_enclave_machine.py runs these on both backends"
         )
     return Material(folder=Path(folder))
 
