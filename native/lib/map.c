@@ -6,8 +6,9 @@
  *   base + size              landing page
  *   base + size + 1 page     arena
  *
- * The cost depends on the number of segments, never on the size: attaching to a big
- * enclave takes as long as attaching to a small one.
+ * On the sim the cost does not depend on the size: attaching to a big enclave takes as
+ * long as attaching to a small one.  Linux's driver looks at every page of a range that is
+ * mapped (sgx_encl_may_map), so there it grows with segments and pages.
  */
 #include <dlfcn.h>
 #include <errno.h>
