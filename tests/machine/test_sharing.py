@@ -10,7 +10,7 @@ import pytest
 from elves import kept_builds
 from images import Images
 
-AREAS = ("mappings", "lives", "epc")
+AREAS = ("mappings", "lives", "without_device", "debug", "epc")
 
 
 @pytest.fixture
