@@ -26,7 +26,7 @@ Connect = Callable[..., RawClient]
 
 HOLDER = """
 import os, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], os.path.dirname(sys.argv[1])]
 from raw_client import RawClient
 client = RawClient(sys.argv[2], name="holder")
 client.ok("attach", enclave="vault", slots=int(sys.argv[3]))
