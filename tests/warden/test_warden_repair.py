@@ -93,7 +93,7 @@ def test_a_hang_with_a_lock_leaves_the_lock_to_others(
     first = make_warden()
     assert first.start(enclave).status == 0
     first.send_author(enclave, "hang_with_lock")
-    assert not first.answers_within(0.2)
+    enclave.await_hang(first)
     first.kill()
     second = make_warden()
     assert second.start(enclave).status == 0
@@ -116,7 +116,7 @@ def test_a_hang_in_the_middle_of_reset_is_done_again(
     assert first.author(enclave, "hang_next_reset").status == 0
     assert first.control(enclave, wire.CLEAR, slot=SLOT, generation=1).status == 0
     first.send(first.control_request(enclave, wire.RESET, slot=SLOT))
-    assert not first.answers_within(0.2)
+    enclave.await_hang(first)
     first.kill()
     second = make_warden()
     assert second.start(enclave).status == 0
@@ -132,7 +132,7 @@ def test_a_start_that_hung_is_done_again(
     enclave = make_enclave(defines=("HANG_AT_START",))
     first = make_warden()
     first.send_start(enclave)
-    assert not first.answers_within(0.3)
+    enclave.await_hang(first)
     first.kill()
     second = make_warden()
     reply = second.start(enclave)

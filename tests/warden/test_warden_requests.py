@@ -253,7 +253,7 @@ def test_the_end_of_the_socketpair_ends_the_warden(started: Warden) -> None:
 
 def test_the_end_of_the_socketpair_ends_a_warden_that_hangs(started: Warden, enclave: Enclave) -> None:
     started.send_author(enclave, "hang")
-    assert not started.answers_within(0.05)
+    enclave.await_hang(started)
     assert started.close() == 0
 
 
