@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+from backends import BACKEND
 from gate import ECALL, EEXIT, OK, Call, Holder
 
 from teemate._native import ffi, lib
@@ -17,6 +19,7 @@ class _Registers(ctypes.Structure):
         ("rbx", ctypes.c_uint64),
         ("r9_to_r15", ctypes.c_uint64 * 7),
         ("fxsave", ctypes.c_uint8 * 512),
+        ("rsi", ctypes.c_uint64),
     )
 
 
@@ -30,16 +33,29 @@ def handler(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 def left_registers(holder: Holder, handler: ctypes.CDLL, call: Call, key: bytes) -> _Registers:
     """Enter once with a user handler and return what it saw."""
-    regs = ffi.new("struct teemate_regs *")
     run = ffi.new("struct sgx_enclave_run *")
     run.user_handler = ctypes.cast(handler.keep_registers, ctypes.c_void_p).value
-    regs.rdi, regs.rsi = ECALL, call.address
-    regs.r12, regs.r13 = (int.from_bytes(key[part : part + 8], "little") for part in (0, 8))
     seen = _Registers.in_dll(handler, "left_registers")
     ctypes.memset(ctypes.byref(seen), 0xFF, ctypes.sizeof(seen))
-    outcome = lib.teemate_enter(holder.gate.native, holder.gate.tcs(holder.slot), regs, 2, 0, run)
-    assert (outcome, run.function, ctypes.c_int64(regs.rsi).value) == (0, EEXIT, OK)
+    if BACKEND == "sgx":
+        outcome = enter_by_vdso(holder, handler, call, key, run)
+    else:
+        regs = ffi.new("struct teemate_regs *")
+        regs.rdi, regs.rsi = ECALL, call.address
+        regs.r12, regs.r13 = (int.from_bytes(key[part : part + 8], "little") for part in (0, 8))
+        outcome = lib.teemate_enter(holder.gate.native, holder.gate.tcs(holder.slot), regs, 2, 0, run)
+    assert (outcome, run.function, ctypes.c_int64(seen.rsi).value) == (0, EEXIT, OK)
     return seen
+
+
+def enter_by_vdso(holder: Holder, handler: ctypes.CDLL, call: Call, key: bytes, run: Any) -> int:
+    """Enter without the library, whose own function is called before the handler and has registers in use."""
+    run.tcs = holder.gate.base + holder.gate.tcs(holder.slot)
+    vdso = ctypes.CDLL("linux-vdso.so.1").__vdso_sgx_enter_enclave
+    handler.enter_by.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_char_p, ctypes.c_uint64]
+    function = ctypes.cast(vdso, ctypes.c_void_p)
+    result: int = handler.enter_by(function, int(ffi.cast("uintptr_t", run)), call.address, key, ECALL)
+    return result
 
 
 @pytest.mark.parametrize("name", [b"plant", b"empty", b"random"])
