@@ -195,7 +195,9 @@ def _qemu(
 
     ``output`` and ``errors`` are descriptors that it inherits, the same one where the order matters.
     """
-    processor = ",".join(("max,vendor=GenuineIntel,family=6,model=106,stepping=6", *machine.processor))
+    # Without ERMS and FSRM kernel and libc copy and clear by words: TCG does REP MOVSB byte by byte.
+    model = "max,vendor=GenuineIntel,family=6,model=106,stepping=6,erms=off,fsrm=off"
+    processor = ",".join((model, *machine.processor))
     line = [str(qemu / "qemu-system-x86_64"), "-L", str(qemu / "pc-bios")]
     line += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-accel", "tcg,thread=multi"]
     line += ["-cpu", processor, "-smp", str(machine.cpus), "-m", machine.memory]

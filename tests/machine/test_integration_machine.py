@@ -14,18 +14,16 @@ from typing import Any
 
 import machine
 import pytest
-from elves import kept_builds
+from elves import compile_elf, kept_builds
 from images import Images
 from machine import Machine
 
-SELECTED = (
-    "tests/integration",
-    "tests/client/test_private.py",
-    "tests/client/test_signals.py",
-    "tests/broker/test_gate_and_death.py",
-)
+WHOLE_PATH = ("tests/integration", "tests/client/test_signals.py", "tests/broker/test_gate_and_death.py")
 """What goes all the way through broker, warden and client.  Python is some twenty times slower in there, so
-the rest of tests/broker, tests/warden and tests/sdk is left to those who ask for it."""
+the rest of tests/broker, tests/client, tests/warden and tests/sdk is left to those who ask for it."""
+
+REPAIR = ("tests/warden/test_warden_repair.py", "tests/machine/guest/test_lost_inside.py")
+"""Wardens that are killed inside, and an EPC that goes under a running call."""
 
 CLIENTS = 8
 HEAP = "4M"
@@ -41,23 +39,37 @@ def builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     images = Images(tmp_path)
     for name in ("vault", "faults", "bare", "raw"):
         images.build(name)
+    for defines in ((), ("HANG_AT_START",)):
+        source = machine.PROJECT / "tests" / "warden" / "enclave.c"
+        compile_elf([source], tmp_path / "warden.elf", defines=defines)
     return folder
 
 
-def test_the_integration_tests_pass_on_the_driver_as_on_the_sim(
-    builds: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def pytest_in_the_machine(*arguments: str, builds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run tests there with the sgx backend; they must pass, and their closing line is shown."""
     done = machine.run(
-        ["python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *SELECTED],
+        ["python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
         machine=Machine(epc="256M", memory="3G"),
         directory=machine.PROJECT,
         env={"TEEMATE_TEST_BACKEND": "sgx", "TEEMATE_TEST_BUILDS": str(builds)},
-        timeout=1200,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     with capsys.disabled():
-        print("\nin the machine:", *done.stdout.splitlines()[-12:], sep="\n  ")
+        print("\nin the machine:", done.stdout.splitlines()[-1])
     assert " passed" in done.stdout.splitlines()[-1]
+
+
+def test_the_whole_path_works_on_the_driver_as_on_the_sim(
+    builds: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest_in_the_machine(*WHOLE_PATH, builds=builds, capsys=capsys)
+
+
+def test_what_stands_inside_is_repaired_or_told_to_be_lost(
+    builds: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest_in_the_machine(*REPAIR, builds=builds, capsys=capsys)
 
 
 def demo(*options: str) -> list[str]:
