@@ -7,6 +7,7 @@ TEEMATE_TEST_BACKEND (tests/backends.py).
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +19,15 @@ from elves import compile_elf, kept_builds
 from images import Images
 from machine import Machine
 
-WHOLE_PATH = ("tests/integration", "tests/client/test_signals.py", "tests/broker/test_gate_and_death.py")
-"""What goes all the way through broker, warden and client.  Python is some twenty times slower in there, so
-the rest of tests/broker, tests/client, tests/warden and tests/sdk is left to those who ask for it."""
+ALL = os.environ.get("TEEMATE_MACHINE_ALL") == "1"
+QUICK = ("tests/integration/test_attach.py", "tests/integration/test_lost.py")
+WHOLE_PATH = (
+    *(("tests/integration",) if ALL else QUICK),
+    "tests/broker/test_gate_and_death.py",
+    "tests/client/test_signals.py",
+)
+"""What goes all the way through broker, warden and client.  Python is some twenty times slower in there:
+all of tests/integration takes a quarter of an hour, for those who set TEEMATE_MACHINE_ALL=1."""
 
 REPAIR = ("tests/warden/test_warden_repair.py", "tests/machine/guest/test_lost_inside.py")
 """Wardens that are killed inside, and an EPC that goes under a running call."""
