@@ -28,7 +28,7 @@ NOBODY = 65534
 
 # The imports come first: the interpreter may lie where only root can read.
 CLIENT = """
-import os, sys
+import importlib, os, sys
 import teemate, teemate._broker, teemate._grant, teemate._slot
 uid = int(sys.argv[2])
 os.setgroups([])

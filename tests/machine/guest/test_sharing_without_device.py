@@ -44,7 +44,7 @@ def in_namespace(setup: str) -> tuple[str, ...]:
 
 
 TRY = """
-import os, sys
+import importlib, os, sys
 from pathlib import Path
 import teemate, teemate._private, teemate._slot, teemate.doctor
 teemate.doctor.why_not_sgx()  # so that all of it is loaded
@@ -111,7 +111,7 @@ def test_it_is_the_mount_of_who_opened_the_device_that_counts() -> None:
 
 # The imports come first: the interpreter may lie where only root can read.
 CLIENT = """
-import os, sys
+import importlib, os, sys
 import teemate, teemate._broker, teemate._grant, teemate._slot
 socket, uid = sys.argv[1], int(sys.argv[2])
 if uid:
