@@ -22,12 +22,14 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static void before(void)
 {
+    ticker_before_fork();
     threads_lock();
 }
 
 static void after_in_parent(void)
 {
     threads_unlock();
+    ticker_after_fork();
 }
 
 static void after_in_child(void)

@@ -114,6 +114,9 @@ void signals_restorer(void);
 int ticker_start(void);
 void ticker_wake(void);
 void ticker_forked(void);
+/* Around fork(), in the parent. */
+void ticker_before_fork(void);
+void ticker_after_fork(void);
 extern _Atomic uint32_t ticker_asleep;
 
 #pragma GCC visibility pop

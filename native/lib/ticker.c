@@ -14,6 +14,7 @@
 #include <errno.h>
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -32,6 +33,7 @@ _Atomic uint32_t ticker_asleep;
 static struct {
     pthread_mutex_t lock;
     _Atomic bool running;
+    _Atomic bool arrived; /* the thread has come to its own code */
     uint64_t least_ns, most_ns; /* 0: the usual period */
     uint64_t random;
 } ticker = {.lock = PTHREAD_MUTEX_INITIALIZER};
@@ -102,6 +104,7 @@ static void *tick_loop(void *unused)
 
     (void)unused;
     pthread_setname_np(pthread_self(), "teemate-ticker");
+    atomic_store(&ticker.arrived, true);
     for (;;) {
         uint64_t ns = interval();
         struct timespec pause = {.tv_sec = (time_t)(ns / 1000000000u), .tv_nsec = (long)(ns % 1000000000u)};
@@ -183,10 +186,27 @@ int ticker_start(void)
     return error;
 }
 
+/*
+ * A fork now would find no thread of ours half started.  A thread that starts may hold locks of
+ * whoever wrapped pthread_create() (libasan does), and in the child nobody would ever open them.
+ */
+void ticker_before_fork(void)
+{
+    pthread_mutex_lock(&ticker.lock);
+    while (atomic_load(&ticker.running) && !atomic_load(&ticker.arrived))
+        sched_yield();
+}
+
+void ticker_after_fork(void)
+{
+    pthread_mutex_unlock(&ticker.lock);
+}
+
 /* In a child of fork there is no ticker; the next entry starts one. */
 void ticker_forked(void)
 {
     ticker.lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
     atomic_store(&ticker.running, false);
+    atomic_store(&ticker.arrived, false);
     atomic_store(&ticker_asleep, 0);
 }
