@@ -33,7 +33,7 @@ from teemate.broker.warden import Warden, WardenError
 from teemate.broker.warden_protocol import SEGMENTS
 
 if TYPE_CHECKING:
-    from teemate.broker.connection import Client
+    from teemate.broker.clients import Client
     from teemate.broker.service import Service
 
 __all__ = ["Administration"]

@@ -1,4 +1,4 @@
-"""One connected process: its requests in, its replies and events out.
+"""A client's connection: its requests in, its replies and events out.
 
 Reading.  One task per connection reads, in this order: wait while replies are still queued,
 ask the user's bucket of tokens, receive one message.  So a client that does not read its
@@ -29,16 +29,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 import trio
 
 from teemate import errors, wire
-from teemate.broker.limits import Account, Charge, Resource
+from teemate.broker.limits import Charge, Resource
 from teemate.broker.operations import Method, find_method
 from teemate.broker.requests import Answer, Request, parse_request
 
 if TYPE_CHECKING:
-    from teemate.broker.grants import Grant
-    from teemate.broker.identity import Identity, Peer
-    from teemate.broker.service import Service
+    from teemate.broker.clients import Client
 
-__all__ = ["Client", "ClientStatistics", "drain_input"]
+__all__ = ["Connection", "ConnectionStatistics", "drain_input"]
 
 _BUFFER = bytearray(wire.MAX_MESSAGE)
 """For every packet of every client: nothing is received between filling it and copying it out."""
@@ -52,7 +50,7 @@ _DRAIN_PACKETS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClientStatistics:
+class ConnectionStatistics:
     """One connection at this moment; `waiting` counts requests that have no reply yet."""
 
     client: int
@@ -78,25 +76,14 @@ class _Queued(NamedTuple):
 
 
 @final
-class Client:
-    """A connection, and the process that holds it."""
+class Connection:
+    """The socket of a client, with what is queued for it; the socket stays its maker's."""
 
-    def __init__(
-        self, service: Service, sock: socket.socket, number: int, peer: Peer, account: Account
-    ) -> None:
-        self.service = service
-        self.number = number
-        self.identity: Identity = peer.identity
-        self.pidfd = peer.pidfd
-        self.account = account
-        self.name = ""
+    def __init__(self, client: Client, sock: socket.socket) -> None:
+        self.client = client
+        client.connection = self
         self.greeted = False
-        self.watched = False
-        self.connected_at = trio.current_time()
-        self.requests = 0
-        self.grants: dict[int, Grant] = {}
-        self.withheld: list[Grant] = []
-        """Grants that were given up with slots that come back when the process ends."""
+        self.closing = False
         self._sock = sock
         self._nursery: trio.Nursery | None = None
         self._unstarted: list[tuple[Any, ...]] = []
@@ -104,7 +91,6 @@ class Client:
         self._queue: deque[_Queued] = deque()
         self._queued_bytes = 0
         self._drained = trio.Event()
-        self.closing = False
         self._patient: bytes | None = None
 
     # -- reading ---------------------------------------------------------------
@@ -146,7 +132,7 @@ class Client:
         """
         try:
             for _ in range(_MESSAGES_AT_FIRST):
-                if self.closing or self.account.bucket.take():
+                if self.closing or self.client.account.bucket.take():
                     break
                 packet = wire.receive(self._sock, _BUFFER)
                 if not packet.data:
@@ -160,7 +146,7 @@ class Client:
         return None
 
     async def _read_requests(self) -> None:
-        bucket = self.account.bucket
+        bucket = self.client.account.bucket
         answered = 0
         while True:
             if self._queue:
@@ -193,7 +179,7 @@ class Client:
     def _handle(self, packet: wire.Packet) -> None:
         """Answer one message, or start the task that will; its descriptors are closed or passed on."""
         untrusted_fds = packet.fds
-        self.requests += 1
+        self.client.requests += 1
         request: Request | None = None
         try:
             request = parse_request(wire.decode(packet.data))
@@ -221,13 +207,13 @@ class Client:
         if method is None:
             raise errors.Unsupported(f"this broker knows no operation {request.operation[:64]!r}")
         try:
-            charge = self.account.charge(Resource.REQUESTS)
+            charge = self.client.account.charge(Resource.REQUESTS)
         except errors.LimitReached:
             wire.close_all(fds)
             raise
         waits = False
         try:
-            result = method.run(self, request.untrusted_args, fds)
+            result = method.run(self.client, request.untrusted_args, fds)
             if isinstance(result, Answer):
                 self._reply(request.id, result)
             else:
@@ -266,8 +252,8 @@ class Client:
 
     def _reply_failure(self, request: Request, error: Exception) -> None:
         if not isinstance(error, errors.Error) or isinstance(error, errors.InternalError):
-            self.service.log.error(
-                "internal error", operation=request.operation, client=self.number, exc_info=error
+            self.client.service.log.error(
+                "internal error", operation=request.operation, client=self.client.number, exc_info=error
             )
             error = errors.InternalError("the broker has a bug, which its log describes; other clients go on")
         self._reply_error(request.id, error)
@@ -312,10 +298,13 @@ class Client:
 
     def _enqueue(self, data: bytes, fds: tuple[int, ...]) -> None:
         try:
-            charge = self.account.charge(Resource.QUEUED_BYTES, len(data))
+            charge = self.client.account.charge(Resource.QUEUED_BYTES, len(data))
         except errors.LimitReached as error:
-            self.service.log.warning(
-                "client does not read", client=self.number, uid=self.identity.uid, reason=error.message
+            self.client.service.log.warning(
+                "client does not read",
+                client=self.client.number,
+                uid=self.client.identity.uid,
+                reason=error.message,
             )
             self.close()
             return
@@ -337,7 +326,7 @@ class Client:
 
     def _give_up_writing(self, error: OSError) -> None:
         """End the connection, else the client would wait for ever for what could not be sent."""
-        self.service.log.warning("cannot send", client=self.number, reason=error.strerror)
+        self.client.service.log.warning("cannot send", client=self.client.number, reason=error.strerror)
         self.close()
 
     async def _write_queue(self) -> None:
@@ -367,11 +356,11 @@ class Client:
         if self._nursery is not None:
             self._nursery.cancel_scope.cancel()
 
-    def statistics(self) -> ClientStatistics:
+    def statistics(self) -> ConnectionStatistics:
         """This connection at this moment."""
-        return ClientStatistics(
-            client=self.number,
-            requests=self.requests,
+        return ConnectionStatistics(
+            client=self.client.number,
+            requests=self.client.requests,
             waiting=self._waiting,
             queued_messages=len(self._queue),
             queued_bytes=self._queued_bytes,

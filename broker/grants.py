@@ -10,7 +10,7 @@ import trio
 from teemate.broker.limits import Charge
 
 if TYPE_CHECKING:
-    from teemate.broker.connection import Client
+    from teemate.broker.clients import Client
     from teemate.broker.enclaves import Enclave
 
 __all__ = ["Grant", "Outcome", "Waiter"]

@@ -29,7 +29,7 @@ from teemate.broker.requests import (
 )
 
 if TYPE_CHECKING:
-    from teemate.broker.connection import Client
+    from teemate.broker.clients import Client
 
 __all__ = ["Method", "find_method"]
 
@@ -102,7 +102,9 @@ def find_method(operation: str) -> Method[object] | None:
 @method("hello", Hello.parse)
 def hello(client: Client, args: Hello, _fds: tuple[int, ...]) -> Result:
     """Agree on the version."""
-    if client.greeted:
+    connection = client.connection
+    assert connection is not None  # it has just brought this request
+    if connection.greeted:
         raise errors.ProtocolError("hello was said already")
     if args.version != PROTOCOL_VERSION:
         raise errors.Unsupported(
@@ -111,7 +113,7 @@ def hello(client: Client, args: Hello, _fds: tuple[int, ...]) -> Result:
         )
     if args.resume is not None:
         raise errors.Unsupported("this broker keeps no grants across its restarts: say hello without resume")
-    client.greeted = True
+    connection.greeted = True
     client.name = args.client
     ok = {"version": PROTOCOL_VERSION, "broker": BROKER_NAME, "max_message": wire.MAX_MESSAGE}
     return Answer(ok, patient=True)

@@ -15,7 +15,7 @@ from teemate.broker.requests import Answer, Revoke
 from teemate.broker.slots import SlotState
 
 if TYPE_CHECKING:
-    from teemate.broker.connection import Client
+    from teemate.broker.clients import Client
     from teemate.broker.service import Service
 
 __all__ = ["Revocation"]

@@ -13,7 +13,8 @@ from typing import final
 import trio
 
 from teemate import errors, wire
-from teemate.broker.connection import Client, drain_input
+from teemate.broker.clients import Client
+from teemate.broker.connection import Connection, drain_input
 from teemate.broker.identity import identify
 from teemate.broker.limits import Resource
 from teemate.broker.service import ServerStatistics, Service
@@ -135,9 +136,9 @@ class Server:
                     self._refuse(sock, error, uid=peer.identity.uid)
                     return
                 with charge:
-                    client = Client(service, sock, service.next_client(), peer, account)
+                    client = Client(service, service.next_client(), peer, account)
                     pidfd = None  # the client's now
-                    await self._serve_client(client)
+                    await self._serve_client(Connection(client, sock))
             finally:
                 if pidfd is not None:
                     os.close(pidfd)
@@ -163,16 +164,18 @@ class Server:
             wire.send(sock, wire.encode({"id": None, "error": body}))
         drain_input(sock)
 
-    async def _serve_client(self, client: Client) -> None:
-        service = self._service
+    async def _serve_client(self, connection: Connection) -> None:
+        service, client = self._service, connection.client
         service.clients[client.number] = client
         why = "the broker ends"
         try:
-            why = await client.serve()
+            why = await connection.serve()
         except Exception as error:
             why = "internal error"
             service.log.exception("internal error", client=client.number, exc_info=error)
         finally:
+            client = connection.client  # another one than before if it was resumed
+            client.connection = None
             del service.clients[client.number]
             try:
                 service.client_left(client, why)

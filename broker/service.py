@@ -33,7 +33,7 @@ from teemate.broker.revocation import Revocation
 from teemate.broker.slots import SlotState, Ticket
 
 if TYPE_CHECKING:
-    from teemate.broker.connection import Client
+    from teemate.broker.clients import Client
 
 __all__ = ["ServerStatistics", "Service"]
 

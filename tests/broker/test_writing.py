@@ -11,16 +11,17 @@ import pytest
 from structlog.testing import CapturingLogger
 
 from teemate import wire
-from teemate.broker.connection import Client
+from teemate.broker.clients import Client
+from teemate.broker.connection import Connection
 from teemate.broker.limits import Ledger, Limits
 
 
-def client_and_account() -> tuple[Client, Any]:
+def connection_and_account() -> tuple[Connection, Any]:
     account = Ledger(Limits()).account(0)
     service: Any = SimpleNamespace(log=CapturingLogger())
     peer: Any = SimpleNamespace(identity=SimpleNamespace(uid=0), pidfd=-1)
     sock: Any = None
-    return Client(service, sock, 1, peer, account), account
+    return Connection(Client(service, 1, peer, account), sock), account
 
 
 def failing(number: int) -> Any:
@@ -33,20 +34,20 @@ def failing(number: int) -> Any:
 async def test_a_reply_whose_descriptors_cannot_be_kept_ends_the_connection_and_its_charge(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    client, account = client_and_account()
+    connection, account = connection_and_account()
     monkeypatch.setattr(wire, "send", failing(errno.EAGAIN))
     monkeypatch.setattr(os, "dup", failing(errno.EMFILE))
-    client.send({"id": 1, "ok": {}}, (0,))
-    assert client.statistics().queued_bytes == 0
+    connection.send({"id": 1, "ok": {}}, (0,))
+    assert connection.statistics().queued_bytes == 0
     assert not any(account.used.values())
-    assert client.closing
+    assert connection.closing
 
 
 @pytest.mark.parametrize(("number", "ends"), [(errno.ETOOMANYREFS, True), (errno.EPIPE, False)])
 async def test_a_reply_that_is_lost_ends_the_connection_unless_the_client_has_left(
     monkeypatch: pytest.MonkeyPatch, number: int, ends: bool
 ) -> None:
-    client, _ = client_and_account()
+    connection, _ = connection_and_account()
     monkeypatch.setattr(wire, "send", failing(number))
-    client.send({"id": 1, "ok": {}})
-    assert client.closing is ends
+    connection.send({"id": 1, "ok": {}})
+    assert connection.closing is ends

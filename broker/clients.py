@@ -1,0 +1,51 @@
+"""A client: a process, and what it holds.
+
+Apart from its connection (connection.py), which is a socket and its queues: when the broker is
+restarted the connections end, and what the clients hold does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, final
+
+import trio
+
+if TYPE_CHECKING:
+    from teemate.broker.connection import Connection
+    from teemate.broker.grants import Grant
+    from teemate.broker.identity import Identity, Peer
+    from teemate.broker.limits import Account
+    from teemate.broker.service import Service
+
+__all__ = ["Client"]
+
+
+@final
+class Client:
+    """One process; `connection` is None while it has none."""
+
+    def __init__(self, service: Service, number: int, peer: Peer, account: Account) -> None:
+        self.service = service
+        self.number = number
+        self.identity: Identity = peer.identity
+        self.pidfd = peer.pidfd
+        self.account = account
+        self.connection: Connection | None = None
+        self.name = ""
+        self.watched = False
+        self.connected_at = trio.current_time()
+        self.requests = 0
+        self.grants: dict[int, Grant] = {}
+        self.withheld: list[Grant] = []
+        """Grants that were given up with slots that come back when the process ends."""
+
+    def send(self, message: Mapping[str, object], fds: tuple[int, ...] = ()) -> None:
+        """Send one message, now or when the client reads again; `fds` stay the caller's."""
+        if self.connection is not None:
+            self.connection.send(message, fds)
+
+    def close(self) -> None:
+        """End the connection; its task notices and cleans up."""
+        if self.connection is not None:
+            self.connection.close()
