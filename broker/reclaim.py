@@ -43,6 +43,9 @@ class Reclaimer:
         self._on_lost = on_lost
         self._nursery: trio.Nursery | None = None
         self.waiters: dict[Ticket, Waiter] = {}
+        self.left_behind: dict[int, list[Grant]] = {}
+        """By pid, what earlier connections of a process that lives still have withheld: it counts against
+        ``slots_per_client``, else who connects, attaches and leaves again and again gets everything."""
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the tasks; for as long as the broker runs."""
@@ -83,10 +86,13 @@ class Reclaimer:
         )  # fmt: skip
 
     def take_back_at_end(self, pidfd: int, grants: list[Grant]) -> None:
-        """Take back what `grants` still hold when the process ends; `pidfd` is the reclaimer's now."""
+        """Take back what `grants` of one process still hold when it ends; `pidfd` is the reclaimer's now."""
+        pid = grants[0].client.identity.pid
+        self.left_behind.setdefault(pid, []).extend(grants)
 
         def ended() -> None:
             os.close(pidfd)
+            self.left_behind.pop(pid, None)
             for grant in grants:
                 self.take_all_back(grant, dead=True)
 

@@ -252,16 +252,18 @@ class Service:
         if state is not EnclaveState.READY:
             raise errors.EnclaveLost(f"enclave {name!r} is {state.value}: {enclave.reason}")
 
-    @staticmethod
-    def _require_possible(client: Client, enclave: Enclave, count: int) -> None:
+    def _require_possible(self, client: Client, enclave: Enclave, count: int) -> None:
         """Refuse at once what waiting could not help."""
         allowed = enclave.policy.slots_per_client
-        grants = [*client.grants.values(), *client.withheld]
+        left_behind = self.reclaimer.left_behind.get(client.identity.pid, ())
+        grants = [*client.grants.values(), *client.withheld, *left_behind]
         held = sum(len(grant.charges) + grant.awaited for grant in grants if grant.enclave is enclave)
         if held + count > allowed:
+            before = sum(len(grant.charges) for grant in left_behind if grant.enclave is enclave)
+            earlier = f" ({before} withheld from earlier connections of its process)" if before else ""
             raise errors.Busy(
-                f"at most {allowed} slots a client of enclave {enclave.name!r}, this has {held} and asked"
-                f" for {count}: the policy sets this in [[enclave]] slots_per_client",
+                f"at most {allowed} slots a client of enclave {enclave.name!r}, this has {held}{earlier}"
+                f" and asked for {count}: the policy sets this in [[enclave]] slots_per_client",
                 {"limit": "slots_per_client", "maximum": allowed, "held": held, "asked": count},
             )
         usable = enclave.slots.usable
@@ -288,6 +290,7 @@ class Service:
             grant.awaited += count
         else:
             grant.charges.update(zip(ticket.slots, charges, strict=True))
+        self.reclaimer.serve(grant.enclave.slots.serve_waiting())
         return ticket
 
     async def _wait(self, grant: Grant, ticket: Ticket, wait: float | None) -> tuple[int, ...]:

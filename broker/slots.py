@@ -4,10 +4,26 @@ Life of a slot: ``arming`` (the warden scrubs it and gives it a new key) → ``f
 → ``arming`` again, or ``withheld`` while its former holder may still stand at its AEP, or
 ``quarantined`` for good.
 
-Who asks for more than is free waits in a queue: first come, first served inside a uid, and in
-turn between uids, so that a user with many processes does not push out a user with one.  The
-request whose turn it is gets its slots all at once; smaller requests behind it do not overtake it,
-else a large one could wait for ever.
+Who asks for more than is free waits in a queue: first come, first served inside a uid.  Between
+uids one rule holds: **while others want slots, nobody gets more than an equal share**.
+
+A uid's *share* is the usable slots divided by the uids that hold some or wait for some.  It *holds*
+what is assigned to it, what is withheld because of it, and what it gave back until that is armed
+again.  A request that fits into its uid's share is *due*.  Slots go to the due requests first, in
+turn between uids, and one that does not fit yet holds back no other due one.  Only when none is due
+do slots go to those that want more than their share, in turn, to whoever fits.
+
+Why nobody who stays within a share starves: what the others are given while a due request waits
+lies within their shares, so apart from what they had before they cannot hold more than all other
+shares together, and the slots of this share come free without anybody reserving them.  That is why
+what a uid gives back counts as its own until it is free: else somebody who returns and
+takes slots quickly could keep a larger due request waiting with what is being scrubbed.
+
+Why a hog gains nothing: a request for more than the share, however large, however long it may wait
+and however often it is repeated, blocks no slot for anybody else, and being turned down or timing out
+puts no successor in front of the others.  The price is that while several uids are at work, a
+request for more than a share may see `Busy` though its wait was long; alone, a uid's share is
+everything, and its large requests are not overtaken by its small ones.
 """
 
 from __future__ import annotations
@@ -35,12 +51,14 @@ class SlotState(enum.Enum):
 class Slot:
     """One slot; only the table changes it."""
 
-    __slots__ = ("grant", "index", "reason", "state")
+    __slots__ = ("grant", "index", "reason", "state", "uid")
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.state = SlotState.ARMING
         self.grant: int | None = None
+        self.uid: int | None = None
+        """Whom it counts for: its holder, then its last one until it is armed again."""
         self.reason = ""
 
 
@@ -81,6 +99,7 @@ class SlotTable:
         self._free: deque[int] = deque()
         self._queues: dict[int, deque[Ticket]] = {}
         self._turn: deque[int] = deque()  # uids that wait, the next one first
+        self._held: dict[int, int] = {}
 
     @property
     def usable(self) -> int:
@@ -90,16 +109,19 @@ class SlotTable:
     # -- asking ----------------------------------------------------------------
 
     def request(self, uid: int, grant: int, count: int) -> Ticket:
-        """Ask for `count` slots.  The ticket is served at once when they are free and nobody waits."""
+        """Ask for `count` slots.  The ticket is served at once when they are free and it is its turn.
+
+        :meth:`serve_waiting` is to be called then: a new user makes the shares of the others smaller.
+        """
         ticket = Ticket(uid, grant, count)
-        if not self._turn and count <= len(self._free):
+        queue = self._queues.get(uid)
+        if not count or (queue is None and count <= len(self._free) and self._may_overtake(ticket)):
             self._serve(ticket)
-        else:
-            queue = self._queues.get(uid)
-            if queue is None:
-                queue = self._queues[uid] = deque()
-                self._turn.append(uid)
-            queue.append(ticket)
+            return ticket
+        if queue is None:
+            queue = self._queues[uid] = deque()
+            self._turn.append(uid)
+        queue.append(ticket)
         return ticket
 
     def cancel(self, ticket: Ticket) -> list[Ticket]:
@@ -111,7 +133,7 @@ class SlotTable:
         if not queue:
             del self._queues[ticket.uid]
             self._turn.remove(ticket.uid)
-        return self._serve_waiting()
+        return self.serve_waiting()
 
     def waiting(self) -> list[Ticket]:
         """Return the tickets that wait, in no particular order."""
@@ -128,7 +150,7 @@ class SlotTable:
         """The slot has a new key: it is free.  Returns the tickets that are served with it."""
         self._move(index, SlotState.FREE, SlotState.ARMING)
         self._free.append(index)
-        return self._serve_waiting()
+        return self.serve_waiting()
 
     def returned(self, index: int) -> None:
         """The holder gave the slot back, or has ended: the warden gets it."""
@@ -160,31 +182,75 @@ class SlotTable:
         slot.reason = ""
         if new is not SlotState.WITHHELD:
             slot.grant = None
+        if new in (SlotState.FREE, SlotState.QUARANTINED):
+            self._count_for(slot, None)
+
+    def _count_for(self, slot: Slot, uid: int | None) -> None:
+        if slot.uid is not None:
+            self._held[slot.uid] -= 1
+            if not self._held[slot.uid]:
+                del self._held[slot.uid]
+        slot.uid = uid
+        if uid is not None:
+            self._held[uid] = self._held.get(uid, 0) + 1
 
     # -- serving ---------------------------------------------------------------
+
+    def share(self, newcomer: int | None = None) -> int:
+        """Return the slots that each uid at work is entitled to, `newcomer` counted as one of them."""
+        at_work = self._held.keys() | self._queues.keys()
+        users = len(at_work) + (newcomer is not None and newcomer not in at_work)
+        return max(1, self.usable // max(1, users))
+
+    def held(self, uid: int) -> int:
+        """Return how many slots count for `uid`."""
+        return self._held.get(uid, 0)
+
+    def _due(self, ticket: Ticket, share: int) -> bool:
+        return self.held(ticket.uid) + ticket.count <= share
+
+    def _may_overtake(self, ticket: Ticket) -> bool:
+        """Whether a new request that fits goes before all that wait, none of which can be served now."""
+        if not self._turn:
+            return True
+        share = self.share(ticket.uid)
+        if self._due(ticket, share):
+            return True
+        return not any(self._due(queue[0], share) for queue in self._queues.values())
 
     def _serve(self, ticket: Ticket) -> None:
         ticket.slots = tuple(self._free.popleft() for _ in range(ticket.count))
         for index in ticket.slots:
             self._move(index, SlotState.ASSIGNED, SlotState.FREE)
             self.slots[index].grant = ticket.grant
+            self._count_for(self.slots[index], ticket.uid)
 
-    def _serve_waiting(self) -> list[Ticket]:
+    def serve_waiting(self) -> list[Ticket]:
+        """Serve whoever can be served now; returns their tickets."""
         served = []
-        while self._turn:
-            uid = self._turn[0]
+        while (uid := self._next()) is not None:
             queue = self._queues[uid]
-            if queue[0].count > len(self._free):
-                break
             ticket = queue.popleft()
             self._serve(ticket)
             served.append(ticket)
-            self._turn.popleft()
+            self._turn.remove(uid)
             if queue:
                 self._turn.append(uid)
             else:
                 del self._queues[uid]
         return served
+
+    def _next(self) -> int | None:
+        """Return the uid whose oldest request is served next, None when there is none that can be."""
+        if not self._turn:
+            return None
+        share = self.share()
+        heads = [self._queues[uid][0] for uid in self._turn]
+        due = [ticket for ticket in heads if self._due(ticket, share)]
+        for ticket in due or heads:
+            if ticket.count <= len(self._free):
+                return ticket.uid
+        return None
 
     def statistics(self) -> SlotStatistics:
         """The table at this moment."""

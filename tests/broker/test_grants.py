@@ -200,6 +200,30 @@ def test_slots_that_are_waited_for_or_withheld_count_against_slots_per_client(
     assert client.fails("attach", "busy", enclave="vault", slots=5)["detail"]["held"] == 8
 
 
+def test_a_process_that_connects_attaches_and_leaves_again_and_again_withholds_no_more_than_a_client_may(
+    broker: Broker, vault_policy: Policy, connect: Connect
+) -> None:
+    running = broker(vault_policy("slots_per_client = 4"))
+    admin = connect(running)
+    before = admin.ok("stats")["stats"]["processes"]["watched"]
+    for round_ in range(12):
+        visitor = connect(running)
+        reply = visitor.call("attach", enclave="vault", slots=2)
+        visitor.close()
+        while len(admin.ok("clients")["clients"]) > 1:  # until the broker has seen it leave
+            pass
+        if round_ < 2:
+            assert "ok" in reply
+            continue
+        assert reply["error"]["code"] == "busy"
+        assert reply["error"]["detail"] == {"limit": "slots_per_client", "maximum": 4, "held": 4, "asked": 2}
+        assert "4 withheld from earlier connections" in reply["error"]["message"]
+    assert counts(admin)["withheld"] == 4
+    assert admin.ok("stats")["stats"]["processes"]["watched"] <= before + 2
+    with_another = start_holder(running, 4)  # another process is not held back
+    end(with_another)
+
+
 def start_holder(
     broker: RunningBroker, slots: int, how: str = "wait", **options: Any
 ) -> subprocess.Popen[bytes]:
@@ -411,9 +435,9 @@ def test_slots_go_in_turn_between_users_over_the_real_socket(
     stranger = connect_as(running, 4242, connect)
     theirs = attach_and_wait(stranger)
     admin.ok("slots.release", grant=held["grant"], slots=[5], clean=True)
-    assert mine[0].reply(numbers[0])["ok"]["slots"][0]["slot"] == 5
+    assert stranger.reply(theirs)["ok"]["slots"][0]["slot"] == 5, "the others' user holds more than its share"
     admin.ok("slots.release", grant=held["grant"], slots=[6], clean=True)
-    assert stranger.reply(theirs)["ok"]["slots"][0]["slot"] == 6
+    assert mine[0].reply(numbers[0])["ok"]["slots"][0]["slot"] == 6
     admin.ok("slots.release", grant=held["grant"], slots=[7], clean=True)
     assert mine[1].reply(numbers[1])["ok"]["slots"][0]["slot"] == 7
 
