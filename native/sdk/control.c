@@ -153,8 +153,10 @@ static struct sgx_gprs *frame_gprs(uint64_t slot, uint64_t frame)
 /*
  * Stack, thread data from the nonce on, SSA frames.  `used` is wiped last: a death
  * in between leaves a slot that cannot be armed before RESET came again.
+ * Blocks are freed with a lock and a redo record of our own: `may_free` on a warden's
+ * thread that has none under way.
  */
-static void scrub(uint64_t slot, struct thread *thread)
+static void scrub(uint64_t slot, struct thread *thread, bool may_free)
 {
     uint64_t used = thread->used;
     uint8_t *from = (uint8_t *)&thread->nonce, *to = (uint8_t *)&thread->calls;
@@ -162,6 +164,8 @@ static void scrub(uint64_t slot, struct thread *thread)
     thread_recover(thread);
     if (!used)
         thread->used = TM_WORD_GENERATION(thread->word) + 1;
+    if (may_free)
+        owned_release(thread);
 #ifndef TM_TEST_NO_SCRUB
     memset((void *)(enclave_base() + thread->fixed.stack_top - header()->stack_size), 0,
            header()->stack_size);
@@ -182,11 +186,11 @@ static void scrub(uint64_t slot, struct thread *thread)
     __atomic_store_n(&thread->used, 0, __ATOMIC_RELEASE);
 }
 
-static int64_t reset(struct thread *self, struct thread *thread, uint64_t slot)
+static int64_t reset(struct thread *self, uint64_t cssa, struct thread *thread, uint64_t slot)
 {
-    if (slot < TM_WARDEN_SLOTS || thread == self || (thread->word & 0xff) != TM_SLOT_FREE)
+    if (cssa || self->fixed.index >= TM_WARDEN_SLOTS || slot < TM_WARDEN_SLOTS || (thread->word & 0xff) != TM_SLOT_FREE)
         return TM_E_STATE;
-    scrub(slot, thread);
+    scrub(slot, thread, true);
     return 0;
 }
 
@@ -218,11 +222,11 @@ static int64_t rewrite(struct thread *self, uint64_t slot, uint64_t count)
 }
 
 /* Locks and pending operations of the warden thread that is no more. */
-static int64_t reinit(struct thread *self, struct thread *thread, uint64_t slot)
+static int64_t reinit(struct thread *self, uint64_t cssa, struct thread *thread, uint64_t slot)
 {
     if (slot >= TM_WARDEN_SLOTS || thread == self)
         return TM_E_ARGUMENT;
-    scrub(slot, thread);
+    scrub(slot, thread, !cssa && self->fixed.index < TM_WARDEN_SLOTS);
     return 0;
 }
 
@@ -302,7 +306,7 @@ static int64_t control(struct thread *self, const struct tm_control *request, ui
     if (request->op == TM_CTL_REWRITE)
         return rewrite(self, request->slot, request->argument);
     if (request->op == TM_CTL_REINIT)
-        return reinit(self, thread, request->slot);
+        return reinit(self, cssa, thread, request->slot);
     if (request->op == TM_CTL_SSA)
         return ssa(request->slot, request->argument, result);
     if (tm_control_state != CONTROL_READY)
@@ -317,7 +321,7 @@ static int64_t control(struct thread *self, const struct tm_control *request, ui
         status = request->slot < TM_WARDEN_SLOTS ? TM_E_ARGUMENT : clear(thread, request->generation);
         break;
     case TM_CTL_RESET:
-        status = reset(self, thread, request->slot);
+        status = reset(self, cssa, thread, request->slot);
         break;
     case TM_CTL_TIME:
         time_set(request->argument);

@@ -3,57 +3,19 @@
  * The heap: two-level segregated fit (Masmano et al., "TLSF", ECRTS 2004) with
  * every operation committed as one redo record (tm_txn), so that a death at any
  * instruction leaves the heap before or after it.
- *
- * Blocks lie one after the other; each starts with its size and that of the block
- * before it.  An `owner` of 0 means kept: part of what the enclave shares.  Else it is
- * the slot (and generation) that allocated it, and repair may free it.
  */
-#include "lock.h"
+#include "heap.h"
 
-struct block {
-    uint64_t size;   /* with this header; a multiple of 16; bit 0: free */
-    uint64_t before; /* size of the block before; 0: this is the first */
-    uint64_t owner;  /* generation << 16 | slot + 1; 0: kept */
-    uint64_t magic;
-};
-struct free_block {
-    struct block block;
-    struct free_block *next, *previous;
-};
-
-#define FREE_BIT 1ull
-#define SIZE(block) ((block)->size & ~FREE_BIT)
-#define USED_MAGIC 0x6465737520612d74ull
-#define FREE_MAGIC 0x6565726620612d74ull
-#define MINIMUM sizeof(struct free_block)
-#define FIRST_CLASS 5u /* sizes from 32 */
-#define CLASSES 36u    /* up to 2^40 */
-#define STEPS 16u      /* per power of two */
 #define EXACT_LOOKS 8u
 
-static struct {
-    struct tm_mutex mutex;
-    uint64_t start, end; /* end: the last block, a header that is always in use */
-    uint64_t map;        /* bit per class with a free block */
-    uint64_t step_map[CLASSES];
-    struct free_block *lists[CLASSES][STEPS];
-} heap;
-
-/* Words as the open transaction would leave them. */
-static uint64_t get(const struct tm_txn *txn, const void *where)
-{
-    for (uint32_t i = 0; i < txn->count; i++)
-        if (txn->writes[i].where == where)
-            return txn->writes[i].value;
-    return *(const uint64_t *)where;
-}
+struct heap heap;
 
 static unsigned msb(uint64_t value)
 {
     return 63u - (unsigned)__builtin_clzll(value);
 }
 
-static void classify(uint64_t size, unsigned *class, unsigned *step)
+void heap_classify(uint64_t size, unsigned *class, unsigned *step)
 {
     unsigned power = msb(size);
 
@@ -61,18 +23,13 @@ static void classify(uint64_t size, unsigned *class, unsigned *step)
     *step = (unsigned)(size >> (power - 4)) & (STEPS - 1);
 }
 
-static struct block *after(struct block *block, uint64_t size)
-{
-    return (struct block *)((uint8_t *)block + size);
-}
-
 static void unlink_free(struct tm_txn *txn, struct free_block *block, uint64_t size)
 {
-    struct free_block *next = (void *)get(txn, &block->next);
-    struct free_block *previous = (void *)get(txn, &block->previous);
+    struct free_block *next = (void *)txn_get(txn, &block->next);
+    struct free_block *previous = (void *)txn_get(txn, &block->previous);
     unsigned class, step;
 
-    classify(size, &class, &step);
+    heap_classify(size, &class, &step);
     if (next)
         tm_txn_set_ptr(txn, &next->previous, previous);
     if (previous) {
@@ -81,11 +38,11 @@ static void unlink_free(struct tm_txn *txn, struct free_block *block, uint64_t s
     }
     tm_txn_set_ptr(txn, &heap.lists[class][step], next);
     if (!next) {
-        uint64_t steps = get(txn, &heap.step_map[class]) & ~(1ull << step);
+        uint64_t steps = txn_get(txn, &heap.step_map[class]) & ~(1ull << step);
 
         tm_txn_set(txn, &heap.step_map[class], steps);
         if (!steps)
-            tm_txn_set(txn, &heap.map, get(txn, &heap.map) & ~(1ull << class));
+            tm_txn_set(txn, &heap.map, txn_get(txn, &heap.map) & ~(1ull << class));
     }
 }
 
@@ -94,15 +51,15 @@ static void link_free(struct tm_txn *txn, struct free_block *block, uint64_t siz
     struct free_block *head;
     unsigned class, step;
 
-    classify(size, &class, &step);
-    head = (void *)get(txn, &heap.lists[class][step]);
+    heap_classify(size, &class, &step);
+    head = (void *)txn_get(txn, &heap.lists[class][step]);
     tm_txn_set_ptr(txn, &block->next, head);
     tm_txn_set_ptr(txn, &block->previous, NULL);
     if (head)
         tm_txn_set_ptr(txn, &head->previous, block);
     tm_txn_set_ptr(txn, &heap.lists[class][step], block);
-    tm_txn_set(txn, &heap.step_map[class], get(txn, &heap.step_map[class]) | 1ull << step);
-    tm_txn_set(txn, &heap.map, get(txn, &heap.map) | 1ull << class);
+    tm_txn_set(txn, &heap.step_map[class], txn_get(txn, &heap.step_map[class]) | 1ull << step);
+    tm_txn_set(txn, &heap.map, txn_get(txn, &heap.map) | 1ull << class);
     tm_txn_set(txn, &block->block.size, size | FREE_BIT);
     tm_txn_set(txn, &block->block.magic, FREE_MAGIC);
     tm_txn_set(txn, &block->block.owner, 0);
@@ -119,7 +76,7 @@ void heap_start(void)
     if (heap.end || size < 4096)
         return;
     size -= sizeof(*last);
-    last = after(&first->block, size);
+    last = block_after(&first->block, size);
     last->size = sizeof(*last);
     last->before = size;
     last->owner = 0;
@@ -143,7 +100,7 @@ static struct free_block *find(uint64_t size)
      * Blocks of just this size first, looking at a few: a program that frees and takes
      * the same size again would otherwise split a larger block each time.
      */
-    classify(size, &class, &step);
+    heap_classify(size, &class, &step);
     if (class >= CLASSES)
         return NULL;
     block = heap.lists[class][step];
@@ -151,7 +108,7 @@ static struct free_block *find(uint64_t size)
         if (SIZE(&block->block) >= size)
             return block;
     /* Then round up to the next step, where any block of the list is large enough. */
-    classify(wanted, &class, &step);
+    heap_classify(wanted, &class, &step);
     if (class >= CLASSES)
         return NULL;
     steps = heap.step_map[class] & (~0ull << step);
@@ -165,7 +122,7 @@ static struct free_block *find(uint64_t size)
     return heap.lists[class][__builtin_ctzll(steps)];
 }
 
-static int heap_lock(void)
+int heap_lock(void)
 {
     int status = heap.end ? tm_lock(&heap.mutex) : TM_E_NOMEM;
 
@@ -193,27 +150,30 @@ int tm_try_alloc(size_t length, void **result)
     status = heap_lock();
     if (status)
         return status;
-    found = find(size);
-    if (!found) {
+    while (!(found = find(size))) {
+        bool hope = owned_sweep();
+
         tm_unlock(&heap.mutex);
-        return TM_E_NOMEM;
+        status = hope ? heap_lock() : TM_E_NOMEM;
+        if (status)
+            return status;
     }
     tm_assert(found->block.magic == FREE_MAGIC);
     have = SIZE(&found->block);
     tm_txn_begin(&txn);
     unlink_free(&txn, found, have);
     if (have - size >= MINIMUM) {
-        struct block *rest = after(&found->block, size);
+        struct block *rest = block_after(&found->block, size);
 
         tm_txn_set(&txn, &rest->before, size);
-        tm_txn_set(&txn, &after(&found->block, have)->before, have - size);
+        tm_txn_set(&txn, &block_after(&found->block, have)->before, have - size);
         link_free(&txn, (struct free_block *)rest, have - size);
     } else {
         size = have;
     }
     tm_txn_set(&txn, &found->block.size, size);
     tm_txn_set(&txn, &found->block.magic, USED_MAGIC);
-    tm_txn_set(&txn, &found->block.owner, thread_owner());
+    owned_enter(&txn, &found->block);
     tm_txn_commit(&txn);
     tm_unlock(&heap.mutex);
     memset(&found->block + 1, 0, size - sizeof(struct block));
@@ -229,7 +189,7 @@ void *tm_alloc(size_t size)
     return block;
 }
 
-static struct block *header_of(const void *memory)
+struct block *heap_header(const void *memory)
 {
     struct block *block = (struct block *)memory - 1;
 
@@ -240,22 +200,19 @@ static struct block *header_of(const void *memory)
 
 size_t tm_block_size(const void *memory)
 {
-    return header_of(memory)->size - sizeof(struct block);
+    return heap_header(memory)->size - sizeof(struct block);
 }
 
-void tm_free(void *memory)
+void heap_free_locked(struct block *block, uint64_t *entry)
 {
-    struct block *block, *next;
+    uint64_t size = block->size;
+    struct block *next = block_after(block, size);
     struct tm_txn txn;
-    uint64_t size;
 
-    /* Without the lock the block stays its owner's: lost until repair, but not broken. */
-    if (!memory || heap_lock())
-        return;
-    block = header_of(memory);
-    size = block->size;
-    next = after(block, size);
+    tm_assert(block->magic == USED_MAGIC);
     tm_txn_begin(&txn);
+    if (entry)
+        tm_txn_set(&txn, entry, 0);
     if (next->size & FREE_BIT) {
         unlink_free(&txn, (struct free_block *)next, SIZE(next));
         size += SIZE(next);
@@ -270,88 +227,25 @@ void tm_free(void *memory)
             block = before;
         }
     }
-    tm_txn_set(&txn, &after(block, size)->before, size);
+    tm_txn_set(&txn, &block_after(block, size)->before, size);
     link_free(&txn, (struct free_block *)block, size);
+    if (heap.cursor - (uint64_t)block < size)
+        tm_txn_set(&txn, &heap.cursor, (uint64_t)block);
     tm_txn_commit(&txn);
+}
+
+void tm_free(void *memory)
+{
+    struct block *block;
+    uint64_t *entry;
+
+    if (!memory)
+        return;
+    block = heap_header(memory);
+    entry = owned_entry(block->owner);
+    /* Without the lock the block stays its owner's: lost until repair, but not broken. */
+    if (heap_lock())
+        return;
+    heap_free_locked(block, entry);
     tm_unlock(&heap.mutex);
-}
-
-void tm_txn_keep(struct tm_txn *txn, void *memory)
-{
-    tm_txn_set(txn, &header_of(memory)->owner, 0);
-}
-
-void tm_txn_own(struct tm_txn *txn, void *memory)
-{
-    tm_txn_set(txn, &header_of(memory)->owner, thread_owner());
-}
-
-static bool listed(const struct free_block *block)
-{
-    unsigned class, step;
-
-    classify(SIZE(&block->block), &class, &step);
-    if (!(heap.map >> class & 1) || !(heap.step_map[class] >> step & 1))
-        return false;
-    if (block->next && block->next->previous != block)
-        return false;
-    return block->previous ? block->previous->next == block : heap.lists[class][step] == block;
-}
-
-/* Every block in its place, no two free neighbours, every free one on its list. */
-static int check(struct tm_heap_stats *stats)
-{
-    uint64_t before = 0, lists = 0;
-    struct block *block = (void *)heap.start;
-
-    stats->size = heap.end - heap.start;
-    while ((uint64_t)block != heap.end) {
-        uint64_t size = SIZE(block);
-        bool free = block->size & FREE_BIT;
-
-        if (size < MINIMUM || size & 15 || (uint64_t)block + size > heap.end || block->before != before ||
-            block->magic != (free ? FREE_MAGIC : USED_MAGIC))
-            return TM_E_STATE;
-        if (free) {
-            if (!listed((struct free_block *)block) || after(block, size)->size & FREE_BIT)
-                return TM_E_STATE;
-            stats->free_blocks++;
-            if (size - sizeof(*block) > stats->largest_free)
-                stats->largest_free = size - sizeof(*block);
-        } else {
-            stats->blocks++;
-            stats->used += size;
-            stats->owned += block->owner != 0;
-        }
-        before = size;
-        block = after(block, size);
-    }
-    if (block->before != before || block->magic != USED_MAGIC)
-        return TM_E_STATE;
-    for (unsigned class = 0; class < CLASSES; class++) {
-        for (unsigned step = 0; step < STEPS; step++) {
-            struct free_block *entry = heap.lists[class][step];
-
-            if (!!entry != (heap.step_map[class] >> step & 1))
-                return TM_E_STATE;
-            for (; entry; entry = entry->next)
-                if (++lists > stats->free_blocks)
-                    return TM_E_STATE;
-        }
-        if (!!heap.step_map[class] != (heap.map >> class & 1))
-            return TM_E_STATE;
-    }
-    return lists == stats->free_blocks ? 0 : TM_E_STATE;
-}
-
-int tm_heap_check(struct tm_heap_stats *stats)
-{
-    int status = heap_lock();
-
-    memset(stats, 0, sizeof(*stats));
-    if (status)
-        return status;
-    status = check(stats);
-    tm_unlock(&heap.mutex);
-    return status;
 }

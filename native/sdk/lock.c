@@ -26,11 +26,6 @@ static uint64_t me(const struct thread *self)
     return TM_WORD_GENERATION(self->word) << 16 | (self->fixed.index + 1);
 }
 
-uint64_t thread_owner(void)
-{
-    return me(thread_self());
-}
-
 static uint32_t arena_index(const void *object)
 {
     uint64_t hash = ((uint64_t)object - enclave_base()) * 0x9e3779b97f4a7c15ull;
@@ -79,10 +74,18 @@ static int take(struct thread *self, struct tm_mutex *mutex, uint64_t flags)
 
 int tm_trylock(struct tm_mutex *mutex)
 {
+    return lock_spin(mutex, 1);
+}
+
+int lock_spin(struct tm_mutex *mutex, uint32_t spins)
+{
     struct thread *self = thread_self();
+    int status = TM_E_BUSY;
 
     tm_assert(self->lock_count < TD_LOCKS);
-    return take(self, mutex, 0);
+    while (spins-- && (status = take(self, mutex, 0)) == TM_E_BUSY)
+        __builtin_ia32_pause();
+    return status;
 }
 
 static int refuse(struct thread *self, struct tm_mutex *mutex)
@@ -110,14 +113,10 @@ int tm_lock(struct tm_mutex *mutex)
     bool nested = !ocall_possible();
     int status;
 
-    tm_assert(self->lock_count < TD_LOCKS);
     tm_assert(HOLDER(mutex->holder) != me(self)); /* not recursive */
-    for (uint32_t spins = nested ? NESTED_SPINS : SPINS; spins; spins--) {
-        status = take(self, mutex, 0);
-        if (status != TM_E_BUSY)
-            return status;
-        __builtin_ia32_pause();
-    }
+    status = lock_spin(mutex, nested ? NESTED_SPINS : SPINS);
+    if (status != TM_E_BUSY)
+        return status;
     if (nested)
         return refuse(self, mutex);
     for (;;) {
@@ -243,7 +242,11 @@ void thread_recover(struct thread *thread)
 {
     uint64_t slot = thread->fixed.index;
 
+    /* Before the locks: what it was writing has to be whole for the next who gets them. */
+#ifndef TM_TEST_NO_REDO
     redo_apply(thread);
+#endif
+    thread->redo_count = 0;
     if (thread->pending)
         bury(thread->pending, slot);
     for (uint64_t i = 0; i < thread->lock_count && i < TD_LOCKS; i++)

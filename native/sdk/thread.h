@@ -32,7 +32,8 @@
 #include "tmsdk.h"
 
 #define TD_LOCKS 16
-#define TD_REDO 32
+#define TD_REDO TM_TXN_MAX
+#define TD_OWNED 64
 
 struct tm_write {
     uint64_t *where;
@@ -66,6 +67,10 @@ struct thread {
     uint8_t user[TM_SLOT_DATA] __attribute__((aligned(64)));
     /* -- to here -- */
     uint64_t calls; /* entries finished, ever; written by the slot's thread only */
+    /* Blocks of the heap that are this slot's own (owned.c): RESET frees them. */
+    uint64_t unlisted; /* not 0: it owns more than the list has room for */
+    uint64_t given_up; /* generation whose blocks, and those of all before, are nobody's */
+    uint64_t owned[TD_OWNED]; /* addresses of their headers, or 0 */
 };
 _Static_assert(offsetof(struct thread, word) == TD_WORD, "entry.S");
 _Static_assert(offsetof(struct thread, key) == TD_KEY, "entry.S");
@@ -138,12 +143,13 @@ int bind_identity(struct thread *self, uint64_t address);
 int64_t ecall(struct thread *self, uint64_t address, uint64_t *length);
 int64_t author_control(const uint8_t data[256], struct tm_control_result *result);
 uint64_t random_word(void);
-uint64_t thread_owner(void); /* generation << 16 | slot + 1 of the running slot: locks, blocks */
 void time_set(uint64_t nanoseconds);
 void heap_start(void);
 struct tm_holder lock_refused(void); /* who made this slot's last tm_lock() fail */
 /* Finish or undo what a dead holder of the slot left behind; locks become owner-dead. */
 void thread_recover(struct thread *thread);
+/* Free the blocks that it owned, after that; from a warden's own stack.  May be done again. */
+void owned_release(struct thread *dead);
 
 #endif
 #endif

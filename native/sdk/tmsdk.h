@@ -128,14 +128,21 @@ void tm_print(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 /*
  * Zeroed memory, aligned to 16 bytes; NULL when the heap is full or its lock was
- * not to be had.  A new block is the slot's own: when its holder dies, repair
- * frees it.  Before it becomes part of what is shared it has to be kept, best in
- * the same tm_txn that links it.
+ * not to be had.  A new block is the slot's own: nobody else may free or keep it, and
+ * it is freed when the slot gets its next holder, however the last one went.  Before it
+ * becomes part of what is shared it has to be kept, best in the same tm_txn that links
+ * it.  Blocks beyond the first 64 that a slot owns at once are freed too, but somewhat
+ * later: the heap has to be searched for them.  Those of control ECALLs are a warden's own,
+ * and freed when the warden is replaced.
  */
 void *tm_alloc(size_t size);
 /* The same, and why not: TM_E_NOMEM, or TM_E_BUSY when the heap's lock was not to be had. */
 int tm_try_alloc(size_t size, void **block);
-/* NULL is fine.  A block whose lock was not to be had stays its slot's until repair. */
+/*
+ * NULL is fine.  Of a block that is kept, or the slot's own; panics when it is another
+ * slot's.  When the heap's lock is not to be had a block of the slot's own stays so, and is
+ * freed with the others at its end; so make it one (tm_txn_own) in the step that unlinks it.
+ */
 void tm_free(void *block);
 /* Usable bytes of a block. */
 size_t tm_block_size(const void *block);
@@ -146,14 +153,14 @@ struct tm_heap_stats {
     uint64_t blocks;     /* in use */
     uint64_t free_blocks;
     uint64_t largest_free;
-    uint64_t owned;      /* blocks that a slot owns: not kept */
+    uint64_t owned;      /* blocks that a slot owns, or owned and are yet to be freed: not kept */
 };
 /* Walk the whole heap: 0, or TM_E_STATE when its structure is damaged. */
 int tm_heap_check(struct tm_heap_stats *stats);
 
 /* ---- several words at once ----------------------------------------------------- */
 
-#define TM_TXN_MAX 24u
+#define TM_TXN_MAX 32u
 
 /*
  * Writes of 64-bit words that become visible to repair all at once: after a
@@ -171,8 +178,9 @@ struct tm_txn {
 void tm_txn_begin(struct tm_txn *txn);
 void tm_txn_set(struct tm_txn *txn, uint64_t *where, uint64_t value);
 void tm_txn_set_ptr(struct tm_txn *txn, void *where, const void *value); /* where: pointer to a pointer */
-void tm_txn_keep(struct tm_txn *txn, void *block); /* the block now belongs to the enclave */
-void tm_txn_own(struct tm_txn *txn, void *block);  /* the block is this slot's again, to be freed */
+/* Both count as two writes.  A kept block belongs to the enclave, an owned one is this slot's, to be freed. */
+void tm_txn_keep(struct tm_txn *txn, void *block);
+void tm_txn_own(struct tm_txn *txn, void *block);
 /* Panics when more than TM_TXN_MAX writes were asked for. */
 void tm_txn_commit(struct tm_txn *txn);
 

@@ -12,6 +12,14 @@ void tm_txn_begin(struct tm_txn *txn)
     txn->overflow = 0;
 }
 
+uint64_t txn_get(const struct tm_txn *txn, const void *where)
+{
+    for (uint32_t i = 0; i < txn->count; i++)
+        if (txn->writes[i].where == where)
+            return txn->writes[i].value;
+    return *(const uint64_t *)where;
+}
+
 void tm_txn_set(struct tm_txn *txn, uint64_t *where, uint64_t value)
 {
     /* A later write to the same word wins, so that readers of the record need no order. */
