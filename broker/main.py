@@ -6,12 +6,14 @@ import contextlib
 import gc
 import os
 import resource
+import shutil
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import final
 
 import click
 import trio
@@ -19,26 +21,57 @@ from structlog.typing import FilteringBoundLogger
 
 from teemate import errors
 from teemate.broker.audit import configure_log
+from teemate.broker.descriptor_store import DescriptorStore
+from teemate.broker.keeper import KEEPER_FD_NAME, LISTENER
 from teemate.broker.policy import Policy, PolicyError, load_policy
-from teemate.broker.server import Server, bind
+from teemate.broker.server import Server, bind, listens
 from teemate.broker.service import Service
-from teemate.broker.service_manager import inherited_sockets, notify
+from teemate.broker.service_manager import Inherited, inherited_descriptors, notify, notify_address
 
 __all__ = ["main"]
 
 _DEFAULT_CONFIG = Path("/etc/teemate/broker.toml")
 
 
+@final
+@dataclass(slots=True)
+class _Start:
+    """What this broker was started with."""
+
+    policy: Policy
+    log: FilteringBoundLogger
+    listeners: list[socket.socket]
+    bound: bool
+    """Whether the listener is our own, and not the service manager's."""
+    store: DescriptorStore | None
+    keeper: int | None
+    """A pipe whose other end closes with our keeper."""
+
+
 async def _stop_on_signal(
-    signals: AsyncIterator[int], cancel: trio.CancelScope, log: FilteringBoundLogger
+    signals: AsyncIterator[int], cancel: trio.CancelScope, service: Service, start: _Start
 ) -> None:
     async for number in signals:
-        log.info("stopping", signal=signal.Signals(number).name)
+        # With a store SIGTERM makes way for the next broker, which goes on with everything.
+        service.leaving = start.store is not None and number == signal.SIGTERM
+        start.log.info("stopping", signal=signal.Signals(number).name, kept=service.leaving)
         cancel.cancel()
 
 
-async def run(policy: Policy, log: FilteringBoundLogger, listeners: list[socket.socket]) -> None:
+async def _stop_without_keeper(cancel: trio.CancelScope, start: _Start) -> None:
+    """What the keeper kept is gone with it, and what it left behind is removed here."""
+    assert start.keeper is not None
+    await trio.lowlevel.wait_readable(start.keeper)
+    start.log.error("stopping", reason="the keeper has ended, and with it what it kept: start it again")
+    shutil.rmtree(os.path.dirname(notify_address()), ignore_errors=True)
+    if start.bound:
+        _unlink(start.listeners[0].getsockname())
+    cancel.cancel()
+
+
+async def run(start: _Start) -> None:
     """Run the broker until SIGTERM or SIGINT."""
+    policy, log = start.policy, start.log
     # Outside of the nursery: a second signal must not end us while wardens are being ended.
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         service = Service(policy, log)
@@ -50,19 +83,24 @@ async def run(policy: Policy, log: FilteringBoundLogger, listeners: list[socket.
                 "the sim backend protects nothing: enclaves are ordinary memory that root, their owner"
                 " and every client can read; use it to develop and test, never for secrets"
             )
+        if start.store is not None and start.bound and LISTENER not in start.store:
+            await start.store.put(LISTENER, start.listeners[0].fileno())
         async with trio.open_nursery() as keeping:
             async with trio.open_nursery() as serving:
-                serving.start_soon(_stop_on_signal, signals, serving.cancel_scope, log)
-                serving.start_soon(Server(service).run, listeners)
+                serving.start_soon(_stop_on_signal, signals, serving.cancel_scope, service, start)
+                if start.keeper is not None:
+                    serving.start_soon(_stop_without_keeper, serving.cancel_scope, start)
+                serving.start_soon(Server(service).run, start.listeners)
                 await keeping.start(service.run)
                 log.info(
                     "ready", policy=policy.source, backend=service.backend,
-                    sockets=[str(listener.getsockname()) for listener in listeners],
+                    sockets=[str(listener.getsockname()) for listener in start.listeners],
                 )  # fmt: skip
                 gc.freeze()  # modules and enclaves stay: collections need not look at them again and again
                 notify("READY=1")
             # Only now: clients that leave give their slots back to what is kept.
-            notify("STOPPING=1")
+            with contextlib.suppress(OSError):  # the keeper may be what ended
+                notify("STOPPING=1")
             keeping.cancel_scope.cancel()
 
 
@@ -75,8 +113,20 @@ async def run(policy: Policy, log: FilteringBoundLogger, listeners: list[socket.
     help="How enclaves are made, instead of the policy's.",
 )
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
-def main(config: Path | None, socket_path: str | None, backend: str | None, log_format: str) -> None:
+@click.option(
+    "--keeper",
+    is_flag=True,
+    help="Run under a small parent that starts the broker again when it dies: enclaves and grants live on.",
+)
+def main(
+    config: Path | None, socket_path: str | None, backend: str | None, log_format: str, keeper: bool
+) -> None:
     """Own enclaves and lend them to the processes that connect."""
+    if keeper:
+        arguments = [argument for argument in sys.argv[1:] if argument != "--keeper"]
+        os.execv(  # noqa: S606 - our own interpreter, which has to get rid of this program's modules
+            sys.executable, [sys.executable, "-m", "teemate.broker.keeper", *arguments]
+        )
     log = configure_log(log_format)
     try:
         if config is None and not _DEFAULT_CONFIG.exists():
@@ -94,26 +144,43 @@ def main(config: Path | None, socket_path: str | None, backend: str | None, log_
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
     with contextlib.ExitStack() as cleanup:
-        listeners = inherited_sockets()
-        for listener in listeners:
-            cleanup.enter_context(listener)
-        if not listeners:
-            try:
-                listeners = [
-                    cleanup.enter_context(
-                        bind(settings.socket, mode=settings.socket_mode, gid=settings.socket_gid)
-                    )
-                ]
-            except OSError as error:
-                raise click.ClickException(f"cannot listen at {settings.socket}: {error.strerror}") from error
-            cleanup.callback(_unlink, settings.socket)
+        start = _take_over(policy, log, inherited_descriptors(), cleanup)
         for number in (signal.SIGTERM, signal.SIGINT):  # what holds again when trio's receiver is gone
             signal.signal(number, signal.SIG_IGN)
         try:
-            trio.run(run, policy, log, listeners)
+            trio.run(run, start)
         except* errors.Unsupported as group:
             raise click.ClickException("; ".join(str(error) for error in group.exceptions)) from None
     sys.exit(0)
+
+
+def _take_over(
+    policy: Policy, log: FilteringBoundLogger, inherited: list[Inherited], cleanup: contextlib.ExitStack
+) -> _Start:
+    """Sort what we were started with, and listen if nothing of it listens yet."""
+    settings = policy.broker
+    listeners: list[socket.socket] = []
+    kept: list[Inherited] = []
+    keeper: int | None = None
+    for name, fd in inherited:
+        if listens(fd):
+            listeners.append(cleanup.enter_context(socket.socket(fileno=fd)))
+        elif name == KEEPER_FD_NAME:
+            keeper = fd
+        else:
+            kept.append(Inherited(name, fd))
+    names = {name for name, _ in inherited}
+    bound = not listeners or LISTENER in names
+    store = DescriptorStore.of_environment(names & ({LISTENER} | {name for name, _ in kept}))
+    if not listeners:
+        try:
+            listener = bind(settings.socket, mode=settings.socket_mode, gid=settings.socket_gid)
+        except OSError as error:
+            raise click.ClickException(f"cannot listen at {settings.socket}: {error.strerror}") from error
+        listeners.append(cleanup.enter_context(listener))
+        if store is None:  # else the next broker goes on listening
+            cleanup.callback(_unlink, settings.socket)
+    return _Start(policy, log, listeners, bound, store, keeper)
 
 
 def _unlink(path: str) -> None:

@@ -19,7 +19,7 @@ from teemate.broker.identity import identify
 from teemate.broker.limits import Resource
 from teemate.broker.service import ServerStatistics, Service
 
-__all__ = ["Server", "ServerStatistics", "bind"]
+__all__ = ["Server", "ServerStatistics", "bind", "listens"]
 
 _BACKLOG = 1024
 _ACCEPT_PAUSE = 0.1
@@ -54,6 +54,14 @@ def bind(path: str, *, mode: int, gid: int | None) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def listens(fd: int) -> bool:
+    """Whether `fd` is a socket that listens."""
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        return False
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
 def _remove_stale(path: str) -> None:

@@ -84,6 +84,8 @@ class Service:
         self.clients: dict[int, Client] = {}
         self.enclaves: dict[str, Enclave] = {}
         self.grants: dict[int, Grant] = {}
+        self.leaving = False
+        """Whether the broker ends and leaves everything to the next one."""
         self.server_statistics: Callable[[], ServerStatistics] | None = None
         self._last_client = 0
         self._last_grant = 0
@@ -101,6 +103,10 @@ class Service:
         The process may live on (it closed the connection, or another program runs in it now): until it
         ends its slots are withheld.  In the common case it is ending, and they are back soon.
         """
+        if self.leaving:
+            self.processes.forget(client.pidfd)
+            os.close(client.pidfd)
+            return
         held = client.withheld
         for grant in list(client.grants.values()):
             indices = [index for index in grant.slots if self._state(grant, index) is SlotState.ASSIGNED]

@@ -1,39 +1,53 @@
-"""What a service manager gives and wants: sockets by number, and word that we are ready.
+"""What a service manager gives and wants: descriptors by number, and word that we are ready.
 
-The protocols of systemd's sd_listen_fds(3) and sd_notify(3), which other managers speak too.
+The protocols of systemd's sd_listen_fds(3) and sd_notify(3), which other managers speak too, and
+our own keeper (keeper.py).
 """
 
 from __future__ import annotations
 
 import os
 import socket
+from typing import NamedTuple
 
-__all__ = ["inherited_sockets", "notify"]
+__all__ = ["Inherited", "inherited_descriptors", "notify", "notify_address"]
 
 _FIRST_FD = 3
 
 
-def inherited_sockets() -> list[socket.socket]:
-    """Return the sockets that we were started with; none when they are meant for another process."""
+class Inherited(NamedTuple):
+    """A descriptor that we were started with; whoever takes it out of the list owns it."""
+
+    name: str
+    fd: int
+
+
+def inherited_descriptors() -> list[Inherited]:
+    """Return what we were started with; nothing when that was meant for another process."""
     if os.environ.get("LISTEN_PID") not in (None, str(os.getpid())) or not os.environ.get("LISTEN_FDS"):
         return []
     count = int(os.environ["LISTEN_FDS"])
-    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
-        os.environ.pop(name, None)
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+    for variable in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(variable, None)
     found = []
-    for fd in range(_FIRST_FD, _FIRST_FD + count):
-        os.set_inheritable(fd, False)
-        found.append(socket.socket(fileno=fd))
+    for index in range(count):
+        os.set_inheritable(_FIRST_FD + index, False)
+        found.append(Inherited(names[index] if len(names) == count else "", _FIRST_FD + index))
     return found
+
+
+def notify_address() -> str:
+    """Where the service manager listens, as connect() takes it; empty when there is none."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    return "\0" + address[1:] if address.startswith("@") else address
 
 
 def notify(state: str) -> bool:
     """Send `state` ("READY=1") to the service manager; False when there is none."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
+    address = notify_address()
     if not address:
         return False
-    if address.startswith("@"):
-        address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
         sock.connect(address)
         sock.sendall(state.encode())

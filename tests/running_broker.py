@@ -23,7 +23,7 @@ DEADLINE = 60.0 * PATIENCE
 
 @dataclass(frozen=True)
 class RunningBroker:
-    """A broker that is ready; ``log()`` reads what it has logged so far."""
+    """A broker that is ready; ``log()`` reads what it has logged so far.  With a keeper `pid` is its."""
 
     socket: str
     pid: int
@@ -40,6 +40,18 @@ class RunningBroker:
                 records.append({"event": "not a record", "level": "error", "text": line})
         return records
 
+    def worker(self) -> int:
+        """The keeper's present worker, or its last one."""
+        pids = [record["pid"] for record in self.log() if record["event"] == "keeper: worker started"]
+        assert isinstance(pids[-1], int)
+        return pids[-1]
+
+    def kill_worker(self, number: int = signal.SIGKILL) -> int:
+        """Send a signal to the keeper's worker, which it survives or not; returns which process that was."""
+        pid = self.worker()
+        os.kill(pid, number)
+        return pid
+
     def audit(self, kind: str) -> list[dict[str, object]]:
         """The audit records of one kind: grant, denial, revocation, end, change."""
         return [record for record in self.log() if record.get("audit") == kind]
@@ -54,12 +66,16 @@ def run_broker(
     arguments: tuple[str, ...] = (),
     launcher: tuple[str, ...] = (),
     environment: dict[str, str] | None = None,
+    keeper: bool = False,
 ) -> Iterator[RunningBroker]:
     """Run a broker with `policy` until the block ends, on the backend that was chosen for all tests.
 
     Readiness comes over NOTIFY_SOCKET.  The block fails when the broker logged an internal error
-    or did not end well, unless `expect_errors`.
+    or did not end well, unless `expect_errors`.  `keeper`: what is started is a keeper, whose worker
+    may be killed (``kill_worker``) and is started again.
     """
+    if keeper:
+        arguments = ("--keeper", *arguments)
     if "--backend" not in arguments:
         arguments = ("--backend", BACKEND, *arguments)
     with contextlib.ExitStack() as cleanup:

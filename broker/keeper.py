@@ -1,0 +1,401 @@
+"""``teemate-broker --keeper``: keeps the broker's descriptors and starts it again when it dies.
+
+What systemd does for a service with a file descriptor store, for hosts without systemd.  The broker
+itself runs as a child, the *worker*, and speaks to the keeper as it would to systemd
+(descriptor_store.py); only messages that the worker itself sent are heeded.  What has to outlive
+everything does little: this process takes descriptors in, starts a worker, and waits.
+
+- A worker that ends is started again with everything it had stored.  First the processes that it
+  left (wardens, which end with it by themselves) are killed: two wardens never work on one enclave.
+- A worker that dies again and again before it is ready is not started for ever, and one that refuses
+  the state that it finds (exit status 78) is not started again at all: the keeper then *holds*.  It
+  keeps everything, says what to do, and waits for a signal.
+- SIGHUP: start the worker anew, from the code that is installed now (upgrade; or to try again).
+  SIGUSR1, while holding: start it and throw away what was kept.  SIGTERM, SIGINT: end everything.
+- When the keeper dies, the worker hears of it through a pipe and ends.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import ctypes
+import datetime
+import fcntl
+import itertools
+import json
+import os
+import resource
+import select
+import shutil
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["KEEPER_FD_NAME", "LISTENER", "REFUSED", "Keeper", "main"]
+
+REFUSED = 78
+"""Exit status of a worker that does not understand what was kept (EX_CONFIG of sysexits.h)."""
+KEEPER_FD_NAME = "keeper"
+"""Name of the pipe that a worker gets; its other end closes with the keeper."""
+LISTENER = "listener"
+"""Name of the socket that the worker bound: its path goes when the keeper ends."""
+CAPACITY = 4096
+"""Descriptors that are kept at most."""
+_FIRST_FD = 3
+_FAILURES = 6
+"""Workers in a row that died before they were ready; then the keeper holds."""
+_SHORT = 1.0
+"""A worker that fails so many seconds after it got ready will soon do so again."""
+_FIRST_PAUSE = 0.1
+_LAST_PAUSE = 5.0
+"""Seconds before the start after a failure: doubled for each further one, up to the last."""
+_PATIENCE = 30.0
+"""Seconds that a worker may take to end, and processes that it left."""
+_CREDENTIALS = struct.Struct("3i")
+_MAX_FDS = 253  # SCM_MAX_FD
+_MAX_MESSAGE = 4096
+_PR_SET_CHILD_SUBREAPER = 36
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
+
+
+class _Stored(NamedTuple):
+    name: str
+    fd: int
+
+
+class Keeper:
+    """One worker after the other; `command` starts one."""
+
+    def __init__(self, command: list[str], *, json_log: bool = False) -> None:
+        self._command = command
+        self._json = json_log
+        self._stored = _inherited()
+        self._worker: int | None = None
+        self._ready = False
+        self._was_ready = False
+        self._failures = 0
+        self._short_lives = 0
+        self._ready_at = 0.0
+        self._start_at: float | None = time.monotonic()
+        self._kill_at: float | None = None
+        self._ending = False
+        self._upgrading = False
+        self._discard = False
+        self._exit_status = 0
+        self._folder = Path(tempfile.mkdtemp(prefix="teemate-keeper-"))
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self._socket.setblocking(False)
+        self._socket.bind(str(self._folder / "notify"))
+        self._alive, self._alive_here = os.pipe2(os.O_CLOEXEC)
+        self._upstream = os.environ.pop("NOTIFY_SOCKET", "")
+        self._signals, self._signals_in = socket.socketpair()
+
+    # -- the loop ----------------------------------------------------------------
+
+    def run(self) -> int:
+        """Keep workers running until told to end; returns the exit status."""
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        for end in (self._signals, self._signals_in):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._signals_in.fileno())
+        for number in _SIGNALS:
+            signal.signal(number, lambda *_: None)
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        poll.register(self._signals, select.POLLIN)
+        try:
+            while not self._ending or self._worker is not None:
+                for fd, _ in poll.poll(self._patience()):
+                    if fd == self._socket.fileno():
+                        self._read_messages()
+                    else:
+                        self._read_signals()
+                self._act_on_time()
+        finally:
+            self._clean_up()
+        return self._exit_status
+
+    def _patience(self) -> float | None:
+        """Milliseconds until something is to be done."""
+        times = [moment for moment in (self._start_at, self._kill_at) if moment is not None]
+        return max(0.0, min(times) - time.monotonic()) * 1000 + 1 if times else None
+
+    def _act_on_time(self) -> None:
+        now = time.monotonic()
+        if self._kill_at is not None and now >= self._kill_at:
+            self._kill_at = None
+            if self._worker is not None:
+                self._log("warning", "worker killed", pid=self._worker, reason="it did not end when told to")
+                os.kill(self._worker, signal.SIGKILL)
+        if self._start_at is not None and now >= self._start_at and self._worker is None:
+            self._start_at = None
+            self._start()
+
+    def _read_signals(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            for number in self._signals.recv(256):
+                if number in (signal.SIGTERM, signal.SIGINT):
+                    self._log("info", "stopping", signal=signal.Signals(number).name)
+                    self._ending, self._start_at = True, None
+                    self._tell_worker(signal.SIGINT)  # for good: what was kept is of no use any more
+                elif number == signal.SIGHUP:
+                    self._start_anew()
+                elif number == signal.SIGUSR1:
+                    if self._worker is None and not self._ending:
+                        self._discard = True
+                        self._start_anew()
+                    else:
+                        self._log(
+                            "warning", "nothing discarded", reason="the worker does not refuse its state"
+                        )
+        self._reap()
+
+    def _start_anew(self) -> None:
+        if self._ending:
+            return
+        self._failures = 0
+        if self._worker is None:
+            self._start_at = time.monotonic()
+        else:
+            self._log("info", "worker is replaced", pid=self._worker)
+            self._upgrading = True
+            self._tell_worker(signal.SIGTERM)
+
+    def _tell_worker(self, number: int) -> None:
+        if self._worker is not None:
+            os.kill(self._worker, number)  # our child and not waited for: its number is no other's
+            self._kill_at = time.monotonic() + _PATIENCE
+
+    # -- the worker ----------------------------------------------------------------
+
+    def _start(self) -> None:
+        kept = [_Stored(KEEPER_FD_NAME, self._alive), *self._stored]
+        command = self._command + (["--discard-state"] if self._discard else [])
+        environment = {
+            **os.environ,
+            "NOTIFY_SOCKET": str(self._folder / "notify"),
+            "FDSTORE": str(CAPACITY),
+            "LISTEN_FDS": str(len(kept)),
+            "LISTEN_FDNAMES": ":".join(stored.name for stored in kept),
+        }
+        self._discard = self._ready = self._upgrading = False
+        # A signal for the worker must not meet our handlers in the moment before its exec.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _become(command, environment, [stored.fd for stored in kept])
+            finally:
+                os._exit(127)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        self._worker = pid
+        self._log("info", "worker started", pid=pid, kept=len(self._stored))
+
+    def _reap(self) -> None:
+        """Collect what has ended: the worker, and what earlier ones left to us."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid == self._worker:
+                self._read_messages()  # what it still stored counts
+                self._worker, self._kill_at = None, None
+                self._kill_leftovers()
+                self._worker_ended(pid, os.waitstatus_to_exitcode(status))
+
+    def _worker_ended(self, pid: int, code: int) -> None:
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        now = time.monotonic()
+        if self._ending:
+            self._exit_status = 0 if code == 0 else 1
+        elif self._upgrading:
+            self._start_at = now
+        elif self._ready:
+            self._log("warning", "worker ended", pid=pid, how=how, kept=len(self._stored))
+            # SIGKILL comes from outside, and says nothing of the next worker.
+            short = code != -signal.SIGKILL and now - self._ready_at < _SHORT
+            self._short_lives = self._short_lives + 1 if short else 0
+            self._start_at = now + _pause(self._short_lives - 1)
+        elif code == REFUSED:
+            self._hold("the broker does not understand what was kept, as its last message says")
+        elif not self._was_ready and code > 0:  # it has said why
+            self._log("error", "worker did not start", pid=pid, how=how)
+            self._ending, self._exit_status = True, code
+        else:
+            self._failures += 1
+            self._log("warning", "worker did not get ready", pid=pid, how=how, failures=self._failures)
+            if self._failures < _FAILURES:
+                self._start_at = now + _pause(self._failures)
+            else:
+                self._hold(f"{self._failures} workers in a row ended before they were ready")
+
+    def _hold(self, why: str) -> None:
+        """Start nothing any more, but keep everything: the enclaves live as long as their descriptors."""
+        self._log(
+            "error", "no worker runs",
+            reason=why, kept=len(self._stored),
+            advice=f"enclaves are kept: mend the cause and `kill -HUP {os.getpid()}`, or throw them away"
+            f" and begin anew with `kill -USR1 {os.getpid()}`",
+        )  # fmt: skip
+        self._notify_upstream(f"STATUS=no worker runs: {why}")
+
+    def _leftovers(self) -> list[int]:
+        """Children that are not the worker: orphans of earlier workers come to us (a subreaper)."""
+        ours = str(os.getpid())
+        found = []
+        for folder in Path("/proc").iterdir():
+            if folder.name.isdecimal():
+                with contextlib.suppress(OSError):
+                    state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+                    if parent == ours and state != "Z" and int(folder.name) != self._worker:
+                        found.append(int(folder.name))
+        return found
+
+    def _kill_leftovers(self) -> None:
+        """Kill and collect them before there is another worker; one that cannot die is told of."""
+        end = time.monotonic() + _PATIENCE
+        while pids := self._leftovers():
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                pidfd = os.pidfd_open(pid)
+                try:
+                    poll = select.poll()
+                    poll.register(pidfd, select.POLLIN)
+                    poll.poll(max(0.0, end - time.monotonic()) * 1000)
+                finally:
+                    os.close(pidfd)
+            if time.monotonic() >= end:
+                self._log("error", "processes of the last worker do not end", pids=pids)
+                break
+
+    # -- messages of the worker --------------------------------------------------------
+
+    def _read_messages(self) -> None:
+        space = socket.CMSG_SPACE(_MAX_FDS * 4) + socket.CMSG_SPACE(_CREDENTIALS.size)
+        while True:
+            try:
+                data, ancillary, flags, _ = self._socket.recvmsg(_MAX_MESSAGE, space, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                return
+            fds = array.array("i")
+            sender = None
+            for level, kind, payload in ancillary:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+                elif level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+                    sender = _CREDENTIALS.unpack(payload[: _CREDENTIALS.size])[0]
+            left = list(fds)
+            try:
+                if sender is None or sender != self._worker:
+                    self._log("warning", "message not heeded", pid=sender, reason="it is not from the worker")
+                elif flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                    self._log("warning", "message not heeded", pid=sender, reason="it is too long")
+                else:
+                    self._heed(data.decode("utf-8", "replace"), left)
+            finally:
+                for fd in left:  # those of BARRIER=1 too: closing it is the answer
+                    os.close(fd)
+
+    def _heed(self, text: str, fds: list[int]) -> None:
+        """Do what a message asks for; descriptors that are kept are taken out of `fds`."""
+        message = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+        name = message.get("FDNAME", "stored")
+        if message.get("FDSTOREREMOVE") == "1":
+            for stored in [stored for stored in self._stored if stored.name == name]:
+                self._stored.remove(stored)
+                os.close(stored.fd)
+        elif message.get("FDSTORE") == "1":
+            while fds and len(self._stored) < CAPACITY:
+                self._stored.append(_Stored(name, fds.pop(0)))
+            if fds:
+                self._log("warning", "descriptor not kept", name=name, reason=f"{CAPACITY} are kept already")
+        if message.get("READY") == "1":
+            self._ready = self._was_ready = True
+            self._ready_at = time.monotonic()
+            self._failures = 0
+            self._notify_upstream("READY=1")
+        if "STATUS" in message:
+            self._notify_upstream(f"STATUS={message['STATUS']}")
+
+    def _notify_upstream(self, state: str) -> None:
+        """Pass it on to whoever started us and wants to know."""
+        if not self._upstream:
+            return
+        address = "\0" + self._upstream[1:] if self._upstream.startswith("@") else self._upstream
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.connect(address)
+            sock.sendall(state.encode())
+
+    # -- the end --------------------------------------------------------------------
+
+    def _clean_up(self) -> None:
+        for stored in self._stored:
+            if stored.name == LISTENER:
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(stored.fd)) as listener:
+                    os.unlink(listener.getsockname())
+            os.close(stored.fd)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _log(self, level: str, event: str, **about: object) -> None:
+        """One line, as the worker's log has them; no library for what has to be up always."""
+        moment = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        if self._json:
+            record = {**about, "event": f"keeper: {event}", "level": level, "timestamp": moment}
+            line = json.dumps(record)
+        else:
+            details = " ".join(f"{key}={value}" for key, value in about.items())
+            line = f"{moment} [{level:<8}] keeper: {event:<25} {details}".rstrip()
+        with contextlib.suppress(OSError):
+            os.write(2, (line + "\n").encode())
+
+
+def _inherited() -> list[_Stored]:
+    """Sockets that a service manager started us with: every worker gets them."""
+    count = int(os.environ.get("LISTEN_FDS") or 0)
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+    if os.environ.get("LISTEN_PID") not in (None, str(os.getpid())):
+        return []
+    for fd in range(_FIRST_FD, _FIRST_FD + count):
+        os.set_inheritable(fd, False)
+    return [_Stored(names[i] if len(names) == count else "", _FIRST_FD + i) for i in range(count)]
+
+
+def _pause(failures: int) -> float:
+    """Seconds to wait after so many failures in a row."""
+    return min(_LAST_PAUSE, _FIRST_PAUSE * 2.0 ** (failures - 1)) if failures > 0 else 0.0
+
+
+def _become(command: list[str], environment: dict[str, str], fds: list[int]) -> None:
+    """Turn this child into a worker with `fds` from number 3 on."""
+    free = _FIRST_FD + len(fds)
+    aside = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, free) for fd in fds]
+    for number, fd in enumerate(aside, _FIRST_FD):
+        os.dup2(fd, number, inheritable=True)
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    environment["LISTEN_PID"] = str(os.getpid())
+    os.execvpe(command[0], command, environment)  # noqa: S606 - our own interpreter
+
+
+def main(arguments: list[str]) -> int:
+    """Keep brokers that are started with `arguments`."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    json_log = "--log-format=json" in arguments or ("--log-format", "json") in itertools.pairwise(arguments)
+    return Keeper([sys.executable, "-m", "teemate.broker.main", *arguments], json_log=json_log).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
