@@ -29,6 +29,7 @@ from teemate.broker.limits import Charge, Resource
 from teemate.broker.policy import CreateRule, EnclavePolicy, Rule
 from teemate.broker.programs import warden_program
 from teemate.broker.requests import Answer, Clients, Create, Destroy
+from teemate.broker.source import ImageSource
 from teemate.broker.warden import Warden, WardenError
 from teemate.broker.warden_protocol import SEGMENTS
 
@@ -69,11 +70,8 @@ class Administration:
             try:
                 sigstruct = _read_sigstruct(policy.sigstruct)
                 fd = os.open(policy.image, os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    backend = policy.backend if policy.backend != "auto" else service.backend
-                    await self._build(policy, backend, fd, sigstruct, None)
-                finally:
-                    os.close(fd)
+                backend = policy.backend if policy.backend != "auto" else service.backend
+                await self._make(policy, backend, ImageSource(fd, sigstruct, str(policy.image)), None)
             except (OSError, errors.Error, WardenError) as error:
                 self.not_built.add(policy.name)
                 service.log.warning(
@@ -84,13 +82,14 @@ class Administration:
 
     def create(self, client: Client, args: Create, image_fd: int) -> Awaitable[Answer]:
         """Build an enclave from the image that came; `image_fd` is ours."""
+        source = ImageSource(image_fd, args.sigstruct, f"sent by uid {client.identity.uid}")
         try:
             policy, rules = self._check_create(client, args)
         except BaseException:
-            os.close(image_fd)
+            source.close()
             raise
         self.building.add(args.name)
-        return self._create(client, args, image_fd, policy, rules)
+        return self._create(client, args, source, policy, rules)
 
     def _check_create(self, client: Client, args: Create) -> tuple[EnclavePolicy, list[CreateRule]]:
         """Who asks, and for what name: what can be refused before the image is looked at."""
@@ -105,6 +104,8 @@ class Administration:
         if policy.owner != identity.uid and not service.policy.administrators.includes(identity):
             rule = f"[[enclave]] {args.name} belongs to uid {policy.owner}, not to {identity.uid}"
             raise service.denied(client, "create", rule)
+        if service.lifecycle.emptied:
+            raise errors.Draining(f"{service.lifecycle.emptied}: `teemate undrain --all` ends that")
         if args.name in self.building:
             raise errors.Busy(f"enclave {args.name!r} is being built")
         if args.name in service.enclaves:
@@ -112,26 +113,33 @@ class Administration:
         return policy, rules
 
     async def _create(
-        self, client: Client, args: Create, image_fd: int, policy: EnclavePolicy, rules: list[CreateRule]
+        self,
+        client: Client,
+        args: Create,
+        source: ImageSource,
+        policy: EnclavePolicy,
+        rules: list[CreateRule],
     ) -> Answer:
         service = self._service
+        enclave: Enclave | None = None
         try:
             wanted = next(
                 (name for name in (args.backend, policy.backend) if name != "auto"), service.choice.wanted
             )
             backend = (await trio.to_thread.run_sync(choose_backend, wanted)).backend
-            facts = await trio.to_thread.run_sync(measure_image, image_fd, args.sigstruct)
+            facts = await trio.to_thread.run_sync(measure_image, source.fd, source.sigstruct)
             reasons = [reason for rule in rules if (reason := _refusal(rule, facts, args.debug))]
             if len(reasons) == len(rules):
                 raise service.denied(client, "create", "; ".join(reasons))
             charge = client.account.charge(Resource.PAGES, facts.pages)
+            policy = replace(policy, debug=args.debug, require_sdk=False)
             try:
-                policy = replace(policy, debug=args.debug, require_sdk=False)
-                enclave = await self._build(policy, backend, image_fd, args.sigstruct, charge)
+                enclave = await self._make(policy, backend, source, charge)
             except WardenError as error:
                 raise errors.ImageError(f"the enclave was built but does not start: {error}") from error
         finally:
-            os.close(image_fd)
+            if enclave is None:
+                source.close()
             self.building.discard(args.name)
         service.audit.changed(client.identity, client=client.number, operation="create", enclave=enclave.name)
         return Answer(enclave.info())
@@ -143,11 +151,37 @@ class Administration:
                 return policy
         return EnclavePolicy(name=name, owner=owner, start="create", attach=(Rule(uids=frozenset({owner})),))
 
-    async def _build(
-        self, policy: EnclavePolicy, backend: str, image_fd: int, sigstruct: bytes, charge: Charge | None
+    async def _make(
+        self, policy: EnclavePolicy, backend: str, source: ImageSource, charge: Charge | None
+    ) -> Enclave:
+        """Build an enclave and open it to clients; takes `source` and `charge` over, also when it fails."""
+        try:
+            enclave = await self.build(policy, backend, source, charge)
+        except BaseException:
+            source.close()
+            raise
+        enclave.source = source
+        self.open(enclave)
+        return enclave
+
+    def open(self, enclave: Enclave) -> None:
+        """Let clients attach, unless it is drained: from now on it is the enclave of its name."""
+        enclave.state = EnclaveState.DRAINING if enclave.drained else EnclaveState.READY
+        enclave.reason = enclave.drained
+        self._service.enclaves[enclave.name] = enclave
+
+    async def build(
+        self,
+        policy: EnclavePolicy,
+        backend: str,
+        source: ImageSource,
+        charge: Charge | None,
+        *,
+        generation: int = 1,
     ) -> Enclave:
         """Build, start the warden, arm all slots; takes `charge` over, also when it fails."""
         service = self._service
+        image_fd, sigstruct = source.fd, source.sigstruct
         base: int | None = None
         enclave: Enclave | None = None
         with contextlib.ExitStack() as undo:
@@ -163,7 +197,7 @@ class Administration:
                     image_fd, sigstruct, backend=backend, base=base or 0, debug=policy.debug
                 )
             )
-            enclave = Enclave(policy, backend, built, charge)
+            enclave = Enclave(policy, backend, built, charge, generation=generation)
             undo.pop_all()
         if backend == "sgx":
             others = sum(other.built.pages for other in service.enclaves.values() if other.backend == "sgx")
@@ -180,14 +214,12 @@ class Administration:
             for index in enclave.slots.slots:
                 await service.reclaimer.arm(enclave, index)
         except BaseException:
-            await self._take_down(enclave)
+            await self.take_down(enclave)
             raise
-        enclave.state = EnclaveState.READY
-        service.enclaves[enclave.name] = enclave
         service.log.info(
-            "enclave built", enclave=enclave.name, mrenclave=built.mrenclave.hex(), backend=backend,
-            base=hex(built.base), size=built.size, pages=built.pages, slots=len(enclave.slots.slots),
-            sdk=built.sdk, debug=built.debug,
+            "enclave built", enclave=enclave.name, generation=generation,
+            mrenclave=built.mrenclave.hex(), backend=backend, base=hex(built.base), size=built.size,
+            pages=built.pages, slots=len(enclave.slots.slots), sdk=built.sdk, debug=built.debug,
         )  # fmt: skip
         return enclave
 
@@ -205,7 +237,7 @@ class Administration:
                 f"{len(enclave.grants)} grants on enclave {enclave.name!r} are held: force revokes them",
                 {"grants": len(enclave.grants)},
             )
-        if enclave.state is EnclaveState.DRAINING:
+        if enclave.ending:
             raise errors.Draining(f"enclave {enclave.name!r} is being destroyed already")
         return self._destroy(client, enclave)
 
@@ -222,11 +254,12 @@ class Administration:
             )
             service.tell_lost(enclave)  # who has not given it up by now only keeps the memory
             del service.enclaves[enclave.name]
-            await self._take_down(enclave)
+            await self.take_down(enclave)
             service.audit.changed(
                 client.identity, client=client.number, operation="destroy", enclave=enclave.name
             )
 
+        enclave.ending = True
         enclave.state = EnclaveState.DRAINING
         enclave.reason = "being destroyed"
         service.reclaimer.refuse(
@@ -235,7 +268,8 @@ class Administration:
         await service.revocation.finish_in_background(run)
         return Answer({"revoked": revoked})
 
-    async def _take_down(self, enclave: Enclave) -> None:
+    async def take_down(self, enclave: Enclave) -> None:
+        """End the warden and close what the broker has of the enclave."""
         enclave.state = EnclaveState.LOST
         if enclave.warden is not None:
             with trio.CancelScope(shield=True):
@@ -246,9 +280,11 @@ class Administration:
 
     async def close(self) -> None:
         """The broker ends: end every warden; clients keep what they mapped."""
-        for enclave in self._service.enclaves.values():
-            await self._take_down(enclave)
-        self._service.enclaves.clear()
+        service = self._service
+        for enclave in [*service.enclaves.values(), *service.generations.retired]:
+            await self.take_down(enclave)
+        service.enclaves.clear()
+        service.lifecycle.close()
 
     # -- looking -----------------------------------------------------------------
 

@@ -13,12 +13,15 @@ import struct
 from dataclasses import dataclass
 from typing import Any, final
 
+import trio
+
 from teemate import errors, wire
 from teemate._native import ffi, lib
 from teemate.broker.control import ControlKey, SlotKey
 from teemate.broker.limits import Charge
 from teemate.broker.policy import EnclavePolicy
 from teemate.broker.slots import SlotStatistics, SlotTable
+from teemate.broker.source import ImageSource
 from teemate.broker.warden import Geometry, Warden, WardenStatistics
 
 __all__ = [
@@ -231,6 +234,7 @@ class EnclaveStatistics:
     """One enclave at this moment."""
 
     name: str
+    generation: int
     state: str
     clients: int
     grants: int
@@ -244,8 +248,27 @@ class EnclaveStatistics:
 class Enclave:
     """One finished enclave: its descriptors, keys, slots and warden."""
 
-    def __init__(self, policy: EnclavePolicy, backend: str, built: Built, charge: Charge | None) -> None:
+    def __init__(
+        self,
+        policy: EnclavePolicy,
+        backend: str,
+        built: Built,
+        charge: Charge | None,
+        *,
+        generation: int = 1,
+    ) -> None:
         self.policy = policy
+        self.generation = generation
+        self.source: ImageSource | None = None
+        """For the next generation; it is closed with the enclave."""
+        self.ending = False
+        """Whether it is being destroyed: no way back to `ready` from there."""
+        self.drained = ""
+        """Why an administrator has it drained; its next generation is drained as well."""
+        self.lost_first_seen_by: dict[str, int] = {}
+        """Client, pid, uid and grant whose slot came back when the warden found the memory gone."""
+        self.changed = trio.lowlevel.ParkingLot()
+        """Woken when a grant has ended, or the warden is done with a slot: see :meth:`wait_unused`."""
         self.name = policy.name
         self.backend = backend
         self.built = built
@@ -262,10 +285,10 @@ class Enclave:
         self.warden: Warden | None = None
         self.attaches = 0
         self.recycled = 0
-        self._charge = charge
+        self.charge = charge
         self.fixed_info: dict[str, object] = {
             "name": self.name,
-            "generation": 1,
+            "generation": generation,
             "backend": backend,
             "isolation": "gate" if built.sdk else "none",
             "mrenclave": built.mrenclave,
@@ -320,14 +343,27 @@ class Enclave:
         """Close the descriptors; clients that mapped the enclave keep it alive until they end."""
         os.close(self.built.fd)
         os.close(self.built.arena)
-        if self._charge is not None:
-            self._charge.release()
-            self._charge = None
+        if self.source is not None:
+            self.source.close()
+        if self.charge is not None:
+            self.charge.release()
+            self.charge = None
+
+    async def wait_unused(self) -> None:
+        """Return when no grant is left, and no slot that somebody may still use or the warden works on."""
+        while self.grants or self.slots.in_use or (self.slots.arming and self.state is not EnclaveState.LOST):
+            await self.changed.park()
+
+    async def wait_ungranted(self) -> None:
+        """Return when no grant is left."""
+        while self.grants:
+            await self.changed.park()
 
     def statistics(self) -> EnclaveStatistics:
         """This enclave at this moment."""
         return EnclaveStatistics(
             name=self.name,
+            generation=self.generation,
             state=self.state.value,
             clients=sum(self.clients_by_uid.values()),
             grants=len(self.grants),

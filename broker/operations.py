@@ -21,11 +21,13 @@ from teemate.broker.requests import (
     Create,
     Destroy,
     Detach,
+    Drain,
     Hello,
     Nothing,
     Release,
     Result,
     Revoke,
+    Undrain,
 )
 
 if TYPE_CHECKING:
@@ -167,6 +169,18 @@ def create(client: Client, args: Create, fds: tuple[int, ...]) -> Result:
 def destroy(client: Client, args: Destroy, _fds: tuple[int, ...]) -> Result:
     """End an enclave; its owner may, and administrators."""
     return client.service.destroy(client, args)
+
+
+@method("drain", Drain.parse)
+def drain(client: Client, args: Drain, _fds: tuple[int, ...]) -> Result:
+    """No new grants, and wait for the old ones; the enclave's owner may, and administrators."""
+    return client.service.drain(client, args)
+
+
+@method("undrain", Undrain.parse)
+def undrain(client: Client, args: Undrain, _fds: tuple[int, ...]) -> Result:
+    """Take drained enclaves into use again; the enclave's owner may, and administrators."""
+    return client.service.undrain(client, args)
 
 
 @method("revoke", Revoke.parse, administrators=True)

@@ -75,6 +75,11 @@ class EnclavePolicy:
     """The same on real hardware (``share_between_owners = "unfenced"``)."""
     revoke_grace: float = 5.0
     revoke_kill: bool = False
+    rebuild_limit: int = 5
+    """How many next generations may be built within `rebuild_window` seconds; 0: none."""
+    rebuild_window: float = 3600.0
+    rebuild_pause: float = 1.0
+    """Seconds before the second one; before each further one twice as many as before the last."""
 
     def missing_for_attach(
         self, identity: Identity, tree: CgroupTree, *, backend: str, debug: bool
@@ -251,6 +256,9 @@ def _enclave(table: Table, base: Path, default_owner: int) -> EnclavePolicy:
         share_sgx=unfenced,
         revoke_grace=table.number("revoke_grace", 5.0, 0.0, 3600.0),
         revoke_kill=table.flag("revoke_kill", False),
+        rebuild_limit=table.whole("rebuild_limit", 5, 0, 1000),
+        rebuild_window=table.number("rebuild_window", 3600.0, 1.0, 2592000.0),
+        rebuild_pause=table.number("rebuild_pause", 1.0, 0.0, 3600.0),
     )
     if (policy.share_sim or policy.share_sgx) and policy.debug:
         raise table.error(

@@ -36,11 +36,11 @@ class Reclaimer:
     """Moves slots from their holders back into the tables."""
 
     def __init__(
-        self, processes: Processes, log: FilteringBoundLogger, on_lost: Callable[[Enclave], None]
+        self, processes: Processes, log: FilteringBoundLogger, on_unusable: Callable[[Enclave], None]
     ) -> None:
         self._processes = processes
         self._log = log
-        self._on_lost = on_lost
+        self._on_unusable = on_unusable
         self._nursery: trio.Nursery | None = None
         self.waiters: dict[Ticket, Waiter] = {}
         self.left_behind: dict[int, list[Grant]] = {}
@@ -109,7 +109,7 @@ class Reclaimer:
     async def clear(self, enclave: Enclave, index: int, generation: int) -> SlotWord | None:
         """Take the slot's key away; returns what the slot was doing, None when nobody could tell."""
         warden = enclave.warden
-        if warden is None:
+        if warden is None or enclave.state is EnclaveState.LOST:
             return None
         try:
             reply = await warden.control(ControlOp.CLEAR, index, generation=generation)
@@ -127,10 +127,12 @@ class Reclaimer:
     async def _recycle(self, grant: Grant, index: int, dead: bool) -> None:
         enclave = grant.enclave
         try:
+            if enclave.state is EnclaveState.LOST:
+                return  # its slots went with it
             await self._scrub(enclave, index, dead)
             await self.arm(enclave, index)
         except EnclaveGoneError as error:
-            self.lose(enclave, str(error))  # with all of its slots: none is better or worse than another
+            self.lose(enclave, str(error), grant)
         except Exception as error:
             if isinstance(error, EnclaveBrokenError):
                 self.give_up(enclave, str(error))
@@ -146,6 +148,7 @@ class Reclaimer:
         finally:
             grant.in_reclaim -= 1
             grant.settle()
+            enclave.changed.unpark_all()
 
     async def _scrub(self, enclave: Enclave, index: int, dead: bool) -> None:
         warden = enclave.warden
@@ -204,18 +207,33 @@ class Reclaimer:
                 {"limit": "slots of the image", "maximum": enclave.slots.usable},
             ),
         )
+        if not enclave.slots.usable:
+            self.give_up(enclave, "none of its slots is left: all are in quarantine")
 
-    def lose(self, enclave: Enclave, reason: str) -> None:
-        """The enclave's memory is gone: nobody new gets in, and who is in is told."""
-        if enclave.state in (EnclaveState.LOST, EnclaveState.DRAINING):
+    def lose(self, enclave: Enclave, reason: str, grant: Grant | None = None) -> None:
+        """The enclave's memory is gone: nobody new gets in, and who is in is told.
+
+        `grant` is the one whose slot came back when the warden's own entry failed: mostly of the client
+        that was the first to meet the loss, which makes it no culprit.
+        """
+        if enclave.state is EnclaveState.LOST or enclave.ending:
             return
         enclave.state = EnclaveState.LOST
         enclave.reason = reason
-        self._log.warning("enclave lost", enclave=enclave.name, reason=reason)
+        met = {}
+        if grant is not None:
+            identity = grant.client.identity
+            met = {"client": grant.client.number, "pid": identity.pid, "uid": identity.uid}
+            met["grant"] = grant.number
+        enclave.lost_first_seen_by = met
+        self._log.warning(
+            "enclave lost", enclave=enclave.name, generation=enclave.generation, reason=reason,
+            **{f"first_seen_by_{key}": value for key, value in met.items()},
+        )  # fmt: skip
         self.refuse(
             enclave.slots.waiting(), errors.EnclaveLost(f"enclave {enclave.name!r} is lost: {reason}")
         )
-        self._on_lost(enclave)
+        self._on_unusable(enclave)
 
     def give_up(self, enclave: Enclave, reason: str) -> None:
         """No warden can be had for the enclave: nobody new gets in."""
@@ -225,6 +243,7 @@ class Reclaimer:
             self._log.warning("enclave quarantined", enclave=enclave.name, reason=reason)
             lost = errors.EnclaveLost(f"enclave {enclave.name!r} is out of use: {reason}")
             self.refuse(enclave.slots.waiting(), lost)
+            self._on_unusable(enclave)
 
 
 def _require(reply: WardenReply, what: str) -> None:

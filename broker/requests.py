@@ -23,12 +23,14 @@ __all__ = [
     "Create",
     "Destroy",
     "Detach",
+    "Drain",
     "Hello",
     "Nothing",
     "Release",
     "Request",
     "Result",
     "Revoke",
+    "Undrain",
     "parse_request",
 ]
 
@@ -300,6 +302,45 @@ class Destroy:
     def parse(cls, untrusted: Arguments) -> Destroy:
         """Check and convert."""
         return cls(untrusted.name("enclave"), untrusted.flag("force"))
+
+
+def _one_or_all(untrusted: Arguments) -> str | None:
+    """Return the enclave that is meant, None for `all`; exactly one of the two is given."""
+    if untrusted.flag("all") == untrusted.has("enclave"):
+        raise errors.ProtocolError("drain and undrain: give either enclave, or all = true")
+    return untrusted.name("enclave") if untrusted.has("enclave") else None
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Arguments of `drain`; `enclave` is None for all of the host's."""
+
+    enclave: str | None
+    deadline: float | None
+    force: bool
+    reason: str
+
+    @classmethod
+    def parse(cls, untrusted: Arguments) -> Drain:
+        """Check and convert."""
+        return cls(
+            enclave=_one_or_all(untrusted),
+            deadline=untrusted.seconds("deadline"),
+            force=untrusted.flag("force"),
+            reason=untrusted.text("reason", 256),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Undrain:
+    """Arguments of `undrain`; `enclave` is None for all of the host's."""
+
+    enclave: str | None
+
+    @classmethod
+    def parse(cls, untrusted: Arguments) -> Undrain:
+        """Check and convert."""
+        return cls(_one_or_all(untrusted))
 
 
 @dataclass(frozen=True, slots=True)

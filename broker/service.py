@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import trio
@@ -22,8 +22,10 @@ from teemate.broker.administration import Administration
 from teemate.broker.audit import Audit
 from teemate.broker.cgroups import find_tree
 from teemate.broker.enclaves import Enclave, EnclaveState
+from teemate.broker.generations import Generations
 from teemate.broker.grants import Grant, Waiter
 from teemate.broker.identity import principal
+from teemate.broker.lifecycle import Lifecycle
 from teemate.broker.limits import Charge, Ledger, Resource
 from teemate.broker.policy import EnclavePolicy, Policy
 from teemate.broker.processes import Processes
@@ -78,8 +80,10 @@ class Service:
         self.cgroup_tree = find_tree(policy.broker.cgroup_hierarchy)
         self.addresses = Addresses()
         self.processes = Processes()
-        self.reclaimer = Reclaimer(self.processes, log, self.tell_lost)
+        self.reclaimer = Reclaimer(self.processes, log, self._unusable)
         self.administration = Administration(self)
+        self.generations = Generations(self)
+        self.lifecycle = Lifecycle(self)
         self.revocation = Revocation(self)
         self.clients: dict[int, Client] = {}
         self.enclaves: dict[str, Enclave] = {}
@@ -146,17 +150,32 @@ class Service:
         enclave = self.enclaves.get(name)
         if enclave is None and name in self.administration.building:
             raise errors.Busy(f"enclave {name!r} is still being built: try again")
+        if enclave is None and self.lifecycle.stored(name):
+            raise errors.Draining(
+                f"enclave {name!r} was taken down to empty the host: `teemate undrain --all` brings it back"
+            )
         if enclave is None and name in self.administration.not_built:
             raise errors.NotFound(f"enclave {name!r} could not be built: the broker's log has the reason")
         if enclave is None:
             raise errors.NotFound(f"there is no enclave {name!r}: `teemate status` lists those that are")
         return enclave
 
+    def _unusable(self, enclave: Enclave) -> None:
+        """Nobody new gets into the enclave any more: who holds a lost one is told, and it is built again."""
+        if enclave.state is EnclaveState.LOST:
+            self.tell_lost(enclave)
+        self.generations.replace(enclave)
+
     def tell_lost(self, enclave: Enclave) -> None:
         """Send every holder of a grant on the enclave the event that it is gone."""
         for number in enclave.grants:
             grant = self.grants[number]
             grant.client.send({"event": "lost", "grant": number, "enclave": enclave.name})
+
+    def tell_holders(self, enclave: Enclave, event: str) -> None:
+        """Send every connection that holds a grant on the enclave an event about all of it, once each."""
+        for client in {self.grants[number].client for number in enclave.grants}:
+            client.send({"event": event, "enclave": enclave.name, "generation": enclave.generation})
 
     def list_enclaves(self, client: Client) -> list[dict[str, object]]:
         """Return what the client may attach to, owns, or administers."""
@@ -182,6 +201,9 @@ class Service:
         missing = self._missing_rule(client, enclave)
         if missing is not None:
             raise self.denied(client, "attach", missing)
+        rebuilt = self.generations.pending(enclave.name)
+        if rebuilt is not None:
+            return self._attach_when_rebuilt(client, args, enclave, rebuilt)
         self._require_ready(enclave)
         policy = enclave.policy
         uid = client.identity.uid
@@ -210,6 +232,23 @@ class Service:
         if ticket.slots is not None:
             return self._attached(grant, ticket.slots)
         return self._attach_later(grant, ticket, args.wait)
+
+    async def _attach_when_rebuilt(
+        self, client: Client, args: requests.Attach, enclave: Enclave, rebuilt: trio.Event
+    ) -> Answer:
+        """Wait for the next generation as for slots, then attach to it."""
+        longest = enclave.policy.wait if args.wait is None else min(args.wait, enclave.policy.wait)
+        started = trio.current_time()
+        with trio.move_on_after(longest):
+            await rebuilt.wait()
+        if not rebuilt.is_set():
+            raise errors.EnclaveLost(
+                f"enclave {enclave.name!r} is {enclave.state.value}: {enclave.reason}; its next generation"
+                f" was not there within {longest:g} s, which [[enclave]] wait bounds: attach again later"
+            )
+        left = max(0.0, longest - (trio.current_time() - started))
+        result = self.attach(client, replace(args, wait=left))
+        return result if isinstance(result, Answer) else await result
 
     async def _attach_later(self, grant: Grant, ticket: Ticket, wait: float | None) -> Answer:
         try:
@@ -254,7 +293,7 @@ class Service:
     def _require_ready(enclave: Enclave) -> None:
         name, state = enclave.name, enclave.state
         if state is EnclaveState.DRAINING:
-            raise errors.Draining(f"enclave {name!r} takes no new clients")
+            raise errors.Draining(f"enclave {name!r} takes no new clients: {enclave.reason}")
         if state is not EnclaveState.READY:
             raise errors.EnclaveLost(f"enclave {name!r} is {state.value}: {enclave.reason}")
 
@@ -436,6 +475,7 @@ class Service:
                 del enclave.clients_by_uid[uid]
         grant.charge.release()
         grant.settle()
+        enclave.changed.unpark_all()
         self.audit.ended(
             client.identity, client=client.number, enclave=enclave.name, grant=grant.number, why=why
         )
@@ -449,6 +489,14 @@ class Service:
     def destroy(self, client: Client, args: requests.Destroy) -> requests.Result:
         """See :class:`Administration`."""
         return self.administration.destroy(client, args)
+
+    def drain(self, client: Client, args: requests.Drain) -> requests.Result:
+        """See :class:`Lifecycle`."""
+        return self.lifecycle.drain(client, args)
+
+    def undrain(self, client: Client, args: requests.Undrain) -> requests.Result:
+        """See :class:`Lifecycle`."""
+        return self.lifecycle.undrain(client, args)
 
     def revoke(self, client: Client, args: requests.Revoke) -> requests.Result:
         """See :class:`Revocation`."""
@@ -471,6 +519,8 @@ class Service:
             "processes": asdict(self.processes.statistics()),
             "users": [asdict(account) for account in self.ledger.statistics().accounts],
             "enclaves": [asdict(enclave.statistics()) for enclave in self.enclaves.values()],
+            "generations": asdict(self.generations.statistics()),
+            "lifecycle": asdict(self.lifecycle.statistics()),
         }
         return Answer({"stats": parts})
 

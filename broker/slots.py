@@ -106,6 +106,16 @@ class SlotTable:
         """Slots that are not quarantined: more can never be had at once."""
         return len(self.slots) - self._counts[SlotState.QUARANTINED]
 
+    @property
+    def in_use(self) -> int:
+        """Slots that somebody has, or may still use though they were taken back."""
+        return self._counts[SlotState.ASSIGNED] + self._counts[SlotState.WITHHELD]
+
+    @property
+    def arming(self) -> int:
+        """Slots that the warden works on."""
+        return self._counts[SlotState.ARMING]
+
     # -- asking ----------------------------------------------------------------
 
     def request(self, uid: int, grant: int, count: int) -> Ticket:

@@ -52,12 +52,14 @@ if TYPE_CHECKING:
     from teemate._trio import AsyncBroker, AsyncEnclave, AsyncSlot, open_broker
     from teemate._types import (
         ClientInfo,
+        Drained,
         EnclaveInfo,
         EnclaveStatistics,
         Exit,
         GrantInfo,
         Revocation,
         SlotCounts,
+        Undrained,
     )
 
 __all__ = [
@@ -72,6 +74,7 @@ __all__ = [
     "ClientInfo",
     "ConnectionLost",
     "Denied",
+    "Drained",
     "Draining",
     "Enclave",
     "EnclaveFault",
@@ -92,6 +95,7 @@ __all__ = [
     "Revoked",
     "Slot",
     "SlotCounts",
+    "Undrained",
     "Unsupported",
     "connect",
     "create_enclave",
@@ -104,6 +108,7 @@ _LATE = {
     "AsyncSlot": "_trio",
     "Broker": "_broker",
     "ClientInfo": "_types",
+    "Drained": "_types",
     "Enclave": "_enclave",
     "EnclaveInfo": "_types",
     "EnclaveStatistics": "_types",
@@ -113,6 +118,7 @@ _LATE = {
     "Revocation": "_types",
     "Slot": "_slot",
     "SlotCounts": "_types",
+    "Undrained": "_types",
     "connect": "_broker",
     "create_enclave": "_private",
     "open_broker": "_trio",

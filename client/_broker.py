@@ -11,7 +11,7 @@ from teemate._enclave import Enclave, map_enclave, new_handle
 from teemate._faults import native_error, new_diag
 from teemate._grant import WAIT, GrantedEnclave
 from teemate._native import ffi, lib
-from teemate._types import ClientInfo, EnclaveInfo, Revocation, SlotGrant
+from teemate._types import ClientInfo, Drained, EnclaveInfo, Revocation, SlotGrant, Undrained
 from teemate.errors import ImageError, ProtocolError
 from teemate.wire import close_all
 
@@ -23,6 +23,9 @@ __all__ = ["Broker", "connect"]
 _SEGMENTS = ffi.typeof("struct teemate_segment[]")
 _open = lib.teemate_open
 _map_arena = lib.teemate_map_arena
+DRAIN_DEADLINE = 30.0
+FORCE_WAIT = 60.0
+"""Seconds that revoking what is left after a deadline may take."""
 _BACKENDS = {"sim": lib.TEEMATE_SIM, "sgx": lib.TEEMATE_SGX}
 
 
@@ -232,6 +235,35 @@ class Broker:
         """Destroy an enclave; `force` revokes what is attached first.  Returns how many grants that were."""
         return int(self._request("destroy", {"enclave": name, "force": force}, wait=60.0)["revoked"])
 
+    def drain(
+        self,
+        name: str | None = None,
+        *,
+        deadline: float = DRAIN_DEADLINE,
+        force: bool = False,
+        reason: str | None = None,
+    ) -> list[Drained]:
+        """Give out no new grants on an enclave, and wait up to `deadline` seconds for the old ones to end.
+
+        `name` None empties the host: all enclaves are drained, and taken down where nobody holds them
+        any more.  `force` revokes what is held at the deadline; without it the answer says how much that
+        is.  The enclaves stay drained until :meth:`undrain`.
+        """
+        args: dict[str, object] = {"deadline": deadline, "force": force}
+        args |= {"all": True} if name is None else {"enclave": name}
+        if reason is not None:
+            args["reason"] = reason
+        ok = self._request("drain", args, wait=deadline + FORCE_WAIT)
+        return [Drained.parse(drained) for drained in ok["enclaves"]]
+
+    def undrain(self, name: str | None = None) -> Undrained:
+        """Take a drained enclave into use again; None: all, and build again what was taken down."""
+        args: dict[str, object] = {"all": True} if name is None else {"enclave": name}
+        ok = self._request("undrain", args, wait=300.0)
+        return Undrained(
+            tuple(ok["enclaves"]), {failed["enclave"]: failed["reason"] for failed in ok["failed"]}
+        )
+
     def revoke(
         self,
         *,
@@ -283,10 +315,11 @@ class Broker:
     def _event(self, event: Mapping[str, Any]) -> None:
         """Handle an event, in whichever thread reads the socket."""
         kind = event["event"]
-        if kind == "draining":
+        if kind in ("draining", "ready"):
             for enclave in list(self._grants.values()):
-                if enclave.name == event["enclave"]:
-                    enclave.draining = True
+                generation = event.get("generation", enclave.info.generation)
+                if (enclave.name, enclave.info.generation) == (event["enclave"], generation):
+                    enclave.draining = kind == "draining"
             return
         granted = self._grants.get(event.get("grant", -1))
         if granted is None:

@@ -14,11 +14,19 @@ from typing import Any, TypeVar
 
 import trio
 
-from teemate._broker import Broker, connect
+from teemate._broker import DRAIN_DEADLINE, Broker, connect
 from teemate._enclave import SLOT_WAIT
 from teemate._grant import WAIT, GrantedEnclave
 from teemate._slot import MAX_REPLY, OcallHandler, Slot
-from teemate._types import ClientInfo, EnclaveInfo, EnclaveStatistics, Exit, Revocation
+from teemate._types import (
+    ClientInfo,
+    Drained,
+    EnclaveInfo,
+    EnclaveStatistics,
+    Exit,
+    Revocation,
+    Undrained,
+)
 
 __all__ = ["AsyncBroker", "AsyncEnclave", "AsyncSlot", "open_broker"]
 
@@ -209,6 +217,24 @@ class AsyncBroker:
     async def destroy(self, name: str, *, force: bool = False) -> int:
         """Destroy an enclave: :meth:`teemate.Broker.destroy`."""
         return await _in_thread(self._limiter, lambda: self.sync.destroy(name, force=force))
+
+    async def drain(
+        self,
+        name: str | None = None,
+        *,
+        deadline: float = DRAIN_DEADLINE,
+        force: bool = False,
+        reason: str | None = None,
+    ) -> list[Drained]:
+        """Wait for the holders of an enclave to leave: :meth:`teemate.Broker.drain`."""
+        return await _in_thread(
+            self._limiter,
+            lambda: self.sync.drain(name, deadline=deadline, force=force, reason=reason),
+        )
+
+    async def undrain(self, name: str | None = None) -> Undrained:
+        """Take drained enclaves into use again: :meth:`teemate.Broker.undrain`."""
+        return await _in_thread(self._limiter, lambda: self.sync.undrain(name))
 
     async def revoke(
         self,

@@ -13,6 +13,7 @@ from teemate.errors import ProtocolError
 
 __all__ = [
     "ClientInfo",
+    "Drained",
     "EnclaveInfo",
     "EnclaveStatistics",
     "Exit",
@@ -21,6 +22,7 @@ __all__ = [
     "Segment",
     "SlotCounts",
     "SlotGrant",
+    "Undrained",
 ]
 
 
@@ -194,6 +196,42 @@ class Revocation(NamedTuple):
     """Slots that are never handed out again, since a call was left in them."""
     leaked: int
     """Slots whose holder neither ended nor acknowledged that it unmapped them."""
+
+
+class Drained(NamedTuple):
+    """How far the draining of one enclave came until its deadline."""
+
+    enclave: str
+    held: int
+    """Grants that were held when it began."""
+    revoked: int
+    """Of those, how many were taken back at the deadline."""
+    left: int
+    """Of those, how many are held still."""
+    leaked: int
+    """Slots of revoked grants that their holders can still map."""
+    emptied: bool
+    """Whether the enclave was taken down, when the whole host was drained."""
+
+    @classmethod
+    def parse(cls, untrusted: Mapping[str, Any]) -> Drained:
+        """Parse the broker's ``drained``."""
+        return cls(
+            untrusted["enclave"],
+            untrusted["held"],
+            untrusted["revoked"],
+            untrusted["left"],
+            untrusted["leaked"],
+            untrusted.get("emptied", False),
+        )
+
+
+class Undrained(NamedTuple):
+    """What is in use again, and what could not be built again."""
+
+    enclaves: tuple[str, ...]
+    failed: dict[str, str]
+    """Names with the reason; they stay as they were, for another try."""
 
 
 class EnclaveStatistics(NamedTuple):

@@ -27,6 +27,8 @@ OK_RULES = {
     "ping": "empty-ok",
     "create": "create-ok",
     "destroy": "destroy-ok",
+    "drain": "drain-ok",
+    "undrain": "undrain-ok",
     "revoke": "revoke-ok",
     "clients": "clients-ok",
     "stats": "stats-ok",

@@ -2,7 +2,7 @@
 
 Exit statuses: 0 done; 1 failed, for a reason that is none of the following; 2 wrong usage;
 3 the image, its signature or key is bad; 4 not allowed; 5 no broker, or the connection
-broke; 6 busy, or a limit was met; 130 interrupted.
+broke; 6 busy, or a limit was met; 7 drained only in part; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "status": ("teemate.cli.status:status", "Show the broker's enclaves, their slots and clients."),
     "call": ("teemate.cli.call:call", "Do one call into an enclave."),
     "revoke": ("teemate.cli.revoke:revoke", "Take grants back."),
+    "drain": ("teemate.cli.drain:drain", "Give out no new grants, and wait for the old ones to end."),
+    "undrain": ("teemate.cli.drain:undrain", "Take drained enclaves into use again."),
+    "destroy": ("teemate.cli.drain:destroy", "End an enclave."),
     "image": ("teemate.cli.image:image", "Build, sign, verify and look at enclave images."),
     "enclave": ("teemate.cli.enclave:enclave", "Start writing an enclave of your own."),
 }

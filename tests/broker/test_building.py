@@ -43,7 +43,7 @@ async def test_an_enclave_that_starts_with_the_broker_is_busy_until_it_is_there(
                 ask()
             told.append(busy.value)
 
-    monkeypatch.setattr(Administration, "_build", build)
+    monkeypatch.setattr(Administration, "_make", build)
     await service.administration.start_boot_enclaves()
     assert len(told) == 2
     assert not service.administration.building

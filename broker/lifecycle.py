@@ -1,0 +1,264 @@
+"""Draining: no new grants, wait for the old ones; of one enclave, or of the whole host.
+
+`drain` takes the enclave out of use for who comes new, tells who is there, and waits until they have
+left, at most for a deadline.  What is left then is said, or revoked when `force` is given; the
+enclave stays drained either way, until `undrain`.
+
+With `all` the host is emptied: every enclave is drained, and those that nobody holds any more are taken
+down, so that the number of open SGX files falls to 0 (microcode is updated only then).  Their images
+are kept, and `undrain` with `all` builds each again: the same image, the next generation.  While the
+host is empty no enclave is created.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+import trio
+
+from teemate import errors
+from teemate.broker.enclaves import Enclave, EnclaveState
+from teemate.broker.limits import Charge
+from teemate.broker.policy import EnclavePolicy
+from teemate.broker.requests import Answer, Drain, Undrain
+from teemate.broker.source import ImageSource
+from teemate.broker.warden import WardenError
+
+if TYPE_CHECKING:
+    from teemate.broker.clients import Client
+    from teemate.broker.service import Service
+
+__all__ = ["Lifecycle", "LifecycleStatistics"]
+
+DEADLINE = 30.0
+"""Seconds that the holders get unless the request says otherwise."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """An enclave that was taken down to empty the host; it owns source and charge."""
+
+    policy: EnclavePolicy
+    backend: str
+    source: ImageSource
+    charge: Charge | None
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LifecycleStatistics:
+    """Enclaves that are drained, and those that were taken down to empty the host."""
+
+    draining: int
+    stored: int
+
+
+@final
+class Lifecycle:
+    """The operations `drain` and `undrain`."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._stored: dict[str, _Stored] = {}
+        self.emptied = ""
+        """Why no enclave is made: the host is being emptied, or is empty."""
+
+    def stored(self, name: str) -> bool:
+        """Whether an enclave of that name comes back when the host is filled again."""
+        return name in self._stored
+
+    # -- draining ------------------------------------------------------------------
+
+    def drain(self, client: Client, args: Drain) -> Awaitable[Answer]:
+        """Take enclaves out of use; the request may end before the draining does."""
+        service = self._service
+        if args.enclave is None:
+            service.require_administrator(client, "drain all")
+            enclaves = [enclave for enclave in service.enclaves.values() if not enclave.ending]
+            self.emptied = f"the host is being emptied by uid {client.identity.uid}"
+        else:
+            enclaves = [self._owned(client, args.enclave, "drain")]
+        return self._drain(client, args, enclaves)
+
+    def _owned(self, client: Client, name: str, operation: str) -> Enclave:
+        """Return an enclave that the client owns or may administer, and that is not being destroyed."""
+        service = self._service
+        enclave = service.enclaves.get(name)
+        if enclave is None or enclave.policy.owner != client.identity.uid:
+            service.require_administrator(client, operation)
+        enclave = service.enclave(name)
+        if enclave.ending:
+            raise errors.Draining(f"enclave {name!r} is being destroyed")
+        return enclave
+
+    async def _drain(self, client: Client, args: Drain, enclaves: list[Enclave]) -> Answer:
+        service = self._service
+        by = f"uid {client.identity.uid}"
+        told: list[dict[str, object]] = []
+
+        async def one(enclave: Enclave, deadline: float) -> None:
+            info = await self._drain_one(enclave, deadline, args.force, by)
+            if args.enclave is None:
+                info["emptied"] = await self._store(enclave)
+            told.append(info)
+
+        async def run() -> None:
+            deadline = trio.current_time() + (DEADLINE if args.deadline is None else args.deadline)
+            for enclave in enclaves:
+                self._begin(enclave, f"drained by {by}" + (f": {args.reason}" if args.reason else ""))
+                service.audit.changed(
+                    client.identity, client=client.number, operation="drain", enclave=enclave.name
+                )
+            async with trio.open_nursery() as nursery:
+                for enclave in enclaves:
+                    nursery.start_soon(one, enclave, deadline)
+
+        await service.revocation.finish_in_background(run)
+        return Answer({"enclaves": sorted(told, key=lambda info: str(info["enclave"]))})
+
+    def _begin(self, enclave: Enclave, reason: str) -> None:
+        """No new grants from here on; who waits for slots hears at once that none will come."""
+        first = not enclave.drained
+        enclave.drained = reason
+        if enclave.state in (EnclaveState.READY, EnclaveState.DRAINING):
+            enclave.state = EnclaveState.DRAINING
+            enclave.reason = reason
+        refusal = errors.Draining(f"enclave {enclave.name!r} takes no new clients: {reason}")
+        self._service.reclaimer.refuse(enclave.slots.waiting(), refusal)
+        if first:
+            self._service.tell_holders(enclave, "draining")
+
+    async def _drain_one(
+        self, enclave: Enclave, deadline: float, force: bool, by: str
+    ) -> dict[str, object]:
+        service = self._service
+        held = len(enclave.grants)
+        with trio.move_on_at(deadline):
+            await enclave.wait_ungranted()
+        revoked = leaked = 0
+        if enclave.grants and force and enclave.drained:
+            grants = [service.grants[number] for number in enclave.grants]
+            revoked = len(grants)
+            why = f"enclave {enclave.name} is drained"
+            counts = await service.revocation.revoke_all(grants, None, by, why)
+            leaked = sum(count["leaked"] for count in counts)
+        left = len(enclave.grants)
+        if left:
+            service.log.warning(
+                "not drained", enclave=enclave.name, grants=left, revoked=revoked, leaked=leaked,
+                reason="the deadline is over; force revokes what is held",
+            )  # fmt: skip
+        return {"enclave": enclave.name, "held": held, "revoked": revoked, "left": left, "leaked": leaked}
+
+    # -- emptying the host ---------------------------------------------------------------
+
+    async def _store(self, enclave: Enclave) -> bool:
+        """Take down a drained enclave that nobody holds, keeping what it is built from."""
+        service, name = self._service, enclave.name
+        current = service.enclaves.get(name) is enclave
+        if enclave.grants or enclave.slots.in_use or not current or enclave.ending or not enclave.drained:
+            return False
+        source, enclave.source = enclave.source, None
+        if source is None:
+            service.log.warning("enclave not taken down", enclave=name, reason="its image was not kept")
+            return False
+        charge, enclave.charge = enclave.charge, None
+        self._stored[name] = _Stored(enclave.policy, enclave.backend, source, charge, enclave.generation)
+        del service.enclaves[name]
+        await service.administration.take_down(enclave)
+        service.log.info(
+            "enclave taken down", enclave=name, generation=enclave.generation, reason=enclave.drained
+        )
+        return True
+
+    # -- and back -------------------------------------------------------------------------
+
+    def undrain(self, client: Client, args: Undrain) -> Awaitable[Answer]:
+        """Take enclaves into use again, and build those again that were taken down."""
+        service = self._service
+        if args.enclave is None:
+            service.require_administrator(client, "undrain all")
+            enclaves = [enclave for enclave in service.enclaves.values() if enclave.drained]
+            self.emptied = ""
+            stored = list(self._stored)
+        elif args.enclave in self._stored:
+            service.require_administrator(client, "undrain")
+            if self.emptied:
+                raise errors.Draining(f"{self.emptied}: undrain with all brings its enclaves back")
+            enclaves, stored = [], [args.enclave]
+        else:
+            enclaves, stored = [self._owned(client, args.enclave, "undrain")], []
+        return self._undrain(client, enclaves, stored)
+
+    async def _undrain(self, client: Client, enclaves: list[Enclave], stored: list[str]) -> Answer:
+        service = self._service
+        back: list[str] = []
+        failed: list[dict[str, str]] = []
+
+        async def run() -> None:
+            for enclave in enclaves:
+                self._resume(enclave)
+                back.append(enclave.name)
+            for name in stored:
+                reason = await self._restore(name)
+                if reason:
+                    failed.append({"enclave": name, "reason": reason})
+                else:
+                    back.append(name)
+            for name in back:
+                service.audit.changed(
+                client.identity, client=client.number, operation="undrain", enclave=name
+            )
+
+        await service.revocation.finish_in_background(run)
+        return Answer({"enclaves": back, "failed": failed})
+
+    def _resume(self, enclave: Enclave) -> None:
+        if not enclave.drained:
+            return
+        enclave.drained = ""
+        if enclave.state is EnclaveState.DRAINING and not enclave.ending:
+            enclave.state = EnclaveState.READY
+            enclave.reason = ""
+            self._service.tell_holders(enclave, "ready")
+        if not enclave.slots.usable:
+            self._service.reclaimer.give_up(enclave, "none of its slots is left: all are in quarantine")
+
+    async def _restore(self, name: str) -> str:
+        """Build a stored enclave again; returns why that failed, and keeps it stored then."""
+        service = self._service
+        stored = self._stored.get(name)
+        if stored is None:
+            return "it is being built already"
+        del self._stored[name]
+        service.administration.building.add(name)
+        try:
+            enclave = await service.administration.build(
+                stored.policy, stored.backend, stored.source, None, generation=stored.generation + 1
+            )
+        except (OSError, errors.Error, WardenError) as error:
+            self._stored[name] = stored
+            image = stored.source.origin
+            service.log.warning("enclave not built", enclave=name, image=image, reason=str(error))
+            return str(error)
+        finally:
+            service.administration.building.discard(name)
+        enclave.source, enclave.charge = stored.source, stored.charge
+        service.administration.open(enclave)
+        return ""
+
+    def close(self) -> None:
+        """The broker ends: close what is kept of enclaves that were taken down."""
+        for stored in self._stored.values():
+            stored.source.close()
+            if stored.charge is not None:
+                stored.charge.release()
+        self._stored.clear()
+
+    def statistics(self) -> LifecycleStatistics:
+        """What is drained and what was taken down."""
+        draining = sum(bool(enclave.drained) for enclave in self._service.enclaves.values())
+        return LifecycleStatistics(draining=draining, stored=len(self._stored))
