@@ -222,7 +222,8 @@ struct teemate_regs {
 enum teemate_outcome {
     TEEMATE_LEFT = 0,   /* EEXIT, or an exception: run->function and exception_vector tell */
     TEEMATE_PAUSED = 1, /* interrupted; run->function goes on, not doing so leaves the slot interrupted */
-    TEEMATE_LANDED = 2, /* the enclave refused the entry or was reset: arrived at the landing page */
+    TEEMATE_LANDED = 2, /* the enclave refused the entry or was reset: arrived at the landing page,
+                         * with what `regs` says (RDI is enum tm_exit, 0 for a refusal) */
 };
 
 /*
@@ -294,6 +295,7 @@ enum teemate_call_outcome {
     TEEMATE_CALL_FAULT = 3,   /* `run` tells; the slot is interrupted */
     TEEMATE_CALL_REVOKED = 4, /* the gate refused the key */
     TEEMATE_CALL_LOST = 5,    /* the enclave is gone */
+    TEEMATE_CALL_STOLEN = 6,  /* another process resumed the call: its result is lost, the slot interrupted */
 };
 
 struct teemate_call {

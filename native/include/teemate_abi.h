@@ -23,6 +23,9 @@
  *   all others are zero, flags clear, XMM registers zero
  * A refused entry (no key matches, or the slot's state forbids it) tells nothing:
  * all registers are scrubbed and it leaves to the landing page at base + size.
+ * There it also says INTERRUPTED to who has the key of a slot with CSSA >= 1, and
+ * UNWOUND to the warden: RSI is the CSSA, RDX the slot word before, R8 is 1 when all
+ * frames below were rewritten and the slot is FREE now.
  */
 #ifndef TEEMATE_ABI_H
 #define TEEMATE_ABI_H
@@ -91,11 +94,20 @@ enum tm_selector {
     TM_SEL_OCALL_RETURN = 1, /* RSI: nonce, RDX: status, R8: length of the answer in the OCALL buffer */
     TM_SEL_BIND = 2,         /* RSI: struct tm_bind */
     TM_SEL_CONTROL = 16,     /* RSI: struct tm_control; needs the control key */
+    /*
+     * Through a client's slot: RSI is 0 to look, or the generation whose interrupted
+     * frames are to be undone; done only when that generation's key was taken away.
+     * Needs the control key; reads and writes nothing outside, so it has no MAC.
+     */
+    TM_SEL_UNWIND = 17,
 };
 
 enum tm_exit {
     TM_EXIT_DONE = 0,
     TM_EXIT_OCALL = 1,
+    /* At the landing page; 0 there is a refusal or a rewritten frame. */
+    TM_EXIT_UNWOUND = 2,
+    TM_EXIT_INTERRUPTED = 3,
 };
 
 /* Statuses that the SDK itself gives; authors use positive numbers. */
@@ -206,14 +218,17 @@ enum tm_control_op {
     TM_CTL_CLEAR = 3,
     /* Result: CSSA of the TCS that was entered, and its slot word. */
     TM_CTL_PROBE = 4,
-    /* Scrub stack, thread data and SSA frames of a cleared, clean slot and run
-     * tm_on_slot_reset().  The slot is then free.  MAC. */
+    /* Scrub stack, thread data and SSA frames of a FREE slot, whose CSSA the warden has
+     * seen to be 0: its locks become owner-dead, its pending operation is done, and
+     * tm_on_slot_reset() runs.  ARM wants it between two generations.  MAC. */
     TM_CTL_RESET = 5,
     /* Result: EXITINFO, RIP (debug images, or when the report's CPUSVN says
      * sim; else 0), MADDR of SSA frame `argument` of `slot`. */
     TM_CTL_SSA = 6,
-    /* Make frames 0 .. argument-1 (NSSA at most) of warden slot `slot` (not the
-     * one that is used now) leave to the landing page when they are resumed.
+    /* Make frames 0 .. argument-1 (NSSA at most) of `slot` (not the one that is
+     * used now) leave to the landing page when they are resumed.  A client's: only
+     * of `generation` when its key was taken away, and only when its TCS has no frame
+     * left and its holder is dead, else TM_SEL_UNWIND; the slot is then FREE.
      * MAC.  As PROBE and REINIT it takes no lock: whoever held one may be dead. */
     TM_CTL_REWRITE = 7,
     /* Forget what `slot`'s warden thread was doing, after its frames are gone: locks
@@ -261,13 +276,14 @@ _Static_assert(sizeof(struct tm_control_result) == 512, "tm_control_result");
 enum tm_slot_state {
     TM_SLOT_FREE = 0,   /* no key opens it */
     TM_SLOT_ARMED = 1,  /* its key opens it; nobody is inside */
-    TM_SLOT_INSIDE = 2, /* a thread is inside, or was interrupted there */
+    TM_SLOT_INSIDE = 2, /* a thread is inside, or was interrupted there; with CSSA 0 it was stolen */
     TM_SLOT_PARKED = 3, /* in an OCALL: only that OCALL's return is accepted */
 };
 
 /*
  * TM_CTL_CLEAR met a slot that was INSIDE or PARKED: the bit is added to its
- * state, no key opens it any more.  A call that ends all the same makes it FREE.
+ * state, no key opens it any more.  A call that ends all the same makes it FREE, and
+ * so does TM_SEL_UNWIND.
  */
 #define TM_SLOT_CLEARED 0x80u
 

@@ -70,35 +70,72 @@ static void control_faulted(const struct sgx_enclave_run *run, uint32_t function
         exit->status = -EBUSY;
 }
 
+/*
+ * Enter with the control key until the entry has ended; it goes on when it is paused.
+ * *function is the leaf that it ended with, as control_faulted() wants it.
+ */
+static int control_go(struct teemate_enclave *enclave, uint64_t tcs_offset, const struct control_key *key,
+                      struct teemate_regs *regs, struct sgx_enclave_run *run, uint32_t *function)
+{
+    const struct teemate_regs wanted = *regs;
+    uint32_t waited = 0;
+    int outcome;
+
+    *function = SGX_EENTER;
+    for (;;) {
+        *regs = wanted;
+        memcpy(&regs->r12, key->key, 8);
+        memcpy(&regs->r13, key->key + 8, 8);
+        outcome = enclave_enter(enclave, tcs_offset, regs, *function, 0, ENTRY_STACK_CALLER, run);
+        if (outcome != TEEMATE_PAUSED)
+            return outcome;
+        *function = run->function;
+        if (*function == SGX_EENTER && ++waited == WAITING_LIMIT)
+            return -EBUSY;
+    }
+}
+
+int control_unwind(struct teemate_enclave *enclave, uint64_t tcs_offset, const struct control_key *key,
+                   uint64_t generation, struct control_slot *slot, struct control_exit *exit)
+{
+    struct teemate_regs regs = {.rdi = TM_SEL_UNWIND, .rsi = generation};
+    struct sgx_enclave_run run = {0};
+    uint32_t function;
+    int outcome = control_go(enclave, tcs_offset, key, &regs, &run, &function);
+
+    memset(exit, 0, sizeof(*exit));
+    memset(slot, 0, sizeof(*slot));
+    if (outcome < 0)
+        return outcome;
+    if (outcome == TEEMATE_LANDED && regs.rdi == TM_EXIT_UNWOUND) {
+        *slot = (struct control_slot){.cssa = regs.rsi, .word = regs.rdx, .unwound = regs.r8 == 1};
+        return 0;
+    }
+    /* A rewritten frame lands with zeros as a refusal does; only who has the wrong key gets nothing else. */
+    if (outcome == TEEMATE_LANDED)
+        return -EAGAIN;
+    if (run.function == SGX_EEXIT)
+        return -EBADMSG;
+    control_faulted(&run, function, exit);
+    if (exit->status == -EFAULT && run.exception_vector == SGX_VECTOR_GP)
+        return -EAGAIN; /* ERESUME found the frame gone */
+    return exit->status;
+}
+
 void control_enter(struct teemate_enclave *enclave, uint64_t tcs_offset, const struct control_key *key,
                    const struct tm_control *control, struct tm_control_result *result,
                    struct control_exit *exit)
 {
     struct tm_control request = *control;
-    struct sgx_enclave_run run;
-    struct teemate_regs regs;
-    uint32_t function = SGX_EENTER, waited = 0;
+    struct teemate_regs regs = {.rdi = TM_SEL_CONTROL, .rsi = (uintptr_t)&request};
+    struct sgx_enclave_run run = {0};
+    uint32_t function;
     int outcome;
 
     memset(exit, 0, sizeof(*exit));
     memset(result, 0, sizeof(*result));
-    memset(&run, 0, sizeof(run));
     request.result = (uintptr_t)result;
-    for (;;) {
-        memset(&regs, 0, sizeof(regs));
-        regs.rdi = TM_SEL_CONTROL;
-        regs.rsi = (uintptr_t)&request;
-        memcpy(&regs.r12, key->key, 8);
-        memcpy(&regs.r13, key->key + 8, 8);
-        outcome = enclave_enter(enclave, tcs_offset, &regs, function, 0, ENTRY_STACK_CALLER, &run);
-        if (outcome != TEEMATE_PAUSED)
-            break;
-        function = run.function;
-        if (function == SGX_EENTER && ++waited == WAITING_LIMIT) {
-            outcome = -EBUSY;
-            break;
-        }
-    }
+    outcome = control_go(enclave, tcs_offset, key, &regs, &run, &function);
     crypto_wipe(&request, sizeof(request));
     if (outcome < 0) {
         exit->status = outcome;

@@ -13,6 +13,7 @@
 #ifndef TEEMATE_CONTROL_H
 #define TEEMATE_CONTROL_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "enclave.h"
@@ -51,6 +52,23 @@ struct control_exit {
 void control_enter(struct teemate_enclave *enclave, uint64_t tcs_offset, const struct control_key *key,
                    const struct tm_control *control, struct tm_control_result *result,
                    struct control_exit *exit);
+
+/* What the warden finds at a client's slot when it enters through the slot's own TCS. */
+struct control_slot {
+    uint64_t cssa; /* frames that somebody was interrupted in */
+    uint64_t word; /* the slot word before */
+    bool unwound;  /* those frames leave to the landing page now, and the slot is FREE */
+};
+
+/*
+ * TM_SEL_UNWIND through the TCS at `tcs_offset` (mapped before): look (generation 0), or undo the
+ * frames of that generation.  Returns 0 with *slot filled; -EBUSY when EENTER faulted (#GP: TCS
+ * busy or CSSA = NSSA); -EAGAIN when a thread of another process finished our entry at an interrupt
+ * of ours, so that nothing was told: to be asked again (the gate also says so, always, to a wrong
+ * key); -ENODEV when the TCS is not there, -EFAULT for any other fault, or what teemate_enter says.
+ */
+int control_unwind(struct teemate_enclave *enclave, uint64_t tcs_offset, const struct control_key *key,
+                   uint64_t generation, struct control_slot *slot, struct control_exit *exit);
 
 /* The image's header, checked: offsets lie in ELRANGE, counts within their limits.  -ENOTSUP when not. */
 int control_header(const struct teemate_enclave_info *info, struct tm_image_header *header,

@@ -141,6 +141,12 @@ sgx_recovered:
 sgx_landed:
         endbr64
         mov     %rax, %rcx
+        mov     ENTRY_REGS(%rcx), %rbx
+        mov     %rdi, REGS_RDI(%rbx)
+        mov     %rsi, REGS_RSI(%rbx)
+        mov     %rdx, REGS_RDX(%rbx)
+        mov     %r8, REGS_R8(%rbx)
+        mov     %r9, REGS_R9(%rbx)
         mov     ENTRY_RUN(%rcx), %rbx
         movl    $LEAF_EEXIT, RUN_FUNCTION(%rbx)
         mov     $TEEMATE_LANDED, %eax

@@ -56,7 +56,10 @@ _Static_assert(sizeof(struct sim_header) <= SIM_HEADER_SIZE, "sim_header");
 #define SIM_TCS_BUSY 1ull
 #define SIM_TCS_CSSA_SHIFT 8
 #define SIM_TCS_CSSA(word) ((uint32_t)((word) >> SIM_TCS_CSSA_SHIFT) & 0xffffu)
-#define SIM_TCS_HOLDER(word) ((uint32_t)((word) >> 32)) /* thread id, for people; not trusted */
+/* Thread id in its own pid namespace, for people; not trusted.  Wardens and their children add
+ * SIM_WARDEN: when one is killed inside, the next knows by it that the thread was theirs. */
+#define SIM_TCS_HOLDER(word) ((uint32_t)((word) >> 32))
+#define SIM_WARDEN 0x80000000u /* thread ids are below 2^22 (Linux, threads.h) */
 #define SIM_TCS_WORD(holder, cssa, busy) \
     ((uint64_t)(holder) << 32 | (uint64_t)(cssa) << SIM_TCS_CSSA_SHIFT | (uint64_t)(busy))
 
@@ -109,6 +112,7 @@ struct sim_mapping {
      */
     uint8_t *view;
     _Atomic uint32_t epoch; /* that our page permissions follow; 0: none cached yet */
+    uint32_t holder_mark;   /* SIM_WARDEN in a warden, else 0 */
     /* By index: does this process map the TCS page?  Entering through another is a page fault. */
     _Atomic uint8_t tcs_mapped[SIM_TCS_MAX];
 };

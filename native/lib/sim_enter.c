@@ -154,7 +154,7 @@ static bool enter_checks(struct teemate_enclave *enclave, struct sim_thread *thr
 /* idle -> busy at frame `cssa`; false when somebody else was faster. */
 static bool commit(struct sim_thread *thread, uint32_t cssa, struct sim_fault *fault)
 {
-    uint64_t busy = SIM_TCS_WORD(thread->tid, cssa, SIM_TCS_BUSY);
+    uint64_t busy = SIM_TCS_WORD(thread->tid | thread->enclave->sim->holder_mark, cssa, SIM_TCS_BUSY);
 
     if (!atomic_compare_exchange_strong(&thread->tcs->word, &thread->word, busy))
         return fault_gp(fault); /* now busy, or of another CSSA: as if it had been so before */

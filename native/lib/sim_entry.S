@@ -305,6 +305,12 @@ sim_landed:
         endbr64
         mov     ENTRY_RBP(%rax), %rbp
         mov     ENTRY_RUN(%rax), %rbx
+        mov     ENTRY_REGS(%rax), %rcx
+        mov     %rdi, REGS_RDI(%rcx)
+        mov     %rsi, REGS_RSI(%rcx)
+        mov     %rdx, REGS_RDX(%rcx)
+        mov     %r8, REGS_R8(%rcx)
+        mov     %r9, REGS_R9(%rcx)
         lea     -40-F_SIZE(%rbp), %rsp
         movl    $LEAF_EEXIT, RUN_FUNCTION(%rbx)
         fninit

@@ -142,12 +142,21 @@ static int64_t clear(struct thread *thread, uint64_t generation)
     return 0;
 }
 
+static uint64_t frame_at(uint64_t slot, uint64_t frame)
+{
+    return enclave_base() + header()->ssa_offset + (slot * header()->nssa + frame) * header()->ssa_frame_size;
+}
+
 static struct sgx_gprs *frame_gprs(uint64_t slot, uint64_t frame)
 {
-    uint64_t end = enclave_base() + header()->ssa_offset +
-                   (slot * header()->nssa + frame + 1) * header()->ssa_frame_size;
+    return (struct sgx_gprs *)frame_at(slot, frame + 1) - 1;
+}
 
-    return (struct sgx_gprs *)end - 1;
+/* No key opens this generation of the slot any more. */
+static bool is_cleared(uint64_t word, uint64_t generation)
+{
+    return TM_WORD_GENERATION(word) == generation &&
+           ((word & TM_SLOT_CLEARED) || (word & 0xff) == TM_SLOT_FREE);
 }
 
 /*
@@ -194,30 +203,18 @@ static int64_t reset(struct thread *self, uint64_t cssa, struct thread *thread, 
     return 0;
 }
 
-/* Frames 0 .. count-1 of a warden's TCS leave to the landing page when resumed. */
-static int64_t rewrite(struct thread *self, uint64_t slot, uint64_t count)
+/* Frames 0 .. count-1 of another TCS leave to the landing page when resumed. */
+static int64_t rewrite(struct thread *self, struct thread *thread, const struct tm_control *request)
 {
-    if (slot >= TM_WARDEN_SLOTS || slot == self->fixed.index || count > header()->nssa)
-        return TM_E_ARGUMENT;
-    for (uint64_t frame = 0; frame < count; frame++) {
-        struct sgx_gprs *gprs = frame_gprs(slot, frame);
-        uint8_t *xsave = (uint8_t *)(gprs + 1) - header()->ssa_frame_size;
-        uint16_t control_word = 0x37f;
-        uint32_t mxcsr = 0x1f80;
-        uint64_t state = SGX_XFRM_LEGACY;
-        uint64_t thread = enclave_base() + thread_of(slot)->fixed.self_offset;
+    uint64_t word = thread->word, slot = request->slot;
 
-        memset(xsave, 0, header()->ssa_frame_size);
-        /* Standard form of the XSAVE area (SDM volume 1, 13.4). */
-        memcpy(xsave, &control_word, sizeof(control_word));
-        memcpy(xsave + 24, &mxcsr, sizeof(mxcsr));
-        memcpy(xsave + 512, &state, sizeof(state));
-        gprs->r15 = (uint64_t)gprs;
-        gprs->rip = (uint64_t)tm_gate_reset;
-        gprs->rflags = 0x202;
-        gprs->fsbase = thread;
-        gprs->gsbase = thread;
-    }
+    if (thread == self || request->argument > header()->nssa || (slot >= TM_WARDEN_SLOTS && !request->generation))
+        return TM_E_ARGUMENT;
+    if (slot >= TM_WARDEN_SLOTS && !is_cleared(word, request->generation))
+        return TM_E_STATE;
+    tm_gate_rewrite(frame_at(slot, 0), request->argument, header()->ssa_frame_size, (uint64_t)thread);
+    if (slot >= TM_WARDEN_SLOTS && !swap_word(thread, &word, TM_WORD(request->generation, TM_SLOT_FREE)))
+        return TM_E_STATE;
     return 0;
 }
 
@@ -304,7 +301,7 @@ static int64_t control(struct thread *self, const struct tm_control *request, ui
     if (probe)
         return 0;
     if (request->op == TM_CTL_REWRITE)
-        return rewrite(self, request->slot, request->argument);
+        return rewrite(self, thread, request);
     if (request->op == TM_CTL_REINIT)
         return reinit(self, cssa, thread, request->slot);
     if (request->op == TM_CTL_SSA)

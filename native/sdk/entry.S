@@ -20,13 +20,23 @@
 
 #define SEL_OCALL_RETURN 1
 #define SEL_CONTROL 16
+#define SEL_UNWIND 17
 #define SLOT_ARMED 1
 #define SLOT_PARKED 3
 #define EXIT_OCALL 1
+#define EXIT_UNWOUND 2
+#define EXIT_INTERRUPTED 3
 #define EEXIT 4
 #define GPRS_SIZE 184
+#define GPRS_R15 120
+#define GPRS_RFLAGS 128
+#define GPRS_RIP 136
 #define GPRS_URSP 144
 #define GPRS_URBP 152
+#define GPRS_FSBASE 168
+#define GPRS_GSBASE 176
+#define XSAVE_MXCSR 24
+#define XSAVE_STATE 512                 /* XSTATE_BV (SDM volume 1, 13.4) */
 
         /* R15 := GPRSGX of our SSA frame number RAX; changes RBX and R10. */
         .macro  own_gprs
@@ -45,6 +55,35 @@
         movq    16(%rsp), %r15
         movq    GPRS_URBP(%r15), %rbp
         movq    GPRS_URSP(%r15), %rsp
+        .endm
+
+        /*
+         * The SSA frame of R14 bytes at RDI goes to tm_gate_reset when it is resumed, with R13
+         * for its FS and GS.  RDI moves on to the next; changes RAX, RCX and R15.  No stack:
+         * another process may finish it (see .Lunwind).
+         */
+        .macro  reset_frame
+#ifndef TM_TEST_NO_UNWIND
+        xorl    %eax, %eax
+        movq    %r14, %rcx
+        shrq    $3, %rcx
+        rep stosq
+        movq    %rdi, %rax
+        subq    %r14, %rax
+        movw    $0x37f, (%rax)          /* FCW */
+        movl    $0x1f80, XSAVE_MXCSR(%rax)
+        movq    $3, XSAVE_STATE(%rax)   /* x87 and SSE, as they stand there */
+        leaq    -GPRS_SIZE(%rdi), %r15
+        movq    %r15, GPRS_R15(%r15)
+        leaq    tm_gate_reset(%rip), %rax
+        movq    %rax, GPRS_RIP(%r15)
+        movq    $0x202, GPRS_RFLAGS(%r15)
+        movq    %r13, GPRS_FSBASE(%r15)
+        movq    %r13, GPRS_GSBASE(%r15)
+#else
+        /* Test build: frames stay as they are. */
+        addq    %r14, %rdi
+#endif
         .endm
 
         .section .text.tm_entry, "ax", @progbits
@@ -72,7 +111,7 @@ tm_entry:
         xorl    %r12d, %r12d
         xorl    %r13d, %r13d
         testl   %eax, %eax
-        jnz     .Lrefuse                /* CSSA >= 1 is for the control key alone */
+        jnz     .Linterrupted           /* CSSA >= 1 is for the control key alone */
         cmpb    $SLOT_ARMED, %r10b
         jne     .Lperhaps_parked
         cmpq    $SEL_OCALL_RETURN, %rdi
@@ -136,9 +175,18 @@ tm_entry:
         addq    HEADER_SIZE(%rbx), %rbx /* the landing page */
         xorl    %edi, %edi
         xorl    %esi, %esi
+.Lrefused:
         xorl    %edx, %edx
         xorl    %r8d, %r8d
         jmp     .Lscrub
+
+        /* Who has the key hears that it still fits: the call in there is its own, and was interrupted. */
+.Linterrupted:
+        leaq    __tm_base(%rip), %rbx
+        addq    HEADER_SIZE(%rbx), %rbx
+        movl    $EXIT_INTERRUPTED, %edi
+        xorl    %esi, %esi
+        jmp     .Lrefused
 
         /* Parked in an OCALL: only its return, with its nonce. */
 .Lperhaps_parked:
@@ -189,6 +237,8 @@ tm_entry:
 #endif
         testq   %r11, %r11
         jnz     .Lrefuse_wipe
+        cmpq    $SEL_UNWIND, %rdi
+        je      .Lunwind
 .Lfirst:                                /* no key yet: tm_gate_control takes SET_KEY only */
         cmpq    $SEL_CONTROL, %rdi
         jne     .Lrefuse_wipe
@@ -232,6 +282,58 @@ tm_entry:
         call    tm_gate_control         /* (request, CSSA, key, key) */
         movq    %rax, %rsi
         jmp     .Ldone
+        /*
+         * The warden looks at a client's slot through its own TCS, and undoes what was
+         * interrupted there: RSI is the generation whose frames are to go, or 0 to look only.
+         * While it is inside nobody can resume.  But at each interrupt of its own the TCS is
+         * idle, and the thread of a living holder, at its AEP, resumes the warden's frame in its
+         * own process.  So all of this can be finished by anybody: it uses no stack and no
+         * memory outside, and leaves to the landing page, never to where the warden came from.
+         */
+.Lunwind:
+        movl    %eax, %r12d             /* CSSA */
+        xorl    %r13d, %r13d
+        xorl    %r8d, %r8d
+        movq    %fs:TD_WORD, %r10
+        testq   %rsi, %rsi
+        jz      .Lunwound
+        cmpq    $TM_WARDEN_TCS, %fs:TD_INDEX
+        jb      .Lunwound               /* these have REWRITE */
+        movq    %r10, %rax
+        shrq    $8, %rax
+        cmpq    %rax, %rsi
+        jne     .Lunwound               /* it has another holder by now */
+        testb   %r10b, %r10b
+        js      1f                      /* cleared while in use */
+        jnz     .Lunwound               /* its key opens it */
+1:      leaq    __tm_base(%rip), %rbx
+        movl    HEADER_SSA_FRAME_SIZE(%rbx), %r14d
+        movl    HEADER_NSSA(%rbx), %edi
+        imulq   %fs:TD_INDEX, %rdi
+        imulq   %r14, %rdi
+        addq    HEADER_SSA_OFFSET(%rbx), %rdi
+        addq    %rbx, %rdi
+        movq    %fs:TD_SELF, %r13
+        addq    %rbx, %r13
+        movl    %r12d, %r9d
+2:      testl   %r9d, %r9d
+        jz      3f
+        reset_frame
+        decl    %r9d
+        jmp     2b
+        /* Nothing of the call is left: no key opens it, and RESET may have it. */
+3:      movq    %r10, %rax
+        movq    %r10, %r11
+        andq    $-256, %r11             /* FREE */
+        lock cmpxchgq %r11, %fs:TD_WORD
+        sete    %r8b
+.Lunwound:
+        movl    %r12d, %esi
+        movq    %r10, %rdx              /* the slot word as it was */
+        movl    $EXIT_UNWOUND, %edi
+        leaq    __tm_base(%rip), %rbx
+        addq    HEADER_SIZE(%rbx), %rbx /* R8 tells whether it was done */
+        jmp     .Lscrub
 .Lrefuse_wipe:
         xorl    %r12d, %r12d
         xorl    %r13d, %r13d
@@ -284,6 +386,31 @@ tm_gate_reset:
         movq    GPRS_URBP(%r15), %rbp
         jmp     .Lrefuse
         .size   tm_gate_reset, . - tm_gate_reset
+
+        /*
+         * void tm_gate_rewrite(frames, count, frame size, thread): the same to a TCS that cannot
+         * be entered any more, by whoever came in through another.
+         */
+        .globl  tm_gate_rewrite
+        .hidden tm_gate_rewrite
+        .type   tm_gate_rewrite, @function
+        .balign 16
+tm_gate_rewrite:
+        pushq   %r13
+        pushq   %r14
+        pushq   %r15
+        movq    %rdx, %r14
+        movq    %rcx, %r13
+1:      testq   %rsi, %rsi
+        jz      2f
+        reset_frame
+        decq    %rsi
+        jmp     1b
+2:      popq    %r15
+        popq    %r14
+        popq    %r13
+        ret
+        .size   tm_gate_rewrite, . - tm_gate_rewrite
 
         .section .rodata.gate, "a", @progbits
         .balign 64

@@ -129,7 +129,8 @@ struct ocall_answer {
     uint64_t length;
 };
 struct ocall_answer tm_gate_ocall(uint64_t kind, uint64_t length, uint64_t nonce);
-extern char tm_gate_reset[]; /* where rewritten SSA frames resume */
+/* entry.S: make SSA frames leave to the landing page when resumed, with `thread` for FS and GS. */
+void tm_gate_rewrite(uint64_t frames, uint64_t count, uint64_t frame_size, uint64_t thread);
 
 /* What entry.S calls. */
 struct gate_result {

@@ -29,12 +29,17 @@ enum warden_op {
      * TIME, AUTHOR, REPORT.  The MAC is the broker's.  When the enclave faulted:
      * status -EFAULT, vector, and in result what SSA says of the frame. */
     WARDEN_CONTROL = 2,
-    /* body.control.slot: enter through that slot's own TCS and tell its CSSA.
-     * status -EBUSY when EENTER faults. */
+    /* body.control.slot: enter through that slot's own TCS and tell its CSSA and slot
+     * word.  status -EBUSY when EENTER faults. */
     WARDEN_PROBE = 3,
-    /* Sim only; body.dead.slot: its holder's process has ended, so 'busy' becomes
-     * idle with CSSA + 1 and a poisoned frame: the sim's AEX of the dead. */
-    WARDEN_DEAD = 4,
+    /* body.repair: bring a client's slot to CSSA 0, so that RESET may follow.  Its key has to
+     * be taken away before (TM_E_STATE when not, or when it is of another generation).
+     * Result: CSSA, slot word and what SSA says of the last frame, as they were found.
+     * -EBUSY when a thread of a living holder runs inside, or no SSA frame is left; of a
+     * dead holder, when somebody else enters the slot again and again.
+     * `holder_dead`: the process has ended.  On the sim 'busy' becomes idle with CSSA + 1
+     * and a poisoned frame then: the sim's AEX of the dead. */
+    WARDEN_REPAIR = 4,
     WARDEN_PING = 5,
 };
 
@@ -61,7 +66,10 @@ struct warden_request {
         struct tm_control control;
         struct {
             uint64_t slot;
-        } dead;
+            uint64_t generation;
+            uint32_t holder_dead;
+            uint32_t reserved;
+        } repair;
     } body;
 };
 _Static_assert(sizeof(struct warden_request) == 16 + 40 + WARDEN_SEGMENTS * 24, "warden_request");
@@ -72,7 +80,8 @@ struct warden_reply {
     uint32_t entered;    /* the enclave answered: status is a tm_status */
     uint32_t vector;     /* when an entry faulted: exception vector + 1, else 0 */
     /* How many SSA frames of the warden's TCSs were unwound: at START, or before this
-     * request since an earlier one had faulted.  DEAD: 1 when the TCS was busy. */
+     * request since an earlier one had faulted.  REPAIR: frames of the slot that this
+     * warden resumed. */
     uint32_t repaired;
     struct tm_control_result result;
     char text[128];      /* what went wrong, for the log */

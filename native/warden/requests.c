@@ -51,6 +51,7 @@ static int start_open(struct warden *warden, const struct warden_request *reques
         warden->enclave = NULL;
         return result;
     }
+    warden_mark(warden->enclave);
     result = teemate_map(warden->enclave, diag);
     if (result == 0)
         result = teemate_map_arena(warden->enclave, fds->fd[1], diag);
@@ -76,7 +77,7 @@ static int warden_repair(struct warden *warden, uint32_t *frames, struct teemate
         .key = warden->key,
         .tcs = warden->tcs,
         .nssa = warden->header.nssa,
-        .resume = warden_resume,
+        .resume = warden_resume_own,
     };
     int result = repair_run(&repair, diag);
 
@@ -207,10 +208,10 @@ static void handle_probe(struct warden *warden, const struct warden_request *req
                          struct warden_reply *reply)
 {
     uint64_t slot = request->body.control.slot;
-    struct tm_control probe = {.op = TM_CTL_PROBE, .slot = slot};
     bool own = slot < TM_WARDEN_SLOTS;
+    struct control_slot found = {0};
+    struct control_exit exit = {0};
     struct teemate_diag diag = {0};
-    struct control_exit exit;
     int result;
 
     if (slot >= warden->tcs_count) {
@@ -222,35 +223,16 @@ static void handle_probe(struct warden *warden, const struct warden_request *req
         refuse_diag(reply, result, &diag);
         return;
     }
-    control_enter(warden->enclave, warden->tcs[slot], warden->key, &probe, &reply->result, &exit);
+    result = control_unwind(warden->enclave, warden->tcs[slot], warden->key, 0, &found, &exit);
     if (!own)
         teemate_unmap_tcs(warden->enclave, warden->tcs[slot]);
-    reply->status = exit.status;
-    reply->entered = exit.entered;
     reply->vector = exit.vector;
-    if (!exit.entered)
-        refuse(reply, exit.status, "PROBE of slot %llu: %s, exception %d", (unsigned long long)slot,
-               strerror(-exit.status), (int)exit.vector - 1);
-}
-
-static void handle_dead(struct warden *warden, const struct warden_request *request, struct warden_reply *reply)
-{
-    uint64_t slot = request->body.dead.slot;
-    int result;
-
-    if (slot >= warden->tcs_count) {
-        refuse(reply, -EINVAL, "DEAD: there are %zu slots", warden->tcs_count);
-        return;
-    }
-    if (warden->enclave->backend->id != TEEMATE_SIM) {
-        refuse(reply, -ENOTSUP, "DEAD: hardware has done so by itself");
-        return;
-    }
-    result = sim_tcs_bury(warden->enclave, warden->tcs[slot]);
+    reply->result.cssa = found.cssa;
+    reply->result.word = found.word;
+    reply->entered = result == 0;
     if (result < 0)
-        refuse(reply, result, "DEAD of slot %llu: %s", (unsigned long long)slot, strerror(-result));
-    else
-        reply->repaired = (uint32_t)result;
+        refuse(reply, result, "PROBE of slot %llu: %s, exception %d", (unsigned long long)slot,
+               strerror(-result), (int)exit.vector - 1);
 }
 
 void warden_handle(struct warden *warden, const struct warden_request *request, struct warden_fds *fds,
@@ -288,8 +270,8 @@ void warden_handle(struct warden *warden, const struct warden_request *request, 
     case WARDEN_PROBE:
         handle_probe(warden, request, reply);
         break;
-    case WARDEN_DEAD:
-        handle_dead(warden, request, reply);
+    case WARDEN_REPAIR:
+        warden_unwind(warden, request, reply);
         break;
     default:
         refuse(reply, -EOPNOTSUPP, "there is no operation %u", request->op);

@@ -38,20 +38,30 @@ static struct sim_tcs *sim_tcs_of(const struct teemate_enclave *enclave, uint64_
     return NULL;
 }
 
-/* The thread id stands in memory that clients can write, so the wait for its end is bounded. */
-static void await_holder(const struct teemate_enclave *enclave, uint64_t offset)
+/*
+ * The thread id stands in memory that clients can write, so the wait for its end is bounded.
+ * False when it did not end.
+ */
+static bool await_holder(const struct teemate_enclave *enclave, uint64_t offset)
 {
     const struct timespec pause = {.tv_nsec = 1000000};
     struct sim_tcs *tcs = sim_tcs_of(enclave, offset);
 
     for (int waited = 0; tcs != NULL && waited < HOLDER_PATIENCE_MS; waited++) {
         uint64_t word = atomic_load(&tcs->word);
-        pid_t holder = (pid_t)SIM_TCS_HOLDER(word);
+        pid_t holder = (pid_t)(SIM_TCS_HOLDER(word) & ~SIM_WARDEN);
 
         if ((word & SIM_TCS_BUSY) == 0 || holder <= 0 || (kill(holder, 0) != 0 && errno == ESRCH))
-            return;
+            return true;
         clock_nanosleep(CLOCK_MONOTONIC, 0, &pause, NULL);
     }
+    return false;
+}
+
+void warden_mark(struct teemate_enclave *enclave)
+{
+    if (enclave->backend->id == TEEMATE_SIM)
+        enclave->sim->holder_mark = SIM_WARDEN;
 }
 
 int warden_bury(struct teemate_enclave *enclave, uint64_t tcs_offset)
@@ -65,11 +75,27 @@ int warden_bury(struct teemate_enclave *enclave, uint64_t tcs_offset)
     return result < 0 ? result : 0;
 }
 
+int warden_bury_own(struct teemate_enclave *enclave, uint64_t tcs_offset)
+{
+    struct sim_tcs *tcs = sim_tcs_of(enclave, tcs_offset);
+    uint64_t word = tcs != NULL ? atomic_load(&tcs->word) : 0;
+    int result;
+
+    if ((word & SIM_TCS_BUSY) == 0 || (SIM_TCS_HOLDER(word) & SIM_WARDEN) == 0 || !await_holder(enclave, tcs_offset))
+        return 0;
+    if (atomic_load(&tcs->word) != word)
+        return 0; /* it left by itself, and whoever is there now is not ours */
+    result = sim_tcs_bury(enclave, tcs_offset);
+    return result < 0 ? result : 0;
+}
+
 static int child_map(const struct teemate_enclave *parent, uint64_t tcs_offset, struct teemate_enclave **enclave)
 {
     int result = teemate_open((int)parent->backend->id, parent->fd, parent->base, parent->size,
                               parent->segments, parent->segment_count, enclave, NULL);
 
+    if (result == 0)
+        warden_mark(*enclave);
     if (result == 0)
         result = teemate_map(*enclave, NULL);
     if (result == 0)
@@ -99,7 +125,7 @@ static _Noreturn void child_main(const struct teemate_enclave *parent, uint64_t 
     _exit(outcome == TEEMATE_LANDED ? CHILD_LANDED : outcome < 0 ? CHILD_UNABLE : CHILD_ELSEWHERE);
 }
 
-int warden_resume(struct repair *repair, uint64_t tcs_offset)
+int warden_resume(struct teemate_enclave *enclave, uint64_t tcs_offset)
 {
     pid_t warden = getpid();
     pid_t child = fork();
@@ -108,7 +134,7 @@ int warden_resume(struct repair *repair, uint64_t tcs_offset)
     if (child < 0)
         return -errno;
     if (child == 0)
-        child_main(repair->enclave, tcs_offset, warden);
+        child_main(enclave, tcs_offset, warden);
     /* The broker's deadline ends this warden, and with it the child, when it does not end. */
     while (waitpid(child, &status, 0) < 0) {
         if (errno != EINTR)
@@ -116,8 +142,15 @@ int warden_resume(struct repair *repair, uint64_t tcs_offset)
     }
     if (WIFEXITED(status) && WEXITSTATUS(status) == CHILD_UNABLE)
         return -ECHILD;
-    if (WIFEXITED(status) && WEXITSTATUS(status) == CHILD_LANDED)
-        return 0;
+    return WIFEXITED(status) && WEXITSTATUS(status) == CHILD_LANDED ? 0 : 1;
+}
+
+int warden_resume_own(struct repair *repair, uint64_t tcs_offset)
+{
+    int result = warden_resume(repair->enclave, tcs_offset);
+
     /* It was killed, perhaps inside; or it met a child of the last warden that was still there. */
-    return warden_bury(repair->enclave, tcs_offset) < 0 ? -EIO : 1;
+    if (result == 1 && warden_bury(repair->enclave, tcs_offset) < 0)
+        return -EIO;
+    return result;
 }

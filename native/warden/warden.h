@@ -4,6 +4,7 @@
  *
  *   main.c      start, the watching thread, receiving and answering
  *   requests.c  what each request does
+ *   unwind.c    the repair of a client's slot
  *   resume.c    the disposable child that resumes a rewritten SSA frame
  *   sandbox.c   what the process gives up
  */
@@ -56,8 +57,20 @@ void warden_tick(struct warden *warden);
  * of a dead one.  Fails with the errno of sim_tcs_bury().
  */
 int warden_bury(struct teemate_enclave *enclave, uint64_t tcs_offset);
+/* A client's TCS: only if the one that is busy there was a warden's thread, or its child, and has ended. */
+int warden_bury_own(struct teemate_enclave *enclave, uint64_t tcs_offset);
+/* From now on the sim's TCS words tell that it was a warden who entered. */
+void warden_mark(struct teemate_enclave *enclave);
 
-/* `resume` of struct repair. */
-int warden_resume(struct repair *repair, uint64_t tcs_offset);
+/*
+ * ERESUME the TCS once in a disposable child: 0 when that came to the landing page, 1 when it
+ * ended in any other way, or a negative errno when there was no attempt.
+ */
+int warden_resume(struct teemate_enclave *enclave, uint64_t tcs_offset);
+/* `resume` of struct repair: of the warden's own two TCSs. */
+int warden_resume_own(struct repair *repair, uint64_t tcs_offset);
+
+/* unwind.c: WARDEN_REPAIR. */
+void warden_unwind(struct warden *warden, const struct warden_request *request, struct warden_reply *reply);
 
 #endif

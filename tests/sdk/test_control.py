@@ -313,8 +313,10 @@ def test_a_warden_that_died_in_a_reset_leaves_it_to_be_done_again(holder: Holder
     assert gate.control(ARM, holder.slot, generation=2, key=os.urandom(16)).status == OK
 
 
-def test_rewriting_ones_own_tcs_or_a_clients_is_refused(faults: Gate) -> None:
+def test_rewriting_ones_own_tcs_or_an_armed_clients_is_refused(faults: Gate) -> None:
     assert faults.control(REWRITE, 0, argument=1, tcs=0).status == ARGUMENT
     assert faults.control(REWRITE, 2, argument=1, tcs=0).status == ARGUMENT
+    faults.assign(2)
+    assert faults.control(REWRITE, 2, generation=1, argument=1, tcs=0).status == STATE
     assert faults.control(REWRITE, 1, argument=4, tcs=0).status == ARGUMENT
     assert faults.control(REINIT, 0, tcs=0).status == ARGUMENT

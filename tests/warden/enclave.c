@@ -95,7 +95,9 @@ TM_ECALL(hold)
 {
     int status = tm_lock(&lock);
 
-    if (status < 0)
+    if (status == TM_E_OWNERDEAD)
+        tm_mutex_consistent(&lock);
+    else if (status < 0)
         return status;
     while (!released)
         __asm__ volatile("pause");

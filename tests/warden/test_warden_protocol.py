@@ -21,7 +21,9 @@ BODY = {
     "body.start.segments": wire.StartBody.segments,
     "body.control.op": wire.Control.op,
     "body.control.data": wire.Control.data,
-    "body.dead.slot": wire.Body.dead_slot,
+    "body.repair.slot": wire.RepairBody.slot,
+    "body.repair.generation": wire.RepairBody.generation,
+    "body.repair.holder_dead": wire.RepairBody.holder_dead,
 }
 
 
@@ -49,7 +51,7 @@ def _lines() -> list[tuple[str, str, int]]:
             "WARDEN_START": "START",
             "WARDEN_CONTROL": "CONTROL",
             "WARDEN_PROBE": "PROBE",
-            "WARDEN_DEAD": "DEAD",
+            "WARDEN_REPAIR": "REPAIR",
             "WARDEN_PING": "PING",
             "TM_CTL_ARM": "ARM",
             "TM_CTL_REINIT": "REINIT",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import warden_wire as wire
-from backends import sgx_only, sim_only
+from backends import sim_only
 from warden_harness import Client, Enclave, Warden
 
 from teemate._native import lib
@@ -39,7 +39,7 @@ def test_ping_is_answered_before_start(make_warden: Callable[[], Warden]) -> Non
     assert make_warden().ping().status == 0
 
 
-@pytest.mark.parametrize("op", [wire.CONTROL, wire.PROBE, wire.DEAD])
+@pytest.mark.parametrize("op", [wire.CONTROL, wire.PROBE, wire.REPAIR])
 def test_nothing_else_is_answered_before_start(make_warden: Callable[[], Warden], op: int) -> None:
     assert make_warden().ask(wire.WardenRequest(op=op)).status == -errno.ENOTCONN
 
@@ -175,28 +175,17 @@ def test_a_replayed_control_request_is_refused(started: Warden, enclave: Enclave
     assert started.probe(SLOT).result.word == 1 << 8 | wire.FREE
 
 
-def test_probe_and_dead_refuse_slots_that_are_not_there(started: Warden, enclave: Enclave) -> None:
+def test_probe_refuses_slots_that_are_not_there(started: Warden, enclave: Enclave) -> None:
     for slot in (len(enclave.tcs), 1 << 63, (1 << 64) - 1):
         assert started.probe(slot).status == -errno.EINVAL
-        assert started.dead(slot).status == -errno.EINVAL
 
 
 @sim_only("a processor keeps the state of a TCS where nobody can write it")
-def test_a_slot_whose_holder_died_inside_is_seen_by_its_probe(started: Warden, enclave: Enclave) -> None:
+def test_a_slot_that_a_thread_runs_in_is_seen_by_its_probe(started: Warden, enclave: Enclave) -> None:
     arm(started, enclave)
     enclave.set_tcs_word(SLOT, 1)
     busy = started.probe(SLOT)
     assert (busy.entered, busy.status, busy.vector) == (0, -errno.EBUSY, 13 + 1)
-    dead = started.dead(SLOT)
-    assert (dead.status, dead.repaired) == (0, 1)
-    assert started.probe(SLOT).result.cssa == 1
-    assert started.dead(SLOT).repaired == 0
-
-
-@sgx_only("a processor that leaves an enclave asynchronously has buried the dead by that")
-def test_nobody_is_buried_on_hardware(started: Warden) -> None:
-    reply = started.dead(SLOT)
-    assert (reply.status, reply.entered) == (-errno.ENOTSUP, 0)
 
 
 def test_an_interrupted_slot_is_seen_by_its_probe(started: Warden, enclave: Enclave, client: Client) -> None:

@@ -205,11 +205,18 @@ class Warden:
         request.body.control.slot = slot
         return self.ask(request)
 
-    def dead(self, slot: int) -> wire.WardenReply:
-        """Tell that the holder of a slot has ended."""
-        request = wire.WardenRequest(op=wire.DEAD)
-        request.body.dead_slot = slot
-        return self.ask(request)
+    @staticmethod
+    def repair_request(slot: int, generation: int, *, dead: bool) -> wire.WardenRequest:
+        """Build a REPAIR."""
+        request = wire.WardenRequest(op=wire.REPAIR)
+        request.body.repair.slot = slot
+        request.body.repair.generation = generation
+        request.body.repair.holder_dead = int(dead)
+        return request
+
+    def repair(self, slot: int, generation: int, *, dead: bool) -> wire.WardenReply:
+        """REPAIR a slot whose key was taken away."""
+        return self.ask(self.repair_request(slot, generation, dead=dead))
 
     def ping(self) -> wire.WardenReply:
         """PING."""

@@ -7,7 +7,7 @@ import hashlib
 import hmac
 
 PROTOCOL_VERSION = 1
-START, CONTROL, PROBE, DEAD, PING = range(1, 6)
+START, CONTROL, PROBE, REPAIR, PING = range(1, 6)
 
 SET_KEY, ARM, CLEAR, CTL_PROBE, RESET, SSA, REWRITE, REINIT, TIME, AUTHOR, REPORT = range(1, 12)
 
@@ -90,10 +90,21 @@ class StartBody(ctypes.Structure):
     ]
 
 
+class RepairBody(ctypes.Structure):
+    """body.repair of struct warden_request."""
+
+    _fields_ = [
+        ("slot", ctypes.c_uint64),
+        ("generation", ctypes.c_uint64),
+        ("holder_dead", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    ]
+
+
 class Body(ctypes.Union):
     """body of struct warden_request."""
 
-    _fields_ = [("start", StartBody), ("control", Control), ("dead_slot", ctypes.c_uint64)]
+    _fields_ = [("start", StartBody), ("control", Control), ("repair", RepairBody)]
 
 
 class WardenRequest(ctypes.Structure):

@@ -1,0 +1,205 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Bringing a client's slot back to CSSA 0, whether its holder is dead or alive.
+ *
+ * The warden enters through the slot's own TCS with TM_SEL_UNWIND: while it is inside nobody can
+ * resume what was interrupted there, and the enclave makes it leave to the landing page.  Then a
+ * disposable child resumes one frame, and the warden looks again, until it sees CSSA 0.  Resumes
+ * are not counted: a thread of a living holder may do some of them from its AEP (it then hears
+ * that it was revoked), and who is killed in one adds a frame of its own.  So this can be killed
+ * at any instruction and asked for again.
+ *
+ * An EENTER that faults says busy or CSSA = NSSA.  Of a dead holder nothing is busy, so the frames
+ * are rewritten through TCS 0.  Of a living one nobody can tell: the broker waits, or ends it.
+ */
+#include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+
+#include "sim.h"
+#include "warden.h"
+
+/* A thread that runs in the slot is idle at its next interrupt, perhaps: 10 looks, 1 ms apart. */
+#define BUSY_LOOKS 10u
+#define BUSY_PAUSE_NS 1000000
+
+struct unwind {
+    struct warden *warden;
+    struct warden_reply *reply;
+    uint64_t slot;
+    uint64_t generation;
+    uint64_t tcs_offset;
+    bool dead; /* the process that held it has ended */
+};
+
+static int __attribute__((format(printf, 3, 4))) fail(struct unwind *unwind, int error, const char *format, ...)
+{
+    va_list arguments;
+
+    unwind->reply->status = error;
+    unwind->reply->entered = 0;
+    va_start(arguments, format);
+    vsnprintf(unwind->reply->text, sizeof(unwind->reply->text), format, arguments);
+    va_end(arguments);
+    return error;
+}
+
+/* The sim's AEX of the dead: of a warden that was killed in there, and of the holder. */
+static int bury(struct unwind *unwind)
+{
+    struct teemate_enclave *enclave = unwind->warden->enclave;
+    int result;
+
+    if (enclave->backend->id != TEEMATE_SIM)
+        return 0;
+    result = warden_bury_own(enclave, unwind->tcs_offset);
+    if (result >= 0 && unwind->dead)
+        result = sim_tcs_bury(enclave, unwind->tcs_offset);
+    return result < 0 ? fail(unwind, result, "slot %llu could not be buried: %s", (unsigned long long)unwind->slot,
+                             strerror(-result))
+                      : 0;
+}
+
+/* One control ECALL through TCS 0; what it says of the slot goes to *result. */
+static int ask(struct unwind *unwind, struct tm_control *control, struct tm_control_result *result)
+{
+    struct warden *warden = unwind->warden;
+    struct control_exit exit;
+
+    if (control->op == TM_CTL_REWRITE)
+        control_sign(warden->key, control);
+    control_enter(warden->enclave, warden->tcs[0], warden->key, control, result, &exit);
+    if (exit.entered && exit.status == TM_OK)
+        return 0;
+    if (!exit.entered)
+        warden->damaged = true;
+    return fail(unwind, exit.entered ? -EIO : exit.status, "slot %llu: control ECALL %u: status %d, exception %d",
+                (unsigned long long)unwind->slot, control->op, exit.status, (int)exit.vector - 1);
+}
+
+/*
+ * Enter through the slot, again while others finish our entries or run in there.  -EBUSY when it
+ * cannot be entered; with a dead holder that is CSSA = NSSA and needs no second look.
+ */
+static int enter(struct unwind *unwind, uint64_t generation, struct control_slot *found)
+{
+    const struct timespec pause = {.tv_nsec = BUSY_PAUSE_NS};
+    struct warden *warden = unwind->warden;
+    struct control_exit exit;
+    int result = -EAGAIN;
+
+    for (uint32_t looks = 0; looks < BUSY_LOOKS; looks++) {
+        result = control_unwind(warden->enclave, unwind->tcs_offset, warden->key, generation, found, &exit);
+        if (result == 0 || (result == -EBUSY && unwind->dead))
+            return result;
+        if (result != -EBUSY && result != -EAGAIN)
+            return fail(unwind, result, "slot %llu could not be entered: %s, exception %d",
+                        (unsigned long long)unwind->slot, strerror(-result), (int)exit.vector - 1);
+        clock_nanosleep(CLOCK_MONOTONIC, 0, &pause, NULL);
+    }
+    return fail(unwind, -EBUSY, "slot %llu: a thread runs in it, or no SSA frame is left",
+                (unsigned long long)unwind->slot);
+}
+
+/* How it was found, for the log: before anything is undone. */
+static int look(struct unwind *unwind)
+{
+    struct tm_control_result *found = &unwind->reply->result;
+    struct tm_control ask_ssa = {.op = TM_CTL_SSA, .slot = unwind->slot};
+    struct control_slot slot = {0};
+    int result = enter(unwind, 0, &slot);
+
+    if (result == -EBUSY && unwind->dead)
+        slot.cssa = unwind->warden->header.nssa;
+    else if (result < 0)
+        return result;
+    if (slot.cssa > unwind->warden->header.nssa)
+        return fail(unwind, -EBADMSG, "slot %llu: CSSA %llu cannot be", (unsigned long long)unwind->slot,
+                    (unsigned long long)slot.cssa);
+    if (slot.cssa == 0) {
+        found->word = slot.word;
+        return 0;
+    }
+    ask_ssa.argument = slot.cssa - 1;
+    result = ask(unwind, &ask_ssa, found);
+    found->cssa = slot.cssa;
+    return result;
+}
+
+/* Nothing is in there, but no frame is free: through the other TCS, since the holder is dead. */
+static int rewrite(struct unwind *unwind)
+{
+    struct tm_control rewrite = {.op = TM_CTL_REWRITE,
+                                 .slot = unwind->slot,
+                                 .generation = unwind->generation,
+                                 .argument = unwind->warden->header.nssa};
+    struct tm_control_result unused;
+
+    return ask(unwind, &rewrite, &unused);
+}
+
+/* Until the slot has CSSA 0 and nothing of the call is left. */
+static int run(struct unwind *unwind)
+{
+    uint32_t limit = 4 * unwind->warden->header.nssa + 16; /* far more than there can be frames */
+
+    for (uint32_t tries = 0; tries < limit; tries++) {
+        struct control_slot found = {0};
+        int result = enter(unwind, unwind->generation, &found);
+
+        if (result == -EBUSY && unwind->dead)
+            result = rewrite(unwind);
+        else if (result == 0 && !found.unwound) {
+            unwind->reply->status = TM_E_STATE; /* another generation's, or its key was not taken away */
+            unwind->reply->entered = 1;
+            return TM_E_STATE;
+        } else if (result == 0 && found.cssa == 0)
+            return 0;
+        if (result < 0)
+            return result;
+        result = warden_resume(unwind->warden->enclave, unwind->tcs_offset);
+        if (result < 0)
+            return fail(unwind, result, "slot %llu could not be resumed: %s", (unsigned long long)unwind->slot,
+                        strerror(-result));
+        if (result == 0)
+            unwind->reply->repaired++;
+        result = bury(unwind);
+        if (result < 0)
+            return result;
+    }
+    return fail(unwind, -EBUSY, "slot %llu does not come to CSSA 0: somebody else enters it",
+                (unsigned long long)unwind->slot);
+}
+
+void warden_unwind(struct warden *warden, const struct warden_request *request, struct warden_reply *reply)
+{
+    struct unwind unwind = {.warden = warden,
+                            .reply = reply,
+                            .slot = request->body.repair.slot,
+                            .generation = request->body.repair.generation,
+                            .dead = request->body.repair.holder_dead != 0};
+    struct teemate_diag diag = {0};
+    int result;
+
+    if (unwind.slot < TM_WARDEN_SLOTS || unwind.slot >= warden->tcs_count || unwind.generation == 0) {
+        fail(&unwind, -EINVAL, "REPAIR: slots %u to %zu, of a generation that was armed", TM_WARDEN_SLOTS,
+             warden->tcs_count - 1);
+        return;
+    }
+    unwind.tcs_offset = warden->tcs[unwind.slot];
+    result = teemate_map_tcs(warden->enclave, unwind.tcs_offset, &diag);
+    if (result < 0) {
+        fail(&unwind, result, "%.*s", (int)sizeof(reply->text) - 1, diag.text);
+        return;
+    }
+    result = bury(&unwind);
+    if (result == 0)
+        result = look(&unwind);
+    if (result == 0)
+        result = run(&unwind);
+    if (result == 0)
+        reply->entered = 1;
+    teemate_unmap_tcs(warden->enclave, unwind.tcs_offset);
+}
