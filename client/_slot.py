@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from teemate._faults import FORKED, describe_fault, native_error, new_diag, status_error
 from teemate._native import ffi, lib
 from teemate._types import Exit, SlotGrant
-from teemate.errors import Busy, CallTimeout, EnclaveLost, Error, NotAttached, Revoked
+from teemate.errors import Busy, CallTimeout, EnclaveFault, EnclaveLost, Error, NotAttached, Revoked
 
 if TYPE_CHECKING:
     from teemate._enclave import Enclave
@@ -44,6 +44,7 @@ _OCALL = lib.TEEMATE_CALL_OCALL
 _FAULT = lib.TEEMATE_CALL_FAULT
 _REVOKED = lib.TEEMATE_CALL_REVOKED
 _LOST = lib.TEEMATE_CALL_LOST
+_STOLEN = lib.TEEMATE_CALL_STOLEN
 _PAGE_FAULT = 14
 _MEMORY_ERROR = 18
 _LEFT = lib.TEEMATE_LEFT
@@ -316,6 +317,14 @@ class Slot:
             lib.teemate_slot_abandon(self._handle)
             place = None if run.function == _EENTER else enclave._place(self)
             return describe_fault(run, enclave.name, f"call {name!r}", enclave.base, enclave.size, place)
+        if outcome == _STOLEN:
+            self.broken = f"call {name!r} was resumed by another process"
+            lib.teemate_slot_abandon(self._handle)
+            return EnclaveFault(
+                f"{enclave.name}: another process that maps the enclave resumed call {name!r} of slot"
+                f" {self.index}, so its result is lost: see who else is attached (`teemate status`)",
+                {"call": name, "slot": self.index, "stolen": True},
+            )
         if outcome == _REVOKED:
             self.broken = "its key was refused"
             self.revoked = Revoked(

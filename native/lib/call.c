@@ -14,6 +14,7 @@
 #include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
+#include <sched.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -33,6 +34,8 @@
 #define PRINT_LIMIT 2048u
 /* Pauses of an entry that the gate refuses at once: it cannot begin, or the gate is none. */
 #define PROBE_LIMIT 20
+/* EENTERs of a TCS that is busy: the warden looks at it, who takes a microsecond, or a thief runs there. */
+#define BUSY_LIMIT 50
 
 /* What came from the enclave cannot be: it is given up, as after a fault. */
 static int slot_nonsense(struct teemate_slot *slot)
@@ -222,6 +225,41 @@ static bool tcs_gone(struct teemate_slot *slot)
 }
 
 /*
+ * #GP of ERESUME is a mistake of the enclave's own, or there was nothing to resume.  Only the
+ * gate knows, and it tells who has the key: a call of this key that was interrupted is the
+ * own one.  A key that is refused was taken away, and the warden has undone the call.  When the
+ * key opens the slot, or it stays busy, a stranger has resumed the call to its end, or still does.
+ */
+static enum teemate_call_outcome slot_unresumed(struct teemate_slot *slot)
+{
+    struct sgx_enclave_run run = {0};
+    uint32_t function = SGX_EENTER;
+
+    for (int tries = 0; tries < BUSY_LIMIT; tries++) {
+        struct teemate_regs regs = {
+            .rdi = TM_SEL_BIND, /* harmless: the same again */
+            .rsi = (uintptr_t)&slot->bind,
+            .r12 = slot->secret->key[0],
+            .r13 = slot->secret->key[1],
+        };
+        int result = enclave_enter(slot->enclave, slot->tcs_offset, &regs, function, 0, ENTRY_STACK_CALLER, &run);
+
+        if (result == TEEMATE_LANDED)
+            return regs.rdi == TM_EXIT_INTERRUPTED ? TEEMATE_CALL_FAULT : TEEMATE_CALL_REVOKED;
+        if (result == TEEMATE_LEFT && run.function == SGX_EEXIT)
+            return TEEMATE_CALL_STOLEN;
+        if (result == TEEMATE_LEFT && run.function == SGX_EENTER && run.exception_vector == SGX_VECTOR_PF)
+            return TEEMATE_CALL_LOST;
+        if (result < 0 || (result == TEEMATE_LEFT && run.exception_vector != SGX_VECTOR_GP))
+            return TEEMATE_CALL_FAULT;
+        function = result == TEEMATE_PAUSED ? run.function : SGX_EENTER;
+        if (result == TEEMATE_LEFT)
+            sched_yield();
+    }
+    return TEEMATE_CALL_STOLEN;
+}
+
+/*
  * A page fault of EENTER itself is one at the TCS: the EPC is empty.  When it is emptied
  * under a thread that is inside, that thread's next access to a page of ELRANGE faults, or
  * the ERESUME after its next interrupt: this looks like a mistake of the enclave's own, so
@@ -240,6 +278,9 @@ static void slot_faulted(struct teemate_slot *slot, struct teemate_call *call)
         call->outcome = TEEMATE_CALL_LOST; /* a page of it failed, and the kernel gives none in its place */
     if (page_fault && (run->function == SGX_EENTER || (in_elrange && tcs_gone(slot))))
         call->outcome = TEEMATE_CALL_LOST;
+    if (run->exception_vector == SGX_VECTOR_GP && run->function == SGX_ERESUME)
+        call->outcome = slot_unresumed(slot);
+    slot->revoked = call->outcome == TEEMATE_CALL_REVOKED;
 }
 
 /* Drive the entry that the slot holds until the call is done or its caller is needed. */
@@ -247,6 +288,7 @@ static int slot_run(struct teemate_slot *slot, uint64_t pause_after_ns, struct t
 {
     uint64_t start = clock_now(CLOCK_MONOTONIC_COARSE);
     uint64_t left_ns = pause_after_ns;
+    int busy = 0;
 
     memset(call, 0, sizeof(*call));
     if (!ocall_wait(slot, left_ns)) {
@@ -285,6 +327,11 @@ static int slot_run(struct teemate_slot *slot, uint64_t pause_after_ns, struct t
             slot->revoked = true;
             call->outcome = TEEMATE_CALL_REVOKED;
             return 0;
+        }
+        if (call->run.function == SGX_EENTER && call->run.exception_vector == SGX_VECTOR_GP &&
+            ++busy < BUSY_LIMIT) {
+            sched_yield();
+            continue;
         }
         if (call->run.function != SGX_EEXIT) {
             slot_faulted(slot, call);
