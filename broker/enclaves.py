@@ -10,6 +10,7 @@ import enum
 import os
 import stat
 import struct
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -240,6 +241,7 @@ class EnclaveStatistics:
     grants: int
     attaches: int
     recycled: int
+    repaired: int
     slots: SlotStatistics
     warden: WardenStatistics | None
 
@@ -285,6 +287,10 @@ class Enclave:
         self.warden: Warden | None = None
         self.attaches = 0
         self.recycled = 0
+        self.repaired = 0
+        """Slots that came back with a call in them: interrupted, parked or stolen."""
+        self.slot_work: defaultdict[int, trio.Lock] = defaultdict(trio.Lock)
+        """By slot: who clears, repairs, resets and arms it."""
         self.charge = charge
         self.fixed_info: dict[str, object] = {
             "name": self.name,
@@ -369,6 +375,7 @@ class Enclave:
             grants=len(self.grants),
             attaches=self.attaches,
             recycled=self.recycled,
+            repaired=self.repaired,
             slots=self.slots.statistics(),
             warden=self.warden.statistics() if self.warden else None,
         )

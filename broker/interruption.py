@@ -9,10 +9,9 @@ import trio
 
 from teemate._faults import vector_name
 from teemate._private import locate
-from teemate.broker.control import ControlOp
-from teemate.broker.warden import EnclaveBrokenError, WardenError
 
 if TYPE_CHECKING:
+    from teemate.broker.control import ControlResult
     from teemate.broker.enclaves import Enclave
 
 __all__ = ["describe_interruption"]
@@ -20,30 +19,21 @@ __all__ = ["describe_interruption"]
 _EXITINFO_VALID = 1 << 31  # SDM volume 3D, EXITINFO
 
 
-async def describe_interruption(enclave: Enclave, index: int, cssa: int) -> str:
+async def describe_interruption(enclave: Enclave, found: ControlResult) -> str:
     """Return " by #DE (divide error) at divide (faults.c:41)", as much of it as is known, or "".
 
     The enclave tells the vector always and the instruction on the sim and in debug images; function
-    and line come from the ELF beside the image, where there is one.  It is the last frame that
-    counts: those below are of calls that were interrupted before.
+    and line come from the ELF beside the image, where there is one.  `found` is of the last frame,
+    the one that counts: those below are of calls that were interrupted before.
     """
-    if enclave.warden is None:
-        return ""
-    try:
-        reply = await enclave.warden.control(ControlOp.SSA, index, argument=cssa - 1)
-    except (EnclaveBrokenError, WardenError):
-        return ""  # the interruption is the news, not that nobody can say more
-    if reply.status != 0:
-        return ""
     told = ""
-    if reply.result.exitinfo & _EXITINFO_VALID:
-        told = f" by {vector_name(reply.result.exitinfo & 0xFF)}"
-    offset = reply.result.rip
-    if not 0 < offset < enclave.built.size:
+    if found.exitinfo & _EXITINFO_VALID:
+        told = f" by {vector_name(found.exitinfo & 0xFF)}"
+    if not 0 < found.rip < enclave.built.size:
         return told
     elf = _elf_of(enclave)
-    place = await trio.to_thread.run_sync(locate, elf, offset) if elf is not None else ""
-    return f"{told} at {place or f'base + {offset:#x}'}"
+    place = await trio.to_thread.run_sync(locate, elf, found.rip) if elf is not None else ""
+    return f"{told} at {place or f'base + {found.rip:#x}'}"
 
 
 def _elf_of(enclave: Enclave) -> Path | None:

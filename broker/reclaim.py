@@ -1,8 +1,9 @@
-"""Bringing slots back: clear the key, look whether the slot is clean, scrub it, arm it anew.
+"""Bringing slots back: clear the key, repair and scrub the slot, arm it anew.
 
-A slot comes here when its holder gave it back with word that it is clean, or has ended.  A slot that
-was left parked in an OCALL or interrupted is put into quarantine, with the reason.  Everything runs in
-tasks of the broker's own, off the path of any request, so a client that leaves interrupts nothing.
+A slot comes here when its holder gave it back with word that it is clean, or has ended: then in
+whatever state that left it.  What cannot be repaired is put into quarantine, with the reason.
+Everything runs in tasks of the broker's own, off the path of any request, so a client that leaves
+interrupts nothing.
 """
 
 from __future__ import annotations
@@ -18,17 +19,15 @@ from teemate import errors
 from teemate.broker.control import ControlOp, SlotWord
 from teemate.broker.enclaves import Enclave, EnclaveState
 from teemate.broker.grants import Grant, Waiter
-from teemate.broker.interruption import describe_interruption
 from teemate.broker.processes import Processes
+from teemate.broker.repair import Repair, UnrepairableError, repair_slot
 from teemate.broker.slots import Ticket
 from teemate.broker.warden import EnclaveBrokenError, EnclaveGoneError, WardenError
-from teemate.broker.warden_protocol import WardenReply
 
 __all__ = ["Reclaimer"]
 
-
-class _UncleanError(Exception):
-    """Why the slot cannot be handed out again."""
+_BUSY_AFTER_DEATH = "its holder has ended, but another process enters it again and again"
+_BUSY_BUT_CLEAN = "its holder said that it is clean, but a thread runs in it or no SSA frame is left"
 
 
 @final
@@ -124,19 +123,38 @@ class Reclaimer:
             return None
         return SlotWord.of(reply.result.word)
 
+    async def repair_slot(self, enclave: Enclave, index: int, *, holder_dead: bool) -> Repair:
+        """Take the slot's key away, undo what was interrupted in it and scrub it; it is not armed.
+
+        Call it for a slot that is not free, and as often as it takes: each step can be repeated.
+        When somebody else repaired and armed the slot meanwhile, there is nothing left to do.
+
+        Raises
+        ------
+        WardenError
+            The slot is to be quarantined with that reason.
+        EnclaveGoneError
+            The enclave is lost, with all of its slots.
+
+        """
+        generation = enclave.slot_keys[index].generation
+        async with enclave.slot_work[index]:
+            if enclave.slot_keys[index].generation != generation:
+                return Repair.REPAIRED
+            return await repair_slot(enclave, index, holder_dead=holder_dead, log=self._log)
+
     async def _recycle(self, grant: Grant, index: int, dead: bool) -> None:
         enclave = grant.enclave
         try:
             if enclave.state is EnclaveState.LOST:
                 return  # its slots went with it
-            await self._scrub(enclave, index, dead)
-            await self.arm(enclave, index)
+            await self._renew(enclave, index, dead)
         except EnclaveGoneError as error:
             self.lose(enclave, str(error), grant)
         except Exception as error:
             if isinstance(error, EnclaveBrokenError):
                 self.give_up(enclave, str(error))
-            elif not isinstance(error, _UncleanError | WardenError):
+            elif not isinstance(error, WardenError):
                 self._log.error("internal error", task="recycle", exc_info=error)
             self.quarantine(enclave, index, str(error))
             if grant.outcome is not None:
@@ -150,35 +168,20 @@ class Reclaimer:
             grant.settle()
             enclave.changed.unpark_all()
 
-    async def _scrub(self, enclave: Enclave, index: int, dead: bool) -> None:
-        warden = enclave.warden
-        if warden is None:
-            raise _UncleanError("the image was built without the SDK: nothing can scrub its slots")
-        if dead and enclave.sim:
-            reply = await warden.dead(index)
-            if reply.status != 0:
-                raise _UncleanError(f"the holder's death could not be noted: {reply.text or reply.status}")
-        generation = enclave.slot_keys[index].generation
-        _require(await warden.control(ControlOp.CLEAR, index, generation=generation), "clear its key")
-        reply = await warden.probe(index)
-        if not reply.entered:
-            raise _UncleanError(f"its TCS is in use or has no SSA frame left: {reply.text or reply.status}")
-        _require(reply, "answer a probe")
-        word = SlotWord.of(reply.result.word)
-        if reply.result.cssa:
-            cssa = reply.result.cssa
-            cause = await describe_interruption(enclave, index, cssa)
-            raise _UncleanError(f"its holder left it interrupted (CSSA {cssa}, {word.name.lower()}){cause}")
-        if word is not SlotWord.FREE:
-            raise _UncleanError(f"its holder left it {word.name.lower()}")
-        _require(await warden.control(ControlOp.RESET, index), "reset it")
+    async def _renew(self, enclave: Enclave, index: int, dead: bool) -> None:
+        async with enclave.slot_work[index]:
+            outcome = await repair_slot(enclave, index, holder_dead=dead, log=self._log)
+            if outcome is Repair.BUSY:
+                raise UnrepairableError(_BUSY_AFTER_DEATH if dead else _BUSY_BUT_CLEAN)
+            await self.arm(enclave, index)
 
     async def arm(self, enclave: Enclave, index: int) -> None:
         """Give a clean slot its next key; it is free then, and goes to whoever waits."""
         if enclave.warden is not None:
             key = enclave.key.new_slot_key(enclave.slot_keys[index].generation + 1)
             reply = await enclave.warden.control(ControlOp.ARM, index, generation=key.generation, key=key.key)
-            _require(reply, "take a new key")
+            if reply.status != 0:
+                raise UnrepairableError(f"the enclave answered {reply.status} when asked to take a new key")
             enclave.slot_keys[index] = key
         self.serve(enclave.slots.armed(index))
 
@@ -244,8 +247,3 @@ class Reclaimer:
             lost = errors.EnclaveLost(f"enclave {enclave.name!r} is out of use: {reason}")
             self.refuse(enclave.slots.waiting(), lost)
             self._on_unusable(enclave)
-
-
-def _require(reply: WardenReply, what: str) -> None:
-    if reply.status != 0:
-        raise _UncleanError(f"the enclave answered {reply.status} when asked to {what}")

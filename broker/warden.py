@@ -24,7 +24,7 @@ import trio
 from structlog.typing import FilteringBoundLogger
 
 from teemate.broker.control import ControlKey, ControlOp
-from teemate.broker.warden_protocol import REPLY_SIZE, WardenOp, WardenReply, request, start_body
+from teemate.broker.warden_protocol import REPLY_SIZE, WardenOp, WardenReply, repair_body, request, start_body
 
 __all__ = [
     "EnclaveBrokenError",
@@ -129,9 +129,7 @@ class Warden:
         """A control ECALL; the reply's status is the enclave's own, whatever it is."""
 
         def body() -> bytes:
-            return self._key.control(
-                op, slot, generation=generation, argument=argument, key=key, data=data
-            )
+            return self._key.control(op, slot, generation=generation, argument=argument, key=key, data=data)
 
         for attempt in (1, 2):
             reply = await self._request(WardenOp.CONTROL, body, deadline)
@@ -150,13 +148,13 @@ class Warden:
 
         return await self._request(WardenOp.PROBE, body)
 
-    async def dead(self, slot: int) -> WardenReply:
-        """The slot's holder has ended: do the AEX that its death would have been (sim only)."""
+    async def repair(self, slot: int, generation: int, *, holder_dead: bool) -> WardenReply:
+        """Undo what was interrupted in the slot, whose key was taken away; -EBUSY: to be tried later."""
 
         def body() -> bytes:
-            return slot.to_bytes(8, "little")
+            return repair_body(slot, generation, holder_dead=holder_dead)
 
-        return await self._request(WardenOp.DEAD, body)
+        return await self._request(WardenOp.REPAIR, body)
 
     async def close(self) -> None:
         """End the warden; it notices that its socket closes, and is killed if it is stuck."""

@@ -10,13 +10,14 @@ from typing import final
 
 from teemate.broker.control import CONTROL_SIZE, RESULT_SIZE, ControlResult
 
-__all__ = ["REPLY_SIZE", "WardenOp", "WardenReply", "request", "start_body"]
+__all__ = ["REPLY_SIZE", "WardenOp", "WardenReply", "repair_body", "request", "start_body"]
 
 VERSION = 1
 SEGMENTS = 128
 _HEAD = struct.Struct("<IIQ")
 _START = struct.Struct("<QQII16s")
 _SEGMENT = struct.Struct("<QQII")
+_REPAIR = struct.Struct("<QQII")
 _BODY_SIZE = _START.size + SEGMENTS * _SEGMENT.size
 _REPLY = struct.Struct(f"<QiIII{RESULT_SIZE}s128s")
 REPLY_SIZE = _REPLY.size
@@ -31,7 +32,7 @@ class WardenOp(enum.IntEnum):
     START = 1
     CONTROL = 2
     PROBE = 3
-    DEAD = 4
+    REPAIR = 4
     PING = 5
 
 
@@ -92,6 +93,11 @@ def start_body(
         raise ValueError(f"{len(segments)} segments; a warden takes {SEGMENTS}")
     head = _START.pack(base, size, backend, len(segments), control_key)
     return head + b"".join(_SEGMENT.pack(*segment) for segment in segments)
+
+
+def repair_body(slot: int, generation: int, *, holder_dead: bool) -> bytes:
+    """Return the body of REPAIR."""
+    return _REPAIR.pack(slot, generation, holder_dead, 0)
 
 
 assert CONTROL_SIZE <= _BODY_SIZE

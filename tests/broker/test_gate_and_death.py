@@ -114,19 +114,22 @@ def until(admin: RawClient, **expected: int) -> dict[str, int]:
             return counts
 
 
-@pytest.mark.parametrize(("how", "why"), [("loop", "interrupted"), ("park", "parked")])
-def test_a_slot_whose_holder_dies_in_it_is_quarantined_with_the_reason(
-    faults_broker: RunningBroker, connect: Connect, how: str, why: str
+@pytest.mark.parametrize(
+    ("how", "left"), [("loop", "interrupted (CSSA 1, inside)"), ("park", "parked in an OCALL")]
+)
+def test_a_slot_whose_holder_dies_in_it_is_repaired_and_what_it_left_is_told(
+    faults_broker: RunningBroker, connect: Connect, how: str, left: str
 ) -> None:
     admin = connect(faults_broker)
     with holder(faults_broker, how):
         assert slot_counts(admin)["used"] == 1
-    counts = until(admin, used=0, withheld=0)
-    assert counts["quarantined"] == 1
-    (record,) = [record for record in faults_broker.log() if record["event"] == "slot quarantined"]
-    assert why in str(record["reason"])
-    got = admin.ok("attach", enclave="faults", slots=counts["total"] - 1, wait=20)
-    assert record["slot"] not in [slot["slot"] for slot in got["slots"]]
+    total = slot_counts(admin)["total"]
+    admin.ok("attach", enclave="faults", slots=total, wait=20)
+    assert slot_counts(admin)["quarantined"] == 0
+    (record,) = [record for record in faults_broker.log() if record["event"] == "slot repaired"]
+    assert left in str(record["left"])
+    (enclave,) = admin.ok("stats")["stats"]["enclaves"]
+    assert enclave["repaired"] == 1
 
 
 def test_a_slot_whose_holder_dies_outside_is_free_again(
