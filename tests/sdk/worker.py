@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import signal
 import sys
 from typing import Any
 
 from teemate._native import ffi, lib
 
+PTRACE_TRACEME = 0
+
+
+def await_tracer() -> None:
+    """Stop until the parent, which traces us from now on, lets us go on."""
+    assert ctypes.CDLL(None, use_errno=True).ptrace(PTRACE_TRACEME, 0, None, None) == 0
+    os.kill(os.getpid(), signal.SIGSTOP)
+
 
 def main() -> int:
-    """Read the order from stdin, print one line for each call: status, output in hexadecimal."""
+    """Read the order from stdin, print one line for each call: status, output in hexadecimal.
+
+    Before the call whose number is "traced" the process stops for its parent, which traces it.
+    """
     order: dict[str, Any] = json.load(sys.stdin)
     diag = ffi.new("struct teemate_diag *")
     segments = ffi.new("struct teemate_segment[]", len(order["segments"]))
@@ -34,7 +48,9 @@ def main() -> int:
     out = ffi.new("uint8_t[]", 65536)
     call = ffi.new("struct teemate_call *")
     for _ in range(order["repeat"]):
-        for name, payload in order["calls"]:
+        for number, (name, payload) in enumerate(order["calls"]):
+            if number == order.get("traced"):
+                await_tracer()
             data = bytes.fromhex(payload)
             error = lib.teemate_slot_call(
                 slot[0], name.encode(), len(name), data, len(data), out, 65536, 0, call

@@ -78,7 +78,7 @@ class Enclave:
         return self._sequence
 
     # What a processor keeps of a TCS, at its place in the sim's file (native/lib/sim.h).
-    def _tcs_place(self, slot: int) -> int:
+    def tcs_place(self, slot: int) -> int:
         table = self.size + 4096
         for place in range(table, table + 4096 * 64, 64):
             if int.from_bytes(os.pread(self.fd, 8, place + 8), "little") == self.tcs[slot]:
@@ -87,15 +87,15 @@ class Enclave:
 
     def tcs_word(self, slot: int) -> int:
         """Return busy | CSSA << 8 | holder << 32."""
-        return int.from_bytes(os.pread(self.fd, 8, self._tcs_place(slot)), "little")
+        return int.from_bytes(os.pread(self.fd, 8, self.tcs_place(slot)), "little")
 
     def set_tcs_word(self, slot: int, word: int) -> None:
         """Leave a TCS as somebody who died in it."""
-        os.pwrite(self.fd, word.to_bytes(8, "little"), self._tcs_place(slot))
+        os.pwrite(self.fd, word.to_bytes(8, "little"), self.tcs_place(slot))
 
     def nssa(self, slot: int) -> int:
         """Return how many SSA frames the TCS has."""
-        return int.from_bytes(os.pread(self.fd, 4, self._tcs_place(slot) + 56), "little")
+        return int.from_bytes(os.pread(self.fd, 4, self.tcs_place(slot) + 56), "little")
 
 
 class Warden:
