@@ -148,13 +148,9 @@ class World:
 
     def bury_and_repair(self) -> None:
         """Do for the victim's slot what the broker has its warden do when a client has died."""
-        reply = self.warden.dead(VICTIM)
-        assert reply.status == 0, reply.text
         self._control(wire.CLEAR, VICTIM, generation=GENERATION)
-        if reply.repaired:
-            self.enclave.set_tcs_word(VICTIM, 0)
-            place = self.layout.td_offset + VICTIM * self.layout.td_stride + 0x30
-            self.memory.view[place : place + 8] = (GENERATION << 8).to_bytes(8, "little")
+        reply = self.warden.repair(VICTIM, GENERATION, dead=True)
+        assert (reply.status, reply.entered) == (0, 1), reply.text
         self._control(wire.RESET, VICTIM)
 
     def observe_anew(self) -> None:
