@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+import threading
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from teemate._connection import DEFAULT_PATH, Check, Connection
 from teemate._enclave import Enclave, map_enclave, new_handle
 from teemate._faults import native_error, new_diag
 from teemate._grant import WAIT, GrantedEnclave
 from teemate._native import ffi, lib
+from teemate._requests import Reply
 from teemate._types import ClientInfo, Drained, EnclaveInfo, Revocation, SlotGrant, Undrained
 from teemate.errors import ImageError, ProtocolError
 from teemate.wire import close_all
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 __all__ = ["Broker", "connect"]
 
@@ -53,13 +55,23 @@ class Broker:
     """A connection to the broker.  Thread safe; use it as a context manager.
 
     Leaving detaches every enclave that is still attached.  When the broker ends, calls in
-    enclaves go on; what needs the broker raises :class:`ConnectionLost`.
+    enclaves go on.  One that keeps grants over its restarts (under systemd, or with ``--keeper``)
+    is waited for, for as long as it said (``resume_grace``): requests take longer meanwhile, and
+    that is all.  If it does not come back, or does not know this process any more, its enclaves
+    raise :class:`EnclaveLost`; what needs a broker that is gone raises :class:`ConnectionLost`.
     """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._lock = threading.Lock()
         self._grants: dict[int, GrantedEnclave] = {}
+        self._attaching = 0
+        self._news: list[_News] = []
+        """What the broker said while attaches were under way, for grants that are not here yet."""
+        self._check: Check | None = None
         connection.on_event = self._event
+        connection.on_resumed = self._resumed
+        connection.on_forgotten = self._forgotten
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -72,12 +84,18 @@ class Broker:
         self.close()
 
     def close(self) -> None:
-        """Detach everything and close the connection."""
+        """Detach everything and close the connection.
+
+        Waits for a broker that is being restarted, so that it hears of it.
+        """
+        self._close(None)
+
+    def _close(self, check: Check | None) -> None:
         try:
             for enclave in list(self._grants.values()):
                 enclave.detach()
         finally:
-            self._connection.close()
+            self._connection.close(check)
 
     @property
     def path(self) -> str:
@@ -125,25 +143,37 @@ class Broker:
         return self._attach(name, slots, wait, None)
 
     def _attach(self, name: str, slots: int, wait: float, check: Check | None) -> GrantedEnclave:
-        connection = self._connection
-        reply = connection.request(
-            "attach",
-            {"enclave": name, "slots": slots, "wait": wait},
-            wait=wait,
-            undo=self._undo_attach,
-            check=check,
-            meanwhile=lib.teemate_prepare,
-        )
-        ok = reply.ok
+        with self._lock:
+            self._attaching += 1
+        news: list[_News] = []
         try:
-            enclave = self._map(ok, reply.fds)
-        except BaseException:
-            self._undo_attach(ok)
-            raise
-        self._grants[enclave.grant] = enclave
+            reply = self._connection.request(
+                "attach",
+                {"enclave": name, "slots": slots, "wait": wait},
+                wait=wait,
+                undo=self._undo_attach,
+                check=check,
+                meanwhile=lib.teemate_prepare,
+            )
+            try:
+                enclave = self._map(reply)
+            except BaseException:
+                self._undo_attach(reply)
+                raise
+            with self._lock:
+                self._grants[enclave.grant] = enclave
+                news = [one for one in self._news if one.concerns(reply)]
+        finally:
+            with self._lock:
+                self._attaching -= 1
+                if not self._attaching:
+                    self._news.clear()
+        for one in news:
+            one.tell(enclave)
         return enclave
 
-    def _map(self, ok: Mapping[str, Any], fds: tuple[int, ...]) -> GrantedEnclave:
+    def _map(self, reply: Reply) -> GrantedEnclave:
+        ok, fds = reply.ok, reply.fds
         if len(fds) != 2:
             close_all(fds)
             raise ProtocolError(f"an attach reply brings 2 descriptors, this one {len(fds)}")
@@ -166,7 +196,9 @@ class Broker:
             try:
                 self._map_arena(native, arena_fd, info.name)
                 slots = [SlotGrant.parse(slot) for slot in ok["slots"]]
-                return GrantedEnclave(native, self._connection, ok["grant"], info, slots, self._forget)
+                return GrantedEnclave(
+                    native, self._connection, reply.session, ok["grant"], info, slots, self._forget
+                )
             except BaseException:
                 lib.teemate_close(native)
                 raise
@@ -180,11 +212,13 @@ class Broker:
         if error:
             raise native_error(error, diag, f"mapping the arena of {name!r}")
 
-    def _undo_attach(self, ok: Mapping[str, Any]) -> None:
-        self._connection.post("detach", {"grant": ok["grant"], "clean": True})
+    def _undo_attach(self, reply: Reply) -> None:
+        self._connection.post("detach", {"grant": reply.ok["grant"], "clean": True}, reply.session)
 
     def _forget(self, enclave: GrantedEnclave) -> None:
-        self._grants.pop(enclave.grant, None)
+        with self._lock:
+            if self._grants.get(enclave.grant) is enclave:  # not of another session, with the same number
+                del self._grants[enclave.grant]
 
     def acquire(self, enclave: GrantedEnclave, count: int = 1, wait: float = WAIT) -> None:
         """Get `count` more slots for a grant: :meth:`GrantedEnclave.acquire`."""
@@ -308,12 +342,21 @@ class Broker:
         wait: float = 0.0,
         check: Check | None = None,
     ) -> dict[str, Any]:
-        reply = self._connection.request(op, args, fds=fds, wait=wait, check=check)
+        reply = self._connection.request(op, args, fds=fds, wait=wait, check=check or self._check)
         close_all(reply.fds)
         return reply.ok
 
+    def _cancellable(self, check: Check) -> Broker:
+        """Return this connection as an object whose requests end when `check` raises."""
+        view = object.__new__(type(self))
+        view.__dict__.update(self.__dict__)
+        view._check = check
+        return view
+
+    # ---- in whichever thread reads the socket -------------------------------------------
+
     def _event(self, event: Mapping[str, Any]) -> None:
-        """Handle an event, in whichever thread reads the socket."""
+        """Handle an event."""
         kind = event["event"]
         if kind in ("draining", "ready"):
             for enclave in list(self._grants.values()):
@@ -321,10 +364,50 @@ class Broker:
                 if (enclave.name, enclave.info.generation) == (event["enclave"], generation):
                     enclave.draining = kind == "draining"
             return
-        granted = self._grants.get(event.get("grant", -1))
-        if granted is None:
-            return
-        if kind == "revoked":
-            granted.revoked(event["slots"], event["deadline"])
-        elif kind == "lost":
-            granted.lost()
+        number = event.get("grant", -1)
+
+        def tell(granted: GrantedEnclave) -> None:
+            if kind == "revoked":
+                granted.revoked(event["slots"], event["deadline"])
+            elif kind == "lost":
+                granted.lost()
+
+        resumes = self._connection.resumes
+        self._tell(
+            _News(lambda reply: reply.resumes <= resumes and reply.ok["grant"] == number, tell), number
+        )
+
+    def _resumed(self, grants: frozenset[int]) -> None:
+        """Hear which grants are left after an absence of the broker."""
+        resumes = self._connection.resumes
+        gone = _News(
+            lambda reply: reply.resumes < resumes and reply.ok["grant"] not in grants,
+            GrantedEnclave.taken_back,
+        )
+        self._tell(gone, *(number for number in list(self._grants) if number not in grants), forget=True)
+
+    def _forgotten(self, why: str) -> None:
+        """Hear that no broker knows any grant of this connection."""
+        resumes = self._connection.resumes
+        over = _News(lambda reply: reply.resumes < resumes, lambda granted: granted.forgotten(why))
+        self._tell(over, *list(self._grants), forget=True)
+
+    def _tell(self, news: _News, *numbers: int, forget: bool = False) -> None:
+        """Tell the grants of these numbers, and those whose attach is under way when they come."""
+        with self._lock:
+            told = [self._grants[number] for number in numbers if number in self._grants]
+            if forget:
+                for granted in told:
+                    del self._grants[granted.grant]
+            if self._attaching:
+                self._news.append(news)
+        for granted in told:
+            news.tell(granted)
+
+
+class _News(NamedTuple):
+    """Something about grants that came while an attach was under way."""
+
+    concerns: Callable[[Reply], bool]
+    """Whether it was said of what this answer to an attach has granted."""
+    tell: Callable[[GrantedEnclave], None]

@@ -86,6 +86,8 @@ class Enclave:
         self._native: Any = handle
         self._pages_added = pages
         self._wake = threading.Condition()
+        self._over = False
+        """Whether whoever gave the enclave knows nothing of it any more."""
         self._unopened: deque[SlotGrant] = deque(slots)
         self._free: list[Slot] = []
         self._taken: set[Slot] = set()
@@ -164,8 +166,7 @@ class Enclave:
                     )
                 self._wake.wait(_SLICE)
         clean = self._close_slots()
-        lib.teemate_close(self._native)
-        self._native = None
+        self._unmap()
         self._detached(clean)
 
     # ---- for the slots and for subclasses -------------------------------------------------
@@ -221,15 +222,22 @@ class Enclave:
         if os.getpid() != self.pid:
             return
         with self._wake:
-            self._taken.discard(slot)
             if slot.broken is None and self.gone is None:
+                self._taken.discard(slot)
                 self._free.append(slot)
                 self._wake.notify()
                 return
+        open_until_now = slot.clean is None
+        closed = slot._close() is not None
+        with self._wake:
+            # Not earlier: what is not among the taken ones is not waited for before unmapping.
+            if closed:
+                self._taken.discard(slot)
             self._wake.notify_all()
-        if slot.clean is None:
-            slot._close()
+        if open_until_now:
             self._slot_closed(slot, bool(slot.clean))
+        if self._over:
+            self._unmap_when_left()
 
     def _close_slots(self) -> bool:
         """Close every slot that nobody is inside of; returns whether all are closed and clean."""
@@ -238,6 +246,33 @@ class Enclave:
             self._free.clear()
         results = [slot._close() for slot in slots]
         return all(results)
+
+    def _end(self, error: Error, patience: float) -> None:
+        """Refuse every later call with `error`, and unmap the enclave once those inside have left.
+
+        They get `patience` seconds and are abandoned then.  Whoever gave the enclave is told nothing.
+        """
+        with self._wake:
+            self._over = True
+            if self.gone is None:
+                self.gone = error
+                self.patience = time.monotonic() + patience
+            self._unopened.clear()
+            self._wake.notify_all()
+        self._unmap_when_left()
+
+    def _unmap_when_left(self) -> None:
+        with self._wake:
+            slots = [*self._free, *self._taken]
+        if None not in [slot._close() for slot in slots]:
+            self._unmap()
+
+    def _unmap(self) -> None:
+        """Unmap the enclave, whose slots are closed; by whichever thread is the first to come here."""
+        with self._wake:
+            native, self._native = self._native, None
+        if native is not None:
+            lib.teemate_close(native)
 
     def _called(self) -> None:
         """Count a call that has ended."""

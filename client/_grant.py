@@ -6,21 +6,22 @@ are `clean`; it relies on that when it hands them to somebody else.
 
 from __future__ import annotations
 
-import contextlib
+import math
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from teemate._connection import Check
-from teemate._enclave import Enclave
+from teemate._enclave import LEAVE_WAIT, Enclave
 from teemate._slot import Slot
 from teemate._types import EnclaveInfo, SlotGrant
-from teemate.errors import Busy, Error, Revoked
+from teemate.errors import Busy, EnclaveLost, Revoked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from teemate._connection import Connection
+    from teemate._requests import Reply
 
 __all__ = ["GrantedEnclave"]
 
@@ -34,6 +35,7 @@ class GrantedEnclave(Enclave):
         self,
         handle: Any,
         connection: Connection,
+        session: int,
         grant: int,
         info: EnclaveInfo,
         slots: Sequence[SlotGrant],
@@ -55,6 +57,7 @@ class GrantedEnclave(Enclave):
         self.draining = False
         """Whether the broker waits for its clients to leave."""
         self._connection = connection
+        self._session = session
         self._on_detach = on_detach
         self._listening = False
 
@@ -72,17 +75,28 @@ class GrantedEnclave(Enclave):
             "slots.acquire",
             {"grant": self.grant, "count": count, "wait": wait},
             wait=wait,
+            session=self._session,
             undo=self._undo_acquire,
             check=check,
         )
         slots = [SlotGrant.parse(slot) for slot in reply.ok["slots"]]
         with self._wake:
-            self._unopened.extend(slots)
-            self._wake.notify_all()
+            if self.gone is None:
+                self._unopened.extend(slots)
+                self._wake.notify_all()
+                return
+            gone = self.gone
+        # Whoever ended the grant meanwhile did not know of these.
+        self._undo_acquire(reply)
+        raise gone
 
-    def _undo_acquire(self, ok: dict[str, Any]) -> None:
-        slots = [slot["slot"] for slot in ok["slots"]]
-        self._connection.post("slots.release", {"grant": self.grant, "slots": slots, "clean": True})
+    def _undo_acquire(self, reply: Reply) -> None:
+        self._post_release([slot["slot"] for slot in reply.ok["slots"]], clean=True)
+
+    def _post_release(self, slots: Sequence[int], *, clean: bool) -> None:
+        if slots:
+            args = {"grant": self.grant, "slots": sorted(slots), "clean": clean}
+            self._connection.post("slots.release", args, self._session)
 
     def release(self, count: int = 1) -> None:
         """Give `count` free slots of this grant back to the broker.
@@ -103,7 +117,10 @@ class GrantedEnclave(Enclave):
         numbers = [slot.slot for slot in never_opened] + [slot.index for slot in opened]
         if numbers:
             self._connection.request(
-                "slots.release", {"grant": self.grant, "slots": numbers, "clean": all(results)}, check=check
+                "slots.release",
+                {"grant": self.grant, "slots": numbers, "clean": all(results)},
+                session=self._session,
+                check=check,
             )
 
     # ---- hooks of Enclave --------------------------------------------------------------
@@ -117,38 +134,33 @@ class GrantedEnclave(Enclave):
             self._connection.listen()
 
     def _slot_closed(self, slot: Slot, clean: bool) -> None:
-        if slot.revoked is not None or self._connection.lost:
+        if slot.revoked is not None or self._over:
             return
         # Waits for the answer, so that the slot is where it belongs when the caller goes on; what
         # the caller has to hear is why the slot broke, not that its grant ended meanwhile.
-        with contextlib.suppress(Error):
-            self._connection.request(
-                "slots.release", {"grant": self.grant, "slots": [slot.index], "clean": clean}
-            )
+        args = {"grant": self.grant, "slots": [slot.index], "clean": clean}
+        self._connection.tell("slots.release", args, self._session)
 
     def _detached(self, clean: bool) -> None:
-        connection = self._connection
         self._on_detach(self)
-        if connection.lost:
-            return
-        try:
-            connection.request("detach", {"grant": self.grant, "clean": clean})
-        except Error:
-            # The grant is gone already, or its broker: that is what was asked for.
-            if not connection.lost:
-                connection.check_process()
+        if not self._over:
+            # The grant may be gone already, or its broker: that is what was asked for.
+            self._connection.tell("detach", {"grant": self.grant, "clean": clean}, self._session)
 
     # ---- events, in the thread that reads the socket ------------------------------------
 
     def revoked(self, slots: Sequence[int], deadline: float) -> None:
-        """Close the slots that the broker takes back, and acknowledge.
+        """Close the slots that the broker takes back, and acknowledge those that were still here.
 
-        Calls that are inside get half of `deadline` seconds to end by themselves.
+        Calls that are inside get half of `deadline` seconds to end by themselves.  A broker that was
+        restarted may say it again.
         """
         numbers = set(slots)
         with self._wake:
             mine = [*self._free, *self._taken]
             taken = [slot for slot in mine if slot.index in numbers]
+            held = {slot.slot for slot in self._unopened if slot.slot in numbers}
+            held |= {slot.index for slot in taken}
             self._unopened = deque(slot for slot in self._unopened if slot.slot not in numbers)
             self._free = [slot for slot in self._free if slot.index not in numbers]
             self.patience = time.monotonic() + deadline / 2
@@ -165,11 +177,20 @@ class GrantedEnclave(Enclave):
         while any(slot._close() is None for slot in taken) and time.monotonic() < end:
             with self._wake:
                 self._wake.wait(0.02)
-        clean = all(slot.clean for slot in taken)
-        if numbers:
-            self._connection.post(
-                "slots.release", {"grant": self.grant, "slots": sorted(numbers), "clean": clean}
-            )
+        self._post_release(sorted(held), clean=all(slot.clean for slot in taken))
+
+    def taken_back(self) -> None:
+        """Hear that the broker ended this grant while it could not be heard."""
+        error = Revoked(
+            f"{self.name}: the broker ended the grant while the connection was down (it was revoked, or this "
+            "process was away for too long): attach again if the policy still allows it",
+            {"grant": self.grant},
+        )
+        self._end(error, LEAVE_WAIT)
+
+    def forgotten(self, why: str) -> None:
+        """Hear that no broker knows of this grant; what is inside goes on, since nobody gets these slots."""
+        self._end(EnclaveLost(f"{self.name}: {why}", {"grant": self.grant}), math.inf)
 
     def lost(self) -> None:
         """Hear that the enclave is gone."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 import trio
@@ -45,8 +45,37 @@ async def open_broker(
     try:
         yield AsyncBroker(broker, limiter)
     finally:
+        await _close(broker, limiter)
+
+
+class _CancelledError(Exception):
+    pass
+
+
+async def _close(broker: Broker, limiter: trio.CapacityLimiter) -> None:
+    """Close in any case; once the task is cancelled, without waiting for a broker that is away."""
+    cancelled = False
+
+    async def watch() -> None:
+        nonlocal cancelled
+        try:
+            await trio.sleep_forever()
+        except trio.Cancelled:  # our caller's next checkpoint raises it again
+            cancelled = True
+
+    def check() -> None:
+        if cancelled:
+            raise _CancelledError
+
+    def close() -> None:
+        with suppress(_CancelledError):
+            broker._close(check)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
         with trio.CancelScope(shield=True):
-            await _in_thread(limiter, broker.close)
+            await _in_thread(limiter, close)
+        nursery.cancel_scope.cancel()
 
 
 async def _in_thread(limiter: trio.CapacityLimiter, function: Callable[[], _Result]) -> _Result:
@@ -160,7 +189,7 @@ class AsyncEnclave:
 
     async def release(self, count: int = 1) -> None:
         """Give `count` free slots back."""
-        await _in_thread(self._limiter, lambda: self.sync.release(count))
+        await _in_thread(self._limiter, lambda: self.sync._release(count, trio.from_thread.check_cancelled))
 
     async def detach(self) -> None:
         """Unmap the enclave and give the grant up."""
@@ -174,6 +203,8 @@ class AsyncBroker:
     def __init__(self, broker: Broker, limiter: trio.CapacityLimiter) -> None:
         self.sync = broker
         """The connection as the synchronous API has it."""
+        self._sync = broker._cancellable(trio.from_thread.check_cancelled)
+        """The same for worker threads."""
         self._limiter = limiter
 
     async def ping(self) -> None:
@@ -211,12 +242,12 @@ class AsyncBroker:
         """Have the broker build an enclave: :meth:`teemate.Broker.create`."""
         return await _in_thread(
             self._limiter,
-            lambda: self.sync.create(name, image, sigstruct, backend=backend, debug=debug, owner=owner),
+            lambda: self._sync.create(name, image, sigstruct, backend=backend, debug=debug, owner=owner),
         )
 
     async def destroy(self, name: str, *, force: bool = False) -> int:
         """Destroy an enclave: :meth:`teemate.Broker.destroy`."""
-        return await _in_thread(self._limiter, lambda: self.sync.destroy(name, force=force))
+        return await _in_thread(self._limiter, lambda: self._sync.destroy(name, force=force))
 
     async def drain(
         self,
@@ -229,12 +260,12 @@ class AsyncBroker:
         """Wait for the holders of an enclave to leave: :meth:`teemate.Broker.drain`."""
         return await _in_thread(
             self._limiter,
-            lambda: self.sync.drain(name, deadline=deadline, force=force, reason=reason),
+            lambda: self._sync.drain(name, deadline=deadline, force=force, reason=reason),
         )
 
     async def undrain(self, name: str | None = None) -> Undrained:
         """Take drained enclaves into use again: :meth:`teemate.Broker.undrain`."""
-        return await _in_thread(self._limiter, lambda: self.sync.undrain(name))
+        return await _in_thread(self._limiter, lambda: self._sync.undrain(name))
 
     async def revoke(
         self,
@@ -248,16 +279,18 @@ class AsyncBroker:
         """Take grants back: :meth:`teemate.Broker.revoke`."""
         return await _in_thread(
             self._limiter,
-            lambda: self.sync.revoke(grant=grant, client=client, enclave=enclave, grace=grace, reason=reason),
+            lambda: self._sync.revoke(
+                grant=grant, client=client, enclave=enclave, grace=grace, reason=reason
+            ),
         )
 
     async def clients(self) -> list[ClientInfo]:
         """Return everybody who is connected."""
-        return await _in_thread(self._limiter, self.sync.clients)
+        return await _in_thread(self._limiter, self._sync.clients)
 
     async def stats(self) -> dict[str, Any]:
         """Return the broker's statistics, by part."""
-        return await _in_thread(self._limiter, self.sync.stats)
+        return await _in_thread(self._limiter, self._sync.stats)
 
     async def _request(self, op: str) -> dict[str, Any]:
         return await _in_thread(

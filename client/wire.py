@@ -282,8 +282,8 @@ def _packet(data: bytes, ancillary: list[tuple[int, int, bytes]], flags: int) ->
     return Packet(data, fds)
 
 
-def send(sock: socket.socket, data: bytes, fds: Iterable[int] = ()) -> None:
-    """Send one packet, blocking; `fds` stay the caller's.
+def send(sock: socket.socket, data: bytes, fds: Iterable[int] = (), flags: int = 0) -> None:
+    """Send one packet, blocking unless `flags` has MSG_DONTWAIT; `fds` stay the caller's.
 
     Raises
     ------
@@ -292,7 +292,7 @@ def send(sock: socket.socket, data: bytes, fds: Iterable[int] = ()) -> None:
         socket's send buffer is smaller than the packet.
 
     """
-    sock.sendmsg([data], _rights(fds), socket.MSG_NOSIGNAL)
+    sock.sendmsg([data], _rights(fds), socket.MSG_NOSIGNAL | flags)
 
 
 def receive(sock: socket.socket, buffer: bytearray | None = None) -> Packet:

@@ -14,6 +14,7 @@ import pytest
 
 from teemate import wire
 from teemate._connection import Connection
+from teemate._requests import Reply
 from teemate.errors import ConnectionLost, Denied, LimitReached, NotAttached, ProtocolError
 
 HELLO = {"version": 1, "broker": "test", "max_message": 65536}
@@ -102,7 +103,7 @@ def test_the_greeting_and_the_first_request_go_out_before_any_answer_is_read(scr
     def broker(peer: Peer) -> None:
         hello, ping = peer.read(), peer.read()
         assert (hello["op"], ping["op"]) == ("hello", "ping")
-        assert hello["args"] == {"version": 1, "client": "me"}
+        assert hello["args"] == {"version": 1, "client": "me", "session": hello["args"]["session"]}
         peer.say({"id": hello["id"], "ok": HELLO})
         peer.say({"id": ping["id"], "ok": {}})
         assert peer.read()["op"] == "ping"
@@ -227,12 +228,12 @@ def test_an_answer_whose_caller_was_interrupted_is_given_back_and_its_descriptor
 
     script.run(broker)
     connection = Connection(script.path)
-    undone: list[dict[str, Any]] = []
+    undone: list[Reply] = []
     with pytest.raises(Stop):
         connection.request("attach", undo=undone.append, check=stop)
     interrupted.set()
     connection.request("ping")
-    assert undone == [{"grant": 7}]
+    assert [reply.ok for reply in undone] == [{"grant": 7}]
     assert not is_open(granted)
     connection.close()
 
@@ -305,7 +306,7 @@ def test_a_request_is_answered_while_a_listener_reads(
     script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever waits hears of an answer from the listener, not from the time-out."""
-    monkeypatch.setattr("teemate._connection.REPLY_TIMEOUT", 5.0)
+    monkeypatch.setattr("teemate._requests.REPLY_TIMEOUT", 5.0)
     rounds = 200
 
     def broker(peer: Peer) -> None:

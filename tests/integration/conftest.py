@@ -21,12 +21,12 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     send, receive = wire.send, wire.receive
     failures: list[Exception] = []
 
-    def recording_send(sock: socket.socket, data: bytes, fds: Iterable[int] = ()) -> None:
+    def recording_send(sock: socket.socket, data: bytes, fds: Iterable[int] = (), flags: int = 0) -> None:
         try:
             recorder.sent(id(sock), data)
         except Exception as error:
             failures.append(error)
-        send(sock, data, fds)
+        send(sock, data, fds, flags)
 
     def recording_receive(sock: socket.socket, buffer: bytearray | None = None) -> wire.Packet:
         packet = receive(sock, buffer)
