@@ -62,7 +62,7 @@ class Images:
 
     def __init__(self, folder: Path, *, test_build: str = "") -> None:
         self._folder = folder
-        self._test_build = test_build
+        self.test_build = test_build
         self._built: dict[tuple[str, LayoutOptions, SigParams | None], BuiltImage] = {}
         self.key = signing_key()
         self.key_path = folder / "test-key.pem"
@@ -97,7 +97,7 @@ class Images:
         earlier = next((image for image in self._built.values() if image.name == name), None)
         if earlier is None:
             bare = bool(image_table(name).get("bare"))
-            compile_elf(sources(name), elf, bare=bare, test_build=self._test_build)
+            compile_elf(sources(name), elf, bare=bare, test_build=self.test_build)
         else:
             os.link(earlier.elf, elf)  # faults are shown by the ELF that lies beside the image
         built = layout_image(elf, output, options)

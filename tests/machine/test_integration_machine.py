@@ -48,7 +48,7 @@ def builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         images.build(name)
     for defines in ((), ("HANG_AT_START",)):
         source = machine.PROJECT / "tests" / "warden" / "enclave.c"
-        compile_elf([source], tmp_path / "warden.elf", defines=defines)
+        compile_elf([source], tmp_path / "warden.elf", defines=defines, test_build="")
     return folder
 
 

@@ -24,6 +24,10 @@ GUARDS = {
         "tests/sdk/test_control.py::test_the_next_holder_finds_nothing_of_the_one_before",
         "tests/sdk/test_control.py::test_an_interrupts_saved_registers_are_scrubbed_too",
     ],
+    "unwind": [
+        "tests/sdk/test_unwind.py::test_an_interrupted_call_that_was_undone_lands_and_its_slot_is_free",
+        "tests/warden/test_slot_repair.py::test_a_thread_that_dies_while_it_runs_inside_leaves_a_slot_that_comes_back",
+    ],
 }
 
 

@@ -20,8 +20,7 @@ def test_control_ecalls_can_be_done_again_after_a_death_at_any_instruction(image
             str(image.sigstruct),
             "10",
         ],
-        env=os.environ
-        | {"TEEMATE_TICK": "2us-20us", "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        env=os.environ | {"TEEMATE_TICK": "2us-20us", "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
         capture_output=True,
         text=True,
         check=False,

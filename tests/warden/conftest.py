@@ -31,7 +31,9 @@ def make_image(images: Images, tmp_path_factory: pytest.TempPathFactory) -> Imag
         if key not in made:
             stem = folder / f"warden-{len(made)}"
             options = replace(LayoutOptions(slots=3, heap=1 << 20, debug=True), **changes)  # type: ignore[arg-type]
-            compile_elf([HERE / "enclave.c"], stem.with_suffix(".elf"), defines=defines)
+            compile_elf(
+                [HERE / "enclave.c"], stem.with_suffix(".elf"), defines=defines, test_build=images.test_build
+            )
             built = layout_image(stem.with_suffix(".elf"), stem.with_suffix(".sgxs"), options)
             unsigned = SigParams(debug_allowed=True).unsigned(built.mrenclave)
             stem.with_suffix(".sig").write_bytes(sign_with_key(unsigned, images.key).to_bytes())

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import warden_wire as wire
-from backends import NUMBER
+from backends import NUMBER, PATIENCE
 
 from teemate._native import ffi, lib
 
@@ -215,8 +215,12 @@ class Warden:
         return request
 
     def repair(self, slot: int, generation: int, *, dead: bool) -> wire.WardenReply:
-        """REPAIR a slot whose key was taken away."""
-        return self.ask(self.repair_request(slot, generation, dead=dead))
+        """REPAIR a slot whose key was taken away, with a deadline as the broker's."""
+        number = self.send(self.repair_request(slot, generation, dead=dead))
+        assert self.answers_within(20 * PATIENCE), "the repair hangs"
+        reply = self.receive()
+        assert reply.id == number
+        return reply
 
     def ping(self) -> wire.WardenReply:
         """PING."""
