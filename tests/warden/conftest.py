@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from backends import NUMBER
+from crash_world import World, populate
 from elves import compile_elf
-from images import Images
+from images import Images, layout_options, sources
+from stepping import build_stepping
 from warden_harness import Client, Enclave, Slot, Warden, check
 
 from teemate._native import ffi, lib
@@ -18,6 +21,7 @@ from teemate.image import LayoutOptions, SigParams, layout_image, sign_with_key
 HERE = Path(__file__).resolve().parent
 
 ImageMaker = Callable[..., tuple[Path, Path]]
+VaultMaker = Callable[[str], tuple[Path, Path]]
 
 
 @pytest.fixture(scope="session")
@@ -136,3 +140,32 @@ def make_private(make_image: ImageMaker) -> Iterator[Callable[..., Private]]:
 def private(make_private: Callable[..., Private]) -> Private:
     """One started private enclave of tests/warden/enclave.c."""
     return make_private()
+
+
+@pytest.fixture(scope="module")
+def make_vault(images: Images, tmp_path_factory: pytest.TempPathFactory) -> VaultMaker:
+    """Build the vault with crash.c, with a protection switched off or none."""
+    folder = tmp_path_factory.mktemp("crash")
+
+    def make(test_build: str) -> tuple[Path, Path]:
+        stem = folder / (test_build or "whole")
+        elf, sgxs, sigstruct = (stem.with_suffix(end) for end in (".elf", ".sgxs", ".sig"))
+        compile_elf([*sources("vault"), HERE / "crash.c"], elf, test_build=test_build)
+        # No time: the warden would enter to tell it whenever it likes.
+        built = layout_image(elf, sgxs, layout_options("vault", slots=3, stack="16K", heap="64K", time=False))
+        sigstruct.write_bytes(sign_with_key(SigParams().unsigned(built.mrenclave), images.key).to_bytes())
+        return sgxs, sigstruct
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def stepping(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return build_stepping(tmp_path_factory.mktemp("stepping"))
+
+
+@pytest.fixture(scope="module")
+def world(make_vault: VaultMaker, stepping: ctypes.CDLL) -> Iterator[World]:
+    with World(*make_vault(""), stepping) as world:
+        populate(world)
+        yield world

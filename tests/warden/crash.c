@@ -126,3 +126,10 @@ TM_ECALL(balance)
     tm_unlock(&bank.left);
     return status ? status : tm_reply(rq, told, sizeof(told));
 }
+
+/* How often 100 ms are waited for a lock. */
+TM_ECALL(patience)
+{
+    tm_lock_patience = (uint32_t)argument(rq, 0);
+    return 0;
+}

@@ -12,14 +12,17 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import warden_wire as wire
+from elftools.elf.elffile import ELFFile
 from warden_harness import Client, Enclave, Result, Slot, Warden
 
 from teemate._native import lib
 from teemate.vault import Entry, Vault
 
-VICTIM, OBSERVER = 2, 3
+VICTIM, OBSERVER, OTHER = 2, 3, 4
 GENERATION = 1
 SEALS = 1 | 2 | 4  # SEAL, SHRINK, GROW
+_HOLDER = (1 << 62) - 1
+"""Of a mutex's word, without its flags (native/sdk/lock.c)."""
 DONE: int = lib.TEEMATE_CALL_DONE
 
 STATS = ("size", "used", "blocks", "free_blocks", "largest_free", "owned")
@@ -77,13 +80,12 @@ class World:
         self.library = library
         self.enclave = Enclave(sgxs, sigstruct)
         self.warden = Warden()
-        reply = self.warden.start(self.enclave)
-        assert (reply.status, reply.text) == (0, b"")
-        self.layout = _layout(reply)
+        self.layout = _Layout.of(self._start())
+        self._heap = _symbol(sgxs.with_suffix(".elf"), "heap")
         self.client = Client(self.enclave)
-        self.keys = {slot: os.urandom(16) for slot in (VICTIM, OBSERVER)}
+        self.keys = {slot: os.urandom(16) for slot in (VICTIM, OBSERVER, OTHER)}
         for slot, key in self.keys.items():
-            self._control(wire.ARM, slot, generation=GENERATION, key=key)
+            self.control(wire.ARM, slot, generation=GENERATION, key=key)
         self.observe_anew()
         self.memory = Memory(self.enclave.fd)
         self.twin_fd = os.memfd_create("twin", os.MFD_ALLOW_SEALING)
@@ -109,7 +111,19 @@ class World:
         self.warden.kill()
         self.enclave.close()
 
-    def _control(self, op: int, slot: int, **arguments: Any) -> None:
+    def _start(self) -> wire.WardenReply:
+        reply = self.warden.start(self.enclave)
+        assert (reply.status, reply.text) == (0, b"")
+        return reply
+
+    def renew_warden(self) -> None:
+        """Let another warden take over."""
+        self.warden.kill()
+        self.warden = Warden()
+        self._start()
+
+    def control(self, op: int, slot: int, **arguments: Any) -> None:
+        """Make a control ECALL that has to succeed."""
         reply = self.warden.control(self.enclave, op, slot=slot, **arguments)
         assert (reply.status, reply.entered) == (0, 1), (op, slot, reply.status, reply.text)
 
@@ -128,30 +142,34 @@ class World:
         """Make the enclave what the twin is now."""
         self.library.copy_pages(self.memory.address, self.twin.address, self.memory.size)
 
-    def ranges(self) -> Any:
-        """Return what a repair reads: all but the victim's stack and saved registers."""
-        layout, nssa_size = self.layout, self.layout.nssa * self.layout.ssa_frame_size
-        holes = sorted(
-            [
-                (layout.stack_offset + VICTIM * layout.stack_stride, layout.stack_size),
-                (layout.ssa_offset + VICTIM * nssa_size, nssa_size),
-            ]
-        )
-        pieces, at = [], 0
-        for offset, size in holes:
+    def ranges(self, *slots: int) -> Any:
+        """Return what a repair reads: all but stacks and saved registers of these slots."""
+        layout, pieces, at = self.layout, [], 0
+        frames = layout.nssa * layout.ssa_frame_size
+        holes = [(layout.stack_offset + slot * layout.stack_stride, layout.stack_size) for slot in slots]
+        holes += [(layout.ssa_offset + slot * frames, frames) for slot in slots]
+        for offset, size in sorted(holes):
             pieces.append((at, offset - at))
             at = offset + size
         pieces.append((at, layout.size - at))
         return (ctypes.c_uint64 * (2 * len(pieces)))(*(n for piece in pieces for n in piece))
 
+    def heap_is_locked(self) -> bool:
+        """Does somebody have the heap's lock in the twin?"""
+        return bool(int.from_bytes(self.twin.view[self._heap : self._heap + 8], "little") & _HOLDER)
+
     # ---- what the tests do ------------------------------------------------------------------
 
-    def bury_and_repair(self) -> None:
-        """Do for the victim's slot what the broker has its warden do when a client has died."""
-        self._control(wire.CLEAR, VICTIM, generation=GENERATION)
-        reply = self.warden.repair(VICTIM, GENERATION, dead=True)
+    def clear_and_repair(self, slot: int) -> None:
+        """Do for the slot what the broker has its warden do when a client has died, up to RESET."""
+        self.control(wire.CLEAR, slot, generation=GENERATION)
+        reply = self.warden.repair(slot, GENERATION, dead=True)
         assert (reply.status, reply.entered) == (0, 1), reply.text
-        self._control(wire.RESET, VICTIM)
+
+    def bury_and_repair(self, slot: int) -> None:
+        """All of it: the slot could be armed now."""
+        self.clear_and_repair(slot)
+        self.control(wire.RESET, slot)
 
     def observe_anew(self) -> None:
         """Let the observer begin again: its last call may have ended inside."""
@@ -176,10 +194,22 @@ class World:
         return _done(name, self.observer.call(name))
 
 
+def _symbol(elf: Path, name: str) -> int:
+    """Return the offset of a symbol of the enclave."""
+    with elf.open("rb") as file:
+        table = ELFFile(file).get_section_by_name(".symtab")
+        return int(table.get_symbol_by_name(name)[0]["st_value"])
+
+
+def populate(world: World) -> None:
+    """Some values, so that there is something to go wrong."""
+    for key in (b"one", b"two", b"three"):
+        world.vault.put(key, b"old value of " + key)
+
+
 class _Layout(NamedTuple):
-    magic: int
-    versions: int
-    flags: int
+    """The part of struct tm_image_header that says where things are."""
+
     nssa: int
     ssa_frame_size: int
     size: int
@@ -191,27 +221,7 @@ class _Layout(NamedTuple):
     stack_size: int
     ssa_offset: int
 
-
-def _layout(reply: wire.WardenReply) -> _Layout:
-    """Read struct tm_image_header, which SET_KEY has brought."""
-    fields = struct.unpack_from("<QIIIIII10Q", bytes(reply.result.data))
-    (
-        magic,
-        version,
-        flags,
-        _,
-        _,
-        nssa,
-        frame,
-        size,
-        tcs,
-        td,
-        td_stride,
-        stack,
-        stack_stride,
-        stack_size,
-        ssa,
-    ) = fields[:15]
-    return _Layout(
-        magic, version, flags, nssa, frame, size, tcs, td, td_stride, stack, stack_stride, stack_size, ssa
-    )
+    @classmethod
+    def of(cls, reply: wire.WardenReply) -> Self:
+        """What SET_KEY has brought."""
+        return cls(*struct.unpack_from("<II8Q", bytes(reply.result.data), 24))

@@ -13,9 +13,12 @@
 #include <sys/ptrace.h>
 #include <sys/user.h>
 #include <sys/wait.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 #define PAGE 4096u
+#define FLAG_TF 0x100u
+#define FLAG_RF 0x10000u
 
 struct range {
     uint64_t offset, size;
@@ -74,10 +77,30 @@ int step_run_to(pid_t pid, uint64_t address)
 }
 
 /*
+ * Let the handler of a page fault do its work, up to the instruction that is tried again.  A
+ * fault leaves RF set in the flags that the handler returns to: breakpoints would not count.
+ */
+static int handle_fault(pid_t pid, uint64_t address)
+{
+    struct user_regs_struct regs;
+    int stopped = go(pid, PTRACE_SINGLESTEP, SIGSEGV);
+    uint64_t place, flags;
+
+    if (stopped != SIGTRAP)
+        return stopped < 0 ? stopped : -EINTR;
+    if (ptrace(PTRACE_GETREGS, pid, 0, &regs))
+        return -errno;
+    place = regs.rdx + offsetof(ucontext_t, uc_mcontext.gregs) + REG_EFL * 8; /* the handler's third argument */
+    errno = 0;
+    flags = (uint64_t)ptrace(PTRACE_PEEKDATA, pid, place, 0);
+    if (errno || ptrace(PTRACE_POKEDATA, pid, place, flags & ~(uint64_t)(FLAG_TF | FLAG_RF)))
+        return -errno;
+    return run_to(pid, address, 0);
+}
+
+/*
  * One instruction: 1, or 0 when it is an ENCLU and so the thread's way out.  A page fault
  * is the sim's business: its handler brings the page in, and the instruction is tried again.
- * We get hold of it then before it has run, by the breakpoint, or by the trap flag after it
- * has: RF, which a fault leaves set, keeps breakpoints from the first try.
  */
 static int step(pid_t pid, uint64_t base, const uint8_t *memory, uint64_t size)
 {
@@ -97,9 +120,7 @@ static int step(pid_t pid, uint64_t base, const uint8_t *memory, uint64_t size)
             return 0;
         if (stopped != SIGSEGV)
             return -EINTR;
-        stopped = run_to(pid, rip, stopped);
-        if (stopped == -EFAULT && (uint64_t)read_rip(pid) - base < size)
-            return 1;
+        stopped = handle_fault(pid, rip);
         if (stopped)
             return stopped;
     }

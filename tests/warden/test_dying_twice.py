@@ -1,0 +1,76 @@
+"""Deaths that meet: of a client and the warden that repairs it, of two clients one of whom has the heap."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+
+import warden_wire as wire
+from backends import sim_only
+from crash_operations import FULL, OPERATIONS, numbers
+from crash_world import GENERATION, OTHER, VICTIM, World
+from stepping import Child, Stepper, walk
+
+pytestmark = sim_only(
+    "hardware keeps a debugger's trap flag out of release enclaves; the gate's code is the same"
+)
+
+
+def test_a_warden_killed_at_any_instruction_of_reset_is_replaced_by_one_that_ends_it(world: World) -> None:
+    """The client died with a redo record, a lock and two blocks to be freed; so does the warden, then."""
+    saved = world.save()
+    stepper = Stepper(world, *OPERATIONS["put over a value"])
+    done_from = stepper.run().done_from
+    assert done_from is not None
+    stepper.leave_dead(done_from)
+    world.take_over()
+    world.clear_and_repair(VICTIM)
+    repaired, wrong, examined, number = world.save(), [], 0, 0
+    stride = 1 if FULL else 4
+    offset = random.randrange(stride)
+
+    gone = subprocess.Popen(["/bin/true"])
+    gone.wait()
+
+    def die(instruction: int) -> bool:
+        nonlocal examined, number
+        number += 1
+        if number % stride == offset:
+            examined += 1
+            world.take_over()
+            world.enclave.set_tcs_word(0, world.enclave.tcs_word(0) & 0xFFFFFFFF | gone.pid << 32)
+            world.renew_warden()
+            world.control(wire.RESET, VICTIM)
+            if (state := world.look()) != stepper.states[1]:
+                wrong.append(f"instruction {instruction}: {state} is not {stepper.states[1]}")
+        return len(wrong) < 5
+
+    world.put_back(repaired)
+    with Child.warden(world, wire.RESET, VICTIM) as warden:
+        length = walk(world, warden, world.ranges(0, VICTIM), die)
+    world.put_back(saved)
+    world.renew_warden()
+    print(f"RESET: {length} instructions, examined at {examined} from {offset} by {stride}")
+    assert not wrong, wrong
+    assert length > 1000
+    assert examined > 10
+
+
+def test_blocks_of_the_dead_are_freed_though_another_dead_one_has_the_heaps_lock(world: World) -> None:
+    """Whose slot is repaired first cannot have the lock; the next repair frees what that one gave up."""
+    saved = world.save()
+    world.put_back(saved)
+    with Child.client(
+        world, VICTIM, [("empty", b""), ("take", numbers(48, 100, 200))], traced=False
+    ) as owner:
+        owner.finish()
+    with Child.client(world, OTHER, [("empty", b""), ("take", numbers(48))]) as holder:
+        walk(world, holder, world.ranges(OTHER), lambda _: not world.heap_is_locked())
+    world.take_over()
+    assert world.heap_is_locked()
+    world.bury_and_repair(VICTIM)
+    world.control(wire.ARM, VICTIM, generation=GENERATION + 1, key=b"another key here")
+    world.bury_and_repair(OTHER)
+    state = world.look()
+    world.put_back(saved)
+    assert (state.owned, state.used) == (0, world.look().used)
