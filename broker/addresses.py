@@ -57,6 +57,10 @@ class Addresses:
         self._taken[base] = base + 2 * size
         return base
 
+    def take(self, base: int, size: int) -> None:
+        """The range at `base` has an enclave since before a restart."""
+        self._taken[base] = base + 2 * size
+
     def release(self, base: int) -> None:
         """The enclave at `base` is gone."""
         del self._taken[base]

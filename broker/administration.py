@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Awaitable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, final
@@ -28,7 +27,7 @@ from teemate.broker.epc import warn_when_full
 from teemate.broker.limits import Charge, Resource
 from teemate.broker.policy import CreateRule, EnclavePolicy, Rule
 from teemate.broker.programs import warden_program
-from teemate.broker.requests import Answer, Clients, Create, Destroy
+from teemate.broker.requests import Answer, Clients, Create, Destroy, Result
 from teemate.broker.source import ImageSource
 from teemate.broker.warden import Warden, WardenError
 from teemate.broker.warden_protocol import SEGMENTS
@@ -62,7 +61,11 @@ class Administration:
         One that cannot be built is logged with the reason; the others and the broker go on.
         """
         service = self._service
-        wanted = [policy for policy in service.policy.enclaves if policy.start == "boot"]
+        wanted = [
+            policy
+            for policy in service.policy.enclaves
+            if policy.start == "boot" and policy.name not in service.enclaves
+        ]
         self.building.update(policy.name for policy in wanted)
         for policy in wanted:
             assert policy.image is not None  # the policy's reader wants one for "boot"
@@ -80,8 +83,13 @@ class Administration:
             finally:
                 self.building.discard(policy.name)
 
-    def create(self, client: Client, args: Create, image_fd: int) -> Awaitable[Answer]:
+    def create(self, client: Client, args: Create, image_fd: int) -> Result:
         """Build an enclave from the image that came; `image_fd` is ours."""
+        maker = (client.number, client.asking)
+        made = self._service.enclaves.get(args.name)
+        if made is not None and made.maker == maker:  # and the last broker died before it could say so
+            os.close(image_fd)
+            return Answer(made.info())
         source = ImageSource(image_fd, args.sigstruct, f"sent by uid {client.identity.uid}")
         try:
             policy, rules = self._check_create(client, args)
@@ -89,7 +97,7 @@ class Administration:
             source.close()
             raise
         self.building.add(args.name)
-        return self._create(client, args, source, policy, rules)
+        return self._create(client, args, source, policy, rules, maker)
 
     def _check_create(self, client: Client, args: Create) -> tuple[EnclavePolicy, list[CreateRule]]:
         """Who asks, and for what name: what can be refused before the image is looked at."""
@@ -119,6 +127,7 @@ class Administration:
         source: ImageSource,
         policy: EnclavePolicy,
         rules: list[CreateRule],
+        maker: tuple[int, int],
     ) -> Answer:
         service = self._service
         enclave: Enclave | None = None
@@ -134,7 +143,9 @@ class Administration:
             charge = client.account.charge(Resource.PAGES, facts.pages)
             policy = replace(policy, debug=args.debug, require_sdk=False)
             try:
-                enclave = await self._make(policy, backend, source, charge)
+                enclave = await self._make(
+                    policy, backend, source, charge, maker=maker, payer=client.account.uid
+                )
             except WardenError as error:
                 raise errors.ImageError(f"the enclave was built but does not start: {error}") from error
         finally:
@@ -152,7 +163,14 @@ class Administration:
         return EnclavePolicy(name=name, owner=owner, start="create", attach=(Rule(uids=frozenset({owner})),))
 
     async def _make(
-        self, policy: EnclavePolicy, backend: str, source: ImageSource, charge: Charge | None
+        self,
+        policy: EnclavePolicy,
+        backend: str,
+        source: ImageSource,
+        charge: Charge | None,
+        *,
+        maker: tuple[int, int] = (0, 0),
+        payer: int | None = None,
     ) -> Enclave:
         """Build an enclave and open it to clients; takes `source` and `charge` over, also when it fails."""
         try:
@@ -161,6 +179,7 @@ class Administration:
             source.close()
             raise
         enclave.source = source
+        enclave.maker, enclave.payer, enclave.requested = maker, payer, payer is not None
         self.open(enclave)
         return enclave
 
@@ -205,14 +224,11 @@ class Administration:
         try:
             _check_sdk(policy, built)
             if built.sdk:
-                settings = service.policy.broker
-                enclave.warden = Warden(
-                    warden_program(), enclave.geometry, enclave.key, (built.fd, built.arena), service.log,
-                    deadline=settings.warden_deadline, failures=settings.warden_failures,
-                )  # fmt: skip
+                enclave.warden = self.new_warden(enclave)
                 await enclave.warden.start()
             for index in enclave.slots.slots:
                 await service.reclaimer.arm(enclave, index)
+            await service.state.keep_enclave(enclave, source)
         except BaseException:
             await self.take_down(enclave)
             raise
@@ -223,12 +239,25 @@ class Administration:
         )  # fmt: skip
         return enclave
 
+    def new_warden(self, enclave: Enclave) -> Warden:
+        """Return what starts the enclave's wardens."""
+        settings, built = self._service.policy.broker, enclave.built
+        return Warden(
+            warden_program(), enclave.geometry, enclave.key, (built.fd, built.arena), self._service.log,
+            deadline=settings.warden_deadline, failures=settings.warden_failures,
+        )  # fmt: skip
+
     # -- destroying --------------------------------------------------------------
 
-    def destroy(self, client: Client, args: Destroy) -> Awaitable[Answer]:
+    def destroy(self, client: Client, args: Destroy) -> Result:
         """End an enclave: with `force` what is attached is revoked first, without it that is an error."""
         service = self._service
         enclave = service.enclaves.get(args.enclave)
+        intent = client.intents.get(client.asking)
+        if intent is not None and (enclave is None or enclave.serial != intent["enclave"]):
+            return Answer({"revoked": intent["revoked"]})  # it was done when the last broker died
+        if intent is not None and enclave is not None and enclave.ending:
+            return self._destroyed(enclave, intent)
         if enclave is None or enclave.policy.owner != client.identity.uid:
             service.require_administrator(client, "destroy")
         enclave = service.enclave(args.enclave)
@@ -243,30 +272,43 @@ class Administration:
 
     async def _destroy(self, client: Client, enclave: Enclave) -> Answer:
         service = self._service
-        revoked = 0
+        revoked = len(enclave.grants)
+        service.state.intend(client, {"enclave": enclave.serial, "revoked": revoked})
+        enclave.ending = True
+        enclave.state = EnclaveState.DRAINING
+        enclave.reason = "being destroyed"
+        service.state.write_enclaves()  # from here on it is destroyed, whatever happens to us
+        service.reclaimer.refuse(
+            enclave.slots.waiting(), errors.Draining(f"enclave {enclave.name!r} is being destroyed")
+        )
 
         async def run() -> None:
-            nonlocal revoked
-            revoked = len(enclave.grants)
-            by, why = f"uid {client.identity.uid}", f"enclave {enclave.name} is destroyed"
-            await self._service.revocation.revoke_all(
-                [service.grants[number] for number in enclave.grants], None, by, why
-            )
-            service.tell_lost(enclave)  # who has not given it up by now only keeps the memory
-            del service.enclaves[enclave.name]
-            await self.take_down(enclave)
+            await self.finish_destroying(enclave, f"uid {client.identity.uid}")
             service.audit.changed(
                 client.identity, client=client.number, operation="destroy", enclave=enclave.name
             )
 
-        enclave.ending = True
-        enclave.state = EnclaveState.DRAINING
-        enclave.reason = "being destroyed"
-        service.reclaimer.refuse(
-            enclave.slots.waiting(), errors.Draining(f"enclave {enclave.name!r} is being destroyed")
-        )
         await service.revocation.finish_in_background(run)
         return Answer({"revoked": revoked})
+
+    async def finish_destroying(self, enclave: Enclave, by: str = "the broker") -> None:
+        """Revoke what is held of it and take it down."""
+        service = self._service
+        await service.revocation.revoke_all(
+            [service.grants[number] for number in enclave.grants],
+            None,
+            by,
+            f"enclave {enclave.name} is destroyed",
+        )
+        service.tell_lost(enclave)  # who has not given it up by now only keeps the memory
+        del service.enclaves[enclave.name]
+        await self.take_down(enclave)
+        enclave.destroyed.set()
+
+    async def _destroyed(self, enclave: Enclave, intent: dict[str, object]) -> Answer:
+        """Wait for what goes on since a restart."""
+        await enclave.destroyed.wait()
+        return Answer({"revoked": intent["revoked"]})
 
     async def take_down(self, enclave: Enclave) -> None:
         """End the warden and close what the broker has of the enclave."""
@@ -274,6 +316,8 @@ class Administration:
         if enclave.warden is not None:
             with trio.CancelScope(shield=True):
                 await enclave.warden.close()
+        with trio.CancelScope(shield=True):
+            await self._service.state.drop_enclave(enclave)
         enclave.close()
         with contextlib.suppress(KeyError):
             self._service.addresses.release(enclave.built.base)
@@ -281,6 +325,7 @@ class Administration:
     async def close(self) -> None:
         """The broker ends: end every warden; clients keep what they mapped."""
         service = self._service
+        service.state.close()  # what was kept stays so, and what is done now is not written
         for enclave in [*service.enclaves.values(), *service.generations.retired]:
             await self.take_down(enclave)
         service.enclaves.clear()

@@ -39,6 +39,27 @@ class Client:
         self.grants: dict[int, Grant] = {}
         self.withheld: list[Grant] = []
         """Grants that were given up with slots that come back when the process ends."""
+        self.left = False
+        """Whether its connection has ended for good."""
+        # What has to outlive the broker (state.py), besides the grants:
+        self.started: int | None = None
+        """When the process started: None until somebody has to know."""
+        self.tokens: tuple[bytes, ...] = ()
+        """Hashes of the resume tokens that are valid, the newest first."""
+        self.asking = 0
+        """Id of the request whose handler is being started."""
+        self.outcomes: dict[int, tuple[str, dict[str, object]]] = {}
+        """What requests that change something were answered, by id."""
+        self.recalled: dict[int, tuple[str, dict[str, object]]] = {}
+        """The same of requests before a restart: these may come again."""
+        self.replied: list[int] = []
+        """Those of `outcomes` whose reply was sent, maybe not read."""
+        self.intents: dict[int, dict[str, object]] = {}
+        """What requests that are under way are changing, by id."""
+        self.returning: dict[tuple[int, int], int] = {}
+        """Slots that it had and that the warden is not done with: enclave, index and generation."""
+        self.unwritten = False
+        """Whether something was taken from it that its record does not say yet."""
 
     def send(self, message: Mapping[str, object], fds: tuple[int, ...] = ()) -> None:
         """Send one message, now or when the client reads again; `fds` stay the caller's."""

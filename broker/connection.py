@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import socket
+import termios
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -30,8 +32,8 @@ import trio
 
 from teemate import errors, wire
 from teemate.broker.limits import Charge, Resource
-from teemate.broker.operations import Method, find_method
-from teemate.broker.requests import Answer, Request, parse_request
+from teemate.broker.operations import Method, changes_something, find_method
+from teemate.broker.requests import Answer, Request, Result, parse_request
 
 if TYPE_CHECKING:
     from teemate.broker.clients import Client
@@ -212,10 +214,19 @@ class Connection:
             wire.close_all(fds)
             raise
         waits = False
+        client = self.client
+        client.asking = request.id
+        if len(client.tokens) > 1 and request.operation != "hello":
+            client.service.resumption.first_request(client)
         try:
-            result = method.run(self.client, request.untrusted_args, fds)
+            known = client.recalled.get(request.id) if method.changes else None
+            if known is not None and known[0] == request.operation:
+                wire.close_all(fds)
+                result: Result = client.service.repeat(client, *known)
+            else:
+                result = method.run(client, request.untrusted_args, fds)
             if isinstance(result, Answer):
-                self._reply(request.id, result)
+                self._reply(request, result)
             else:
                 waits = True
                 self._waiting += 1
@@ -233,7 +244,7 @@ class Connection:
     async def _finish(self, request: Request, result: Awaitable[Answer], charge: Charge) -> None:
         with charge:
             try:
-                self._reply(request.id, await result)
+                self._reply(request, await result)
             except Exception as error:
                 self._reply_failure(request, error)
             finally:
@@ -241,7 +252,11 @@ class Connection:
 
     # -- writing ---------------------------------------------------------------
 
-    def _reply(self, number: int, answer: Answer) -> None:
+    def _reply(self, request: Request, answer: Answer) -> None:
+        number = request.id
+        if changes_something(request.operation):
+            outcome = answer.ok if answer.outcome is None else answer.outcome
+            self.client.service.state.answered(self.client, number, request.operation, outcome)
         if answer.patient:
             self._send_patient()
             self._patient = wire.encode({"id": number, "ok": answer.ok})
@@ -256,6 +271,8 @@ class Connection:
                 "internal error", operation=request.operation, client=self.client.number, exc_info=error
             )
             error = errors.InternalError("the broker has a bug, which its log describes; other clients go on")
+        if changes_something(request.operation):
+            self.client.service.state.failed(self.client, request.id)
         self._reply_error(request.id, error)
 
     def _reply_error(self, number: int | None, error: errors.Error) -> None:
@@ -347,6 +364,13 @@ class Connection:
         self._queued_bytes -= len(queued.data)
         wire.close_all(queued.fds)
         queued.charge.release()
+
+    def everything_was_read(self) -> bool:
+        """Whether the client has received all that was sent to it."""
+        if self._queue or self.closing:
+            return False
+        unread = fcntl.ioctl(self._sock, termios.TIOCOUTQ, bytes(4))  # SIOCOUTQ, unix(7)
+        return not any(unread)
 
     # -- ending ----------------------------------------------------------------
 

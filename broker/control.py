@@ -91,6 +91,11 @@ class ControlResult:
     length: int
     data: bytes
 
+    @property
+    def generation(self) -> int:
+        """The generation in the slot word (TM_WORD_GENERATION)."""
+        return self.word >> 8
+
     @classmethod
     def parse(cls, raw: bytes) -> ControlResult:
         """Return what the warden passed on."""

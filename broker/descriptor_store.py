@@ -57,6 +57,10 @@ class DescriptorStore:
     def __contains__(self, name: str) -> bool:
         return name in self._names
 
+    def names(self) -> list[str]:
+        """What it keeps."""
+        return sorted(self._names)
+
     def require_room(self, count: int) -> None:
         """Refuse what the service manager would throw away without a word.
 

@@ -11,6 +11,7 @@ import os
 import stat
 import struct
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -258,13 +259,34 @@ class Enclave:
         charge: Charge | None,
         *,
         generation: int = 1,
+        key: ControlKey | None = None,
     ) -> None:
+        self.on_change: Callable[[Enclave], None] = lambda _enclave: None
+        """Called when something has changed that has to outlive the broker."""
         self.policy = policy
         self.generation = generation
+        self.serial = 0
+        """Its number in the broker's state, which no other enclave ever gets."""
+        self.requested = False
+        """Whether a client had it made, and not the policy's file."""
+        self.payer: int | None = None
+        """The uid whose account its pages are on."""
+        self.maker = (0, 0)
+        """The client and its request that made it."""
+        self.made_from = (b"", "")
+        """SIGSTRUCT of the image, and where that came from."""
+        self.retired = False
+        """Whether its name has a newer generation."""
+        self.used: set[int] = set()
+        """Without a warden: the slots that were handed out once."""
+        self.recovered = trio.Event()
+        """Set unless the broker was restarted and has not looked at all slots yet."""
+        self.recovered.set()
         self.source: ImageSource | None = None
         """For the next generation; it is closed with the enclave."""
         self.ending = False
         """Whether it is being destroyed: no way back to `ready` from there."""
+        self.destroyed = trio.Event()
         self.drained = ""
         """Why an administrator has it drained; its next generation is drained as well."""
         self.lost_first_seen_by: dict[str, int] = {}
@@ -274,9 +296,9 @@ class Enclave:
         self.name = policy.name
         self.backend = backend
         self.built = built
-        self.state = EnclaveState.BUILDING
+        self._state = EnclaveState.BUILDING
         self.reason = ""
-        self.key = ControlKey()
+        self.key = key or ControlKey()
         first = _WARDEN_SLOTS + built.io_slots if built.sdk else 0
         self.slots = SlotTable(range(first, first + built.client_slots))
         self.slot_keys: dict[int, SlotKey] = {
@@ -313,6 +335,16 @@ class Enclave:
         # not know; the first client to attach would wait 10 ms for that.
         wire.encode({"segments": self.segments})
         """As every reply to `attach` has them."""
+
+    @property
+    def state(self) -> EnclaveState:
+        """As on the wire; `reason` says why it is not ready."""
+        return self._state
+
+    @state.setter
+    def state(self, state: EnclaveState) -> None:
+        self._state = state
+        self.on_change(self)
 
     @property
     def geometry(self) -> Geometry:

@@ -136,6 +136,7 @@ class Generations:
     def succeed(self, old: Enclave, new: Enclave) -> None:
         """Put `new` in the place of `old`, with what keeps the old one's account and image."""
         new.charge, old.charge = old.charge, None
+        new.payer, new.maker, new.requested = old.payer, old.maker, old.requested
         new.drained = old.drained
         if new.source is None:
             new.source, old.source = old.source, None
@@ -146,6 +147,12 @@ class Generations:
         )  # fmt: skip
         if old.state is not EnclaveState.LOST:  # who holds a lost one knows already
             self._service.tell_holders(old, "draining")
+        self.retire(old)
+
+    def retire(self, old: Enclave) -> None:
+        """Take an enclave down when nobody holds anything of it; its name has a newer generation."""
+        old.retired = True
+        old.on_change(old)
         self.retired.add(old)
         self._service.reclaimer.spawn(self._retire, old)
 

@@ -42,6 +42,8 @@ class Grant:
     """Slots that were given back and that the warden has not finished with."""
     revoked: bool = False
     over: bool = False
+    handed_out: bool = False
+    """Whether the client has it, and not only asked for it."""
     outcome: Outcome | None = None
 
     @property

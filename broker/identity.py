@@ -27,7 +27,7 @@ from typing import final
 from teemate.broker.cgroups import CgroupTree
 from teemate.errors import ConnectionLost
 
-__all__ = ["Identity", "Peer", "identify", "process_ended"]
+__all__ = ["Identity", "Peer", "identify", "process_ended", "reopen_process", "start_time"]
 
 # asm-generic/socket.h; Python's socket module has none of them yet.
 _SO_PEERSEC = 31
@@ -113,6 +113,34 @@ def _read(path: str) -> bytes:
         return os.read(fd, 16384)
     finally:
         os.close(fd)
+
+
+def start_time(pid: int, pidfd: int) -> int | None:
+    """Return when the process behind `pidfd`, whose number is `pid`, started; None when it has ended.
+
+    In ticks since the host's start (proc(5), stat).  With it the number names one process for ever, so a
+    pidfd can be had again.
+    """
+    try:
+        stat = _read(f"/proc/{pid}/stat")
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        return None
+    started = int(stat.rpartition(b")")[2].split()[19])
+    return None if process_ended(pidfd) else started
+
+
+def reopen_process(pid: int, started: int) -> int | None:
+    """Return a pidfd of the process with that number and start time; None when it has ended."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    if start_time(pid, pidfd) == started:
+        return pidfd
+    os.close(pidfd)
+    return None
 
 
 def process_ended(pidfd: int) -> bool:

@@ -181,6 +181,11 @@ class Account:
         self.used[resource] = used + amount
         return Charge(self, resource, amount)
 
+    def owe(self, resource: Resource, amount: int = 1) -> Charge:
+        """Take what is held since before a restart, also when the limit is a lower one now."""
+        self.used[resource] += amount
+        return Charge(self, resource, amount)
+
     def _give_back(self, resource: Resource, amount: int) -> None:
         self.used[resource] -= amount
         if self.used[resource] < 0:

@@ -22,11 +22,13 @@ from structlog.typing import FilteringBoundLogger
 from teemate import errors
 from teemate.broker.audit import configure_log
 from teemate.broker.descriptor_store import DescriptorStore
-from teemate.broker.keeper import KEEPER_FD_NAME, LISTENER
+from teemate.broker.keeper import KEEPER_FD_NAME, LISTENER, REFUSED
 from teemate.broker.policy import Policy, PolicyError, load_policy
+from teemate.broker.restoration import Found, read_found
 from teemate.broker.server import Server, bind, listens
 from teemate.broker.service import Service
 from teemate.broker.service_manager import Inherited, inherited_descriptors, notify, notify_address
+from teemate.broker.snapshot import SnapshotError
 
 __all__ = ["main"]
 
@@ -46,6 +48,10 @@ class _Start:
     store: DescriptorStore | None
     keeper: int | None
     """A pipe whose other end closes with our keeper."""
+    found: Found
+    """What the last broker left."""
+    discard: bool
+    """Whether that is to be thrown away."""
 
 
 async def _stop_on_signal(
@@ -74,7 +80,7 @@ async def run(start: _Start) -> None:
     policy, log = start.policy, start.log
     # Outside of the nursery: a second signal must not end us while wardens are being ended.
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        service = Service(policy, log)
+        service = Service(policy, log, start.store, start.found)
         if service.choice.wanted == "auto":
             why = {"why_not_sgx": service.choice.reason} if service.choice.reason else {}
             log.info("backend chosen by auto", backend=service.backend, **why)
@@ -85,6 +91,9 @@ async def run(start: _Start) -> None:
             )
         if start.store is not None and start.bound and LISTENER not in start.store:
             await start.store.put(LISTENER, start.listeners[0].fileno())
+        if start.discard:
+            await service.state.drop_all()
+        await service.state.begin()
         async with trio.open_nursery() as keeping:
             async with trio.open_nursery() as serving:
                 serving.start_soon(_stop_on_signal, signals, serving.cancel_scope, service, start)
@@ -118,8 +127,18 @@ async def run(start: _Start) -> None:
     is_flag=True,
     help="Run under a small parent that starts the broker again when it dies: enclaves and grants live on.",
 )
+@click.option(
+    "--discard-state",
+    is_flag=True,
+    help="Begin anew: throw away what an earlier broker left in the descriptor store.",
+)
 def main(
-    config: Path | None, socket_path: str | None, backend: str | None, log_format: str, keeper: bool
+    config: Path | None,
+    socket_path: str | None,
+    backend: str | None,
+    log_format: str,
+    keeper: bool,
+    discard_state: bool,
 ) -> None:
     """Own enclaves and lend them to the processes that connect."""
     if keeper:
@@ -144,7 +163,7 @@ def main(
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
     with contextlib.ExitStack() as cleanup:
-        start = _take_over(policy, log, inherited_descriptors(), cleanup)
+        start = _take_over(policy, log, inherited_descriptors(), cleanup, discard_state)
         for number in (signal.SIGTERM, signal.SIGINT):  # what holds again when trio's receiver is gone
             signal.signal(number, signal.SIG_IGN)
         try:
@@ -155,7 +174,11 @@ def main(
 
 
 def _take_over(
-    policy: Policy, log: FilteringBoundLogger, inherited: list[Inherited], cleanup: contextlib.ExitStack
+    policy: Policy,
+    log: FilteringBoundLogger,
+    inherited: list[Inherited],
+    cleanup: contextlib.ExitStack,
+    discard: bool,
 ) -> _Start:
     """Sort what we were started with, and listen if nothing of it listens yet."""
     settings = policy.broker
@@ -172,6 +195,12 @@ def _take_over(
     names = {name for name, _ in inherited}
     bound = not listeners or LISTENER in names
     store = DescriptorStore.of_environment(names & ({LISTENER} | {name for name, _ in kept}))
+    found = Found()
+    if discard:
+        for _, fd in kept:
+            os.close(fd)
+    else:
+        found = _read_found(kept, log)
     if not listeners:
         try:
             listener = bind(settings.socket, mode=settings.socket_mode, gid=settings.socket_gid)
@@ -180,7 +209,22 @@ def _take_over(
         listeners.append(cleanup.enter_context(listener))
         if store is None:  # else the next broker goes on listening
             cleanup.callback(_unlink, settings.socket)
-    return _Start(policy, log, listeners, bound, store, keeper)
+    return _Start(policy, log, listeners, bound, store, keeper, found, discard)
+
+
+def _read_found(kept: list[Inherited], log: FilteringBoundLogger) -> Found:
+    """Read what the last broker left, or end: its enclaves stay in the store, ungoverned."""
+    try:
+        return read_found(kept)
+    except SnapshotError as error:
+        log.critical(
+            "state refused", reason=str(error),
+            kept=[name for name, _ in kept],
+            advice="nothing is lost yet: enclaves and their clients go on, and their descriptors are still in"
+            " the store; start the version of the broker that wrote this, or begin anew with"
+            " `teemate-broker --discard-state`, which ends every grant",
+        )  # fmt: skip
+        sys.exit(REFUSED)
 
 
 def _unlink(path: str) -> None:

@@ -33,7 +33,7 @@ from teemate.broker.requests import (
 if TYPE_CHECKING:
     from teemate.broker.clients import Client
 
-__all__ = ["Method", "find_method"]
+__all__ = ["Method", "changes_something", "find_method"]
 
 PROTOCOL_VERSION = 1
 BROKER_NAME = "teemate-broker 0.1.0"
@@ -50,6 +50,8 @@ class Method(Generic[T]):
     handler: Callable[[Client, T, tuple[int, ...]], Result]
     administrators: bool = False
     fds: int = 0
+    changes: bool = False
+    """Whether it may be done once only: asked again with the same id, it is answered as before."""
 
     def run(self, client: Client, untrusted_args: dict[str, object], fds: tuple[int, ...]) -> Result:
         """Check who asks and what for, then start the handler.
@@ -80,7 +82,12 @@ _METHODS = _Methods()
 
 
 def method(
-    operation: str, parse: Callable[[Arguments], T], *, administrators: bool = False, fds: int = 0
+    operation: str,
+    parse: Callable[[Arguments], T],
+    *,
+    administrators: bool = False,
+    fds: int = 0,
+    changes: bool = False,
 ) -> Callable[
     [Callable[[Client, T, tuple[int, ...]], Result]], Callable[[Client, T, tuple[int, ...]], Result]
 ]:
@@ -89,7 +96,7 @@ def method(
     def declare(
         handler: Callable[[Client, T, tuple[int, ...]], Result],
     ) -> Callable[[Client, T, tuple[int, ...]], Result]:
-        declared = Method(operation, parse, handler, administrators, fds)
+        declared = Method(operation, parse, handler, administrators, fds, changes)
         _METHODS.known[operation] = declared  # type: ignore[assignment]
         return handler
 
@@ -99,6 +106,12 @@ def method(
 def find_method(operation: str) -> Method[object] | None:
     """Return the operation's declaration, None when there is no such operation."""
     return _METHODS.known.get(operation)
+
+
+def changes_something(operation: str) -> bool:
+    """Whether the operation may be done once only."""
+    declared = _METHODS.known.get(operation)
+    return declared is not None and declared.changes
 
 
 @method("hello", Hello.parse)
@@ -113,12 +126,11 @@ def hello(client: Client, args: Hello, _fds: tuple[int, ...]) -> Result:
             f"this broker speaks version {PROTOCOL_VERSION} of the protocol, not {args.version}",
             {"version": PROTOCOL_VERSION},
         )
-    if args.resume is not None:
-        raise errors.Unsupported("this broker keeps no grants across its restarts: say hello without resume")
     connection.greeted = True
     client.name = args.client
     ok = {"version": PROTOCOL_VERSION, "broker": BROKER_NAME, "max_message": wire.MAX_MESSAGE}
-    return Answer(ok, patient=True)
+    more, after = client.service.resumption.greet(client, args.resume)
+    return Answer(ok | more, after=after, patient=True)
 
 
 @method("ping", Nothing.parse)
@@ -135,55 +147,55 @@ def enclaves(client: Client, _args: Nothing, _fds: tuple[int, ...]) -> Result:
     return Answer({"enclaves": service.list_enclaves(client), **choice})
 
 
-@method("attach", Attach.parse)
+@method("attach", Attach.parse, changes=True)
 def attach(client: Client, args: Attach, _fds: tuple[int, ...]) -> Result:
     """Give a grant: the enclave's fd, its arena, and slots."""
     return client.service.attach(client, args)
 
 
-@method("slots.acquire", Acquire.parse)
+@method("slots.acquire", Acquire.parse, changes=True)
 def slots_acquire(client: Client, args: Acquire, _fds: tuple[int, ...]) -> Result:
     """Give more slots for a grant."""
     return client.service.acquire(client, args)
 
 
-@method("slots.release", Release.parse)
+@method("slots.release", Release.parse, changes=True)
 def slots_release(client: Client, args: Release, _fds: tuple[int, ...]) -> Result:
     """Take slots of a grant back."""
     return client.service.release(client, args)
 
 
-@method("detach", Detach.parse)
+@method("detach", Detach.parse, changes=True)
 def detach(client: Client, args: Detach, _fds: tuple[int, ...]) -> Result:
     """End a grant."""
     return client.service.detach(client, args)
 
 
-@method("create", Create.parse, fds=1)
+@method("create", Create.parse, changes=True, fds=1)
 def create(client: Client, args: Create, fds: tuple[int, ...]) -> Result:
     """Build an enclave from the image that came along."""
     return client.service.create(client, args, fds[0])
 
 
-@method("destroy", Destroy.parse)
+@method("destroy", Destroy.parse, changes=True)
 def destroy(client: Client, args: Destroy, _fds: tuple[int, ...]) -> Result:
     """End an enclave; its owner may, and administrators."""
     return client.service.destroy(client, args)
 
 
-@method("drain", Drain.parse)
+@method("drain", Drain.parse, changes=True)
 def drain(client: Client, args: Drain, _fds: tuple[int, ...]) -> Result:
     """No new grants, and wait for the old ones; the enclave's owner may, and administrators."""
     return client.service.drain(client, args)
 
 
-@method("undrain", Undrain.parse)
+@method("undrain", Undrain.parse, changes=True)
 def undrain(client: Client, args: Undrain, _fds: tuple[int, ...]) -> Result:
     """Take drained enclaves into use again; the enclave's owner may, and administrators."""
     return client.service.undrain(client, args)
 
 
-@method("revoke", Revoke.parse, administrators=True)
+@method("revoke", Revoke.parse, changes=True, administrators=True)
 def revoke(client: Client, args: Revoke, _fds: tuple[int, ...]) -> Result:
     """Take grants back."""
     return client.service.revoke(client, args)

@@ -140,6 +140,7 @@ class BrokerSettings:
     warden_failures: int = 5
     cgroup_hierarchy: str = "auto"
     trust_pid: bool = False
+    resume_grace: float = 30.0
 
 
 @final
@@ -168,6 +169,7 @@ def _broker(table: Table) -> BrokerSettings:
         warden_failures=table.whole("warden_failures", 5, 1, 1000),
         cgroup_hierarchy=table.text("cgroup_hierarchy", "auto"),
         trust_pid=table.flag("trust_pid", False),
+        resume_grace=table.number("resume_grace", 30.0, 1.0, 3600.0),
     )
     table.finish()
     return settings

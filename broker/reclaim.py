@@ -16,7 +16,7 @@ import trio
 from structlog.typing import FilteringBoundLogger
 
 from teemate import errors
-from teemate.broker.control import ControlOp, SlotWord
+from teemate.broker.control import ControlOp, SlotKey, SlotWord
 from teemate.broker.enclaves import Enclave, EnclaveState
 from teemate.broker.grants import Grant, Waiter
 from teemate.broker.processes import Processes
@@ -69,9 +69,12 @@ class Reclaimer:
 
     def take_back(self, grant: Grant, index: int, *, dead: bool) -> None:
         """The slot is the broker's again: its holder said that it is clean, or has ended (`dead`)."""
+        enclave, client = grant.enclave, grant.client
         grant.charges.pop(index).release()
         grant.in_reclaim += 1
-        grant.enclave.slots.returned(index)
+        client.returning[enclave.serial, index] = enclave.slot_keys[index].generation
+        client.unwritten = True
+        enclave.slots.returned(index)
         self.spawn(self._recycle, grant, index, dead)
 
     def withhold(self, grant: Grant, indices: list[int], reason: str) -> None:
@@ -144,7 +147,8 @@ class Reclaimer:
             return await repair_slot(enclave, index, holder_dead=holder_dead, log=self._log)
 
     async def _recycle(self, grant: Grant, index: int, dead: bool) -> None:
-        enclave = grant.enclave
+        enclave, client = grant.enclave, grant.client
+        client.service.state.write_changed(client)  # before anybody else can have the slot
         try:
             if enclave.state is EnclaveState.LOST:
                 return  # its slots went with it
@@ -166,7 +170,30 @@ class Reclaimer:
         finally:
             grant.in_reclaim -= 1
             grant.settle()
+            client.returning.pop((enclave.serial, index), None)
+            if client.left and not client.returning:
+                client.service.state.write_client(client)
             enclave.changed.unpark_all()
+
+    async def recover(self, enclave: Enclave, index: int, *, held_until: int, dead: bool) -> None:
+        """After a restart, bring a slot back that nobody holds.
+
+        `held_until` is the last generation that is known to have had a holder, `dead` whether that
+        holder's process has ended; of later generations nobody has seen a key.
+        """
+        try:
+            assert enclave.warden is not None
+            # It has no generation 0 any more: this only asks which one it has.
+            reply = await enclave.warden.control(ControlOp.CLEAR, index)
+            generation = reply.result.generation
+            enclave.slot_keys[index] = SlotKey(max(generation, held_until), bytes(16))
+            await self._renew(enclave, index, dead and generation <= held_until)
+        except EnclaveGoneError as error:
+            self.lose(enclave, str(error))
+        except EnclaveBrokenError as error:
+            self.give_up(enclave, str(error))
+        except WardenError as error:
+            self.quarantine(enclave, index, str(error))
 
     async def _renew(self, enclave: Enclave, index: int, dead: bool) -> None:
         async with enclave.slot_work[index]:
@@ -202,6 +229,7 @@ class Reclaimer:
     def quarantine(self, enclave: Enclave, index: int, reason: str) -> None:
         """Never hand the slot out again."""
         enclave.slots.quarantine(index, reason)
+        enclave.on_change(enclave)
         self._log.warning("slot quarantined", enclave=enclave.name, slot=index, reason=reason)
         self.refuse(
             enclave.slots.impossible(),

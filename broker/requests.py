@@ -52,6 +52,8 @@ class Answer(NamedTuple):
     fds: tuple[int, ...] = ()
     after: Callable[[], None] | None = None
     patient: bool = False
+    outcome: dict[str, object] | None = None
+    """What is recorded of a request that changes something, where the reply itself is not to be."""
 
 
 Result = Answer | Awaitable[Answer]

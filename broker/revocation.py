@@ -34,6 +34,12 @@ class Revocation:
     def revoke(self, client: Client, args: Revoke) -> Awaitable[Answer]:
         """Take back one grant, all of a client, or all on an enclave."""
         service = self._service
+        intent = client.intents.get(client.asking)
+        if intent is not None:  # the last broker was about to: some are gone already
+            numbers = intent["grants"]
+            assert isinstance(numbers, list)
+            left = [service.grants[number] for number in numbers if number in service.grants]
+            return self._revoke(client, args, left, len(numbers))
         if args.grant is not None:
             found = service.grants.get(args.grant)
             if found is None:
@@ -47,9 +53,10 @@ class Revocation:
         else:
             assert args.enclave is not None
             grants = [service.grants[number] for number in service.enclave(args.enclave).grants]
-        return self._revoke(client, args, grants)
+        service.state.intend(client, {"grants": [grant.number for grant in grants]})
+        return self._revoke(client, args, grants, len(grants))
 
-    async def _revoke(self, client: Client, args: Revoke, grants: list[Grant]) -> Answer:
+    async def _revoke(self, client: Client, args: Revoke, grants: list[Grant], count: int) -> Answer:
         counts: list[dict[str, int]] = []
 
         async def run() -> None:
@@ -58,7 +65,7 @@ class Revocation:
 
         await self.finish_in_background(run)
         total = {key: sum(count[key] for count in counts) for key in ("cleared", "quarantined", "leaked")}
-        return Answer({"grants": len(grants), **total})
+        return Answer({"grants": count, **total})
 
     async def revoke_all(
         self, grants: list[Grant], grace: float | None, by: str, why: str
@@ -80,6 +87,7 @@ class Revocation:
         outcome = grant.outcome = grant.outcome or Outcome()
         if not grant.revoked:
             grant.revoked = True
+            service.state.write_client(client)  # the next broker goes on with it
             service.audit.revoked(
                 client.identity,
                 client=client.number,
@@ -112,6 +120,7 @@ class Revocation:
             with trio.move_on_after(_KILL_PATIENCE):
                 await outcome.finished.wait()
         leaked = await self._put_aside(grant, why)
+        service.state.write_client(client)
         if not leaked and not grant.over and not outcome.finished.is_set():
             leaked = 1  # it holds no slots, but the mapping
         return {"cleared": outcome.cleared, "quarantined": outcome.quarantined, "leaked": leaked}

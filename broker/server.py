@@ -97,6 +97,7 @@ class Server:
 
     async def run(self, listeners: list[socket.socket]) -> None:
         """Serve every client of `listeners`, which stay the caller's."""
+        await self._service.running.wait()
         async with trio.open_nursery() as nursery:
             for listener in listeners:
                 listener.setblocking(False)

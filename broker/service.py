@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 from structlog.typing import FilteringBoundLogger
@@ -21,6 +21,7 @@ from teemate.broker.addresses import Addresses
 from teemate.broker.administration import Administration
 from teemate.broker.audit import Audit
 from teemate.broker.cgroups import find_tree
+from teemate.broker.descriptor_store import DescriptorStore
 from teemate.broker.enclaves import Enclave, EnclaveState
 from teemate.broker.generations import Generations
 from teemate.broker.grants import Grant, Waiter
@@ -31,8 +32,11 @@ from teemate.broker.policy import EnclavePolicy, Policy
 from teemate.broker.processes import Processes
 from teemate.broker.reclaim import Reclaimer
 from teemate.broker.requests import Answer
+from teemate.broker.restoration import Found, Restoration
+from teemate.broker.resumption import Resumption
 from teemate.broker.revocation import Revocation
 from teemate.broker.slots import SlotState, Ticket
+from teemate.broker.state import State
 
 if TYPE_CHECKING:
     from teemate.broker.clients import Client
@@ -67,9 +71,17 @@ class Service:
 
     """
 
-    def __init__(self, policy: Policy, log: FilteringBoundLogger) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        log: FilteringBoundLogger,
+        store: DescriptorStore | None = None,
+        found: Found | None = None,
+    ) -> None:
         self.policy = policy
         self.log = log
+        found = found or Found()
+        self.state = State(store, found.snapshot)
         self.choice = choose_backend(policy.broker.backend)
         self.backend = self.choice.backend
         for enclave in policy.enclaves:
@@ -85,21 +97,23 @@ class Service:
         self.generations = Generations(self)
         self.lifecycle = Lifecycle(self)
         self.revocation = Revocation(self)
+        self.resumption = Resumption(self)
         self.clients: dict[int, Client] = {}
         self.enclaves: dict[str, Enclave] = {}
         self.grants: dict[int, Grant] = {}
+        self.running = trio.Event()
+        """Set when requests can be answered."""
         self.leaving = False
         """Whether the broker ends and leaves everything to the next one."""
         self.server_statistics: Callable[[], ServerStatistics] | None = None
-        self._last_client = 0
-        self._last_grant = 0
+        self.restoration = Restoration(self, found)
+        self.restoration.place()
 
     # -- clients ---------------------------------------------------------------
 
     def next_client(self) -> int:
         """Return the number of a new connection."""
-        self._last_client += 1
-        return self._last_client
+        return self.state.next_number("client")
 
     def client_left(self, client: Client, why: str) -> None:
         """The connection is over: end its grants; closes the client's pidfd, now or when it has fired.
@@ -111,6 +125,7 @@ class Service:
             self.processes.forget(client.pidfd)
             os.close(client.pidfd)
             return
+        client.left = True
         held = client.withheld
         for grant in list(client.grants.values()):
             indices = [index for index in grant.slots if self._state(grant, index) is SlotState.ASSIGNED]
@@ -119,6 +134,7 @@ class Service:
             self._end(grant, why)
             if grant.charges:
                 held.append(grant)
+        self.state.write_client(client)
         self.processes.forget(client.pidfd)
         if held:
             self.reclaimer.take_back_at_end(client.pidfd, held)
@@ -216,8 +232,7 @@ class Service:
             )
         self._require_possible(client, enclave, args.slots)
         charge = client.account.charge(Resource.GRANTS)
-        self._last_grant += 1
-        grant = Grant(self._last_grant, client, enclave, charge)
+        grant = Grant(self.state.next_number("grant"), client, enclave, charge)
         try:
             ticket = self._request_slots(grant, args.slots)
         except BaseException:
@@ -262,14 +277,20 @@ class Service:
         enclave = grant.enclave
         built = enclave.built
         enclave.attaches += 1
-        ok = {
+        grant.handed_out = True
+        ok = self._attach_ok(grant, slots)
+        outcome: dict[str, object] = {"grant": grant.number, "slots": slots}
+        return Answer(ok, (built.fd, built.arena), lambda: self._handed_out(grant, slots), outcome=outcome)
+
+    def _attach_ok(self, grant: Grant, slots: tuple[int, ...]) -> dict[str, object]:
+        enclave = grant.enclave
+        return {
             "grant": grant.number,
             "enclave": enclave.info(),
             "segments": enclave.segments,
-            "arena": built.base + built.size + 4096,
+            "arena": enclave.built.base + enclave.built.size + 4096,
             "slots": self._hand_out(grant, slots),
         }
-        return Answer(ok, (built.fd, built.arena), lambda: self._handed_out(grant, slots))
 
     def acquire(self, client: Client, args: requests.Acquire) -> requests.Result:
         """Give a grant more slots, now or when they are free."""
@@ -287,7 +308,29 @@ class Service:
         return self._acquired(grant, await self._wait(grant, ticket, wait))
 
     def _acquired(self, grant: Grant, slots: tuple[int, ...]) -> Answer:
-        return Answer({"slots": self._hand_out(grant, slots)}, after=lambda: self._handed_out(grant, slots))
+        outcome: dict[str, object] = {"grant": grant.number, "slots": slots}
+        ok = {"slots": self._hand_out(grant, slots)}
+        return Answer(ok, after=lambda: self._handed_out(grant, slots), outcome=outcome)
+
+    def repeat(self, client: Client, operation: str, outcome: dict[str, Any]) -> Answer:
+        """Answer what the last broker did and maybe answered.
+
+        Raises
+        ------
+        Revoked
+            It was an attach or acquire, and what it gave has been taken back since.
+
+        """
+        if operation not in ("attach", "slots.acquire"):
+            return Answer(outcome)
+        grant = client.grants.get(outcome["grant"])
+        if grant is None:
+            raise errors.Revoked(f"grant {outcome['grant']} was taken back meanwhile")
+        slots = tuple(index for index in outcome["slots"] if index in grant.charges)
+        if operation == "slots.acquire":
+            return Answer({"slots": self._hand_out(grant, slots)}, outcome=outcome)
+        built = grant.enclave.built
+        return Answer(self._attach_ok(grant, slots), (built.fd, built.arena), outcome=outcome)
 
     @staticmethod
     def _require_ready(enclave: Enclave) -> None:
@@ -345,6 +388,7 @@ class Service:
         longest = enclave.policy.wait if wait is None else min(wait, enclave.policy.wait)
         taken = False
         try:
+            await enclave.recovered.wait()  # after a restart slots are not free yet that were, or will be
             with trio.move_on_after(longest):
                 await waiter.event.wait()
             if waiter.error is not None:
@@ -383,6 +427,9 @@ class Service:
     def _hand_out(self, grant: Grant, slots: tuple[int, ...]) -> list[dict[str, object]]:
         """Return the slots as the protocol has them, each bound to the client's identity."""
         enclave, identity = grant.enclave, grant.client.identity
+        if enclave.warden is None:
+            enclave.used.update(slots)
+            enclave.on_change(enclave)
         text = identity.principal_text(with_cgroup=enclave.policy.with_cgroup, tree=self.cgroup_tree)
         digest = principal(text)
         handed = []
@@ -519,6 +566,8 @@ class Service:
             "processes": asdict(self.processes.statistics()),
             "users": [asdict(account) for account in self.ledger.statistics().accounts],
             "enclaves": [asdict(enclave.statistics()) for enclave in self.enclaves.values()],
+            "state": asdict(self.state.statistics()),
+            "resumption": asdict(self.resumption.statistics()),
             "generations": asdict(self.generations.statistics()),
             "lifecycle": asdict(self.lifecycle.statistics()),
         }
@@ -532,6 +581,10 @@ class Service:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.processes.run)
                 await nursery.start(self.reclaimer.run)
+                nursery.start_soon(self.state.run)
+                nursery.start_soon(self.resumption.run)
+                self.running.set()
+                await self.restoration.recover()
                 await self.administration.start_boot_enclaves()
                 task_status.started()
         finally:

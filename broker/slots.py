@@ -154,6 +154,17 @@ class SlotTable:
         usable = self.usable
         return [ticket for ticket in self.waiting() if ticket.count > usable]
 
+    # -- after a restart -------------------------------------------------------
+
+    def restore(self, index: int, uid: int, grant: int, withheld: str) -> None:
+        """The slot is held as before; `withheld` is the reason when it is not the client's any more."""
+        self._move(index, SlotState.ASSIGNED, SlotState.ARMING)
+        slot = self.slots[index]
+        slot.grant = grant
+        self._count_for(slot, uid)
+        if withheld:
+            self.withhold(index, withheld)
+
     # -- life of a slot ----------------------------------------------------------
 
     def armed(self, index: int) -> list[Ticket]:

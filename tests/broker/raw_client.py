@@ -26,8 +26,27 @@ class RawClient:
         self.fds: list[int] = []
         self.events: list[dict[str, Any]] = []
         self._number = 0
+        self.token = b""
+        self.resumed: list[int] = []
+        self._path = path
+        self._name = name
         if hello:
-            self.ok("hello", version=1, client=name)
+            self.hello()
+
+    def hello(self, **args: Any) -> dict[str, Any]:
+        """Say hello; keeps the resume token, if there is one."""
+        ok = self.ok("hello", version=1, client=self._name, **args)
+        self.token = ok.get("token", b"")
+        self.resumed = ok.get("resumed", [])
+        return ok
+
+    def reconnect(self) -> dict[str, Any]:
+        """Connect again and resume; returns what `hello` was answered.  The numbering goes on."""
+        self.sock.close()
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        self.sock.settimeout(TIMEOUT)
+        self.sock.connect(self._path)
+        return self.hello(resume=self.token)
 
     def send(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
         wire.send(self.sock, wire.encode(message), fds)
