@@ -1,0 +1,207 @@
+"""The broker's real parts around a modelled enclave and modelled processes, one step at a time.
+
+Server, connections, service, slot table, reclaimer and revocation are the real ones, and run in trio's
+loop in a thread of its own.  A step runs in that loop until nothing is left to do; the clock moves only
+when the model says so.  What the kernel would tell of a process (SO_PEERCRED, its pidfd) and what a
+warden would do is modelled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+from unittest import mock
+
+import structlog
+import trio
+import trio.testing
+from modelled_enclave import ModelledEnclave, ModelledWarden
+from modelled_process import Held, ModelledProcess
+
+from teemate.broker.enclaves import Enclave, EnclaveState
+from teemate.broker.identity import Identity, Peer
+from teemate.broker.policy import Administrators, BrokerSettings, EnclavePolicy, Policy, Rule
+from teemate.broker.server import Server
+from teemate.broker.service import Service
+from teemate.errors import ConnectionLost
+
+__all__ = ["ENCLAVE", "World"]
+
+ENCLAVE = "modelled"
+ADMINISTRATOR = 0
+T = TypeVar("T")
+
+
+def _policy() -> Policy:
+    return Policy(
+        source="the model's",
+        broker=BrokerSettings(backend="sim"),
+        administrators=Administrators(uids=frozenset({ADMINISTRATOR})),
+    )
+
+
+def _enclave_policy(*, kill: bool) -> EnclavePolicy:
+    return EnclavePolicy(
+        name=ENCLAVE,
+        owner=1000,
+        attach=(Rule(any_uid=True),),
+        share_sim=True,
+        slots_per_client=4,
+        wait=20.0,
+        revoke_grace=2.0,
+        revoke_kill=kill,
+    )
+
+
+class World:
+    """One broker, its enclave, and every process that there is or was."""
+
+    def __init__(self, slots: int, *, kill: bool) -> None:
+        """`kill`: the policy's revoke_kill."""
+        self.enclave = ModelledEnclave(slots)
+        self._kill = kill
+        self.warden = ModelledWarden(self.enclave)
+        self.processes: dict[int, ModelledProcess] = {}
+        self.records: list[dict[str, Any]] = []
+        self.revoking: dict[int, set[Held]] = {}
+        """What revocations that were asked for take back, by the tag of the request."""
+        self.clock = trio.testing.MockClock()
+        self._started = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._address = f"\0teemate model {os.getpid()} {id(self)}"
+        self._cleanup = contextlib.ExitStack()
+        self._cleanup.enter_context(mock.patch("teemate.broker.server.identify", self._identify))
+        self._cleanup.enter_context(mock.patch.object(signal, "pidfd_send_signal", self._send_signal))
+        self._thread.start()
+        self._started.wait()
+        if self._failure is not None:
+            raise self._failure
+        self.administrator = self.start_process(ADMINISTRATOR)
+
+    # -- the loop ------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            trio.run(self._main, clock=self.clock)
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._started.set()
+
+    async def _main(self) -> None:
+        log = structlog.wrap_logger(None, processors=[self._record])
+        self.service = Service(_policy(), log)
+        self._token = trio.lowlevel.current_trio_token()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as listener:
+            listener.bind(self._address)
+            listener.listen(64)
+            async with trio.open_nursery() as keeping:
+                await keeping.start(self.service.run)
+                await self._add_enclave()
+                async with trio.open_nursery() as serving:
+                    self._stop = serving.cancel_scope
+                    serving.start_soon(Server(self.service).run, [listener])
+                    await trio.testing.wait_all_tasks_blocked()
+                    self._started.set()
+                keeping.cancel_scope.cancel()
+
+    async def _add_enclave(self) -> None:
+        """What Administration does after building; nothing here is built."""
+        self.broker_enclave = Enclave(_enclave_policy(kill=self._kill), "sim", self.enclave.built(), None)
+        self.broker_enclave.warden = self.warden  # type: ignore[assignment]
+        for index in self.broker_enclave.slots.slots:
+            await self.service.reclaimer.arm(self.broker_enclave, index)
+        self.broker_enclave.state = EnclaveState.READY
+        self.service.enclaves[ENCLAVE] = self.broker_enclave
+
+    def step(self, function: Callable[[], T]) -> T:
+        """Do something between two turns of the broker, then let it work until it waits."""
+
+        async def run() -> T:
+            result = function()
+            await trio.testing.wait_all_tasks_blocked()
+            return result
+
+        try:
+            return trio.from_thread.run(run, trio_token=self._token)
+        except trio.RunFinishedError:
+            assert self._failure is not None
+            raise self._failure from None
+
+    def pass_time(self, seconds: float) -> None:
+        """Move the clock, in steps that no deadline is jumped over by more than."""
+        left = seconds
+        while left > 0:
+            part = min(left, 0.5)
+            left -= part
+            self.step(lambda part=part: self.clock.jump(part))  # type: ignore[misc]
+
+    def close(self) -> None:
+        """End the broker and free everything."""
+        try:
+            with contextlib.suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self._stop.cancel)
+            self._thread.join()
+        finally:
+            self._cleanup.close()
+            for process in self.processes.values():
+                process.close()
+        if self._failure is not None:
+            raise self._failure
+
+    # -- what the kernel would do ----------------------------------------------------------
+
+    def start_process(self, uid: int) -> ModelledProcess:
+        """Start a process that connects."""
+        process = ModelledProcess(len(self.processes), uid, self.enclave)
+        self.processes[process.number] = process
+        self.step(lambda: process.connect(self._address))
+        return process
+
+    def reconnect(self, process: ModelledProcess) -> None:
+        """Another connection of a process that closed its last."""
+        self.step(lambda: process.connect(self._address))
+
+    def _identify(self, sock: socket.socket, _tree: object, *, trust_pid: bool = False) -> Peer:
+        name = sock.getpeername()
+        process = self.processes[int((name.decode() if isinstance(name, bytes) else name).rpartition("-")[2])]
+        if process.ended:
+            raise ConnectionLost("the process ended before it was identified")
+        identity = Identity(
+            pid=10_000 + process.number,
+            uid=process.uid,
+            gid=process.uid,
+            groups=frozenset(),
+            label="",
+            cgroup="/",
+        )
+        return Peer(identity=identity, pidfd=os.dup(process.pidfd))
+
+    def _send_signal(self, pidfd: int, number: int, *_: object) -> None:
+        assert number == signal.SIGKILL
+        inode = os.fstat(pidfd).st_ino
+        for process in self.living():
+            if os.fstat(process.pidfd).st_ino == inode:
+                process.end()
+                return
+        raise ProcessLookupError
+
+    def living(self) -> Iterator[ModelledProcess]:
+        """Processes that have not ended."""
+        return (process for process in self.processes.values() if not process.ended)
+
+    # -- what is said ------------------------------------------------------------------------
+
+    def _record(self, _logger: object, method: str, event: dict[str, Any]) -> Any:
+        self.records.append({"level": method, **event})
+        raise structlog.DropEvent
+
+    def errors(self) -> list[dict[str, Any]]:
+        """What the broker itself calls a bug."""
+        return [record for record in self.records if record["level"] in ("error", "exception", "critical")]
