@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from teemate import wire
+from teemate.wire import close_all, decode, encode, receive, send  # by name: what a test records is not ours
 
 HELLO = {"version": 1, "broker": "fake", "max_message": 65536}
 MUTATING = {"attach", "slots.acquire", "slots.release", "detach", "create", "destroy", "revoke"}
@@ -66,10 +66,10 @@ class Upstream:
     def perform(self, op: str, args: dict[str, Any], fds: tuple[int, ...]) -> Outcome:
         """Have the real broker do `op`."""
         self._last += 1
-        wire.send(self.sock, wire.encode({"id": self._last, "op": op, "args": args}), fds)
+        send(self.sock, encode({"id": self._last, "op": op, "args": args}), fds)
         while True:
-            packet = wire.receive(self.sock)
-            message = wire.decode(packet.data)
+            packet = receive(self.sock)
+            message = decode(packet.data)
             if message.pop("id", None) == self._last:
                 return message, packet.fds
 
@@ -115,7 +115,7 @@ class FakeBroker:
         """Tell every client."""
         with self._lock:
             for sock, _ in self._clients.values():
-                wire.send(sock, wire.encode(event))
+                send(sock, encode(event))
 
     def come_back(self) -> None:
         """Listen again."""
@@ -194,7 +194,7 @@ class FakeBroker:
         sock, _ = self._listener.accept()
         self._clients[sock.fileno()] = (sock, None)
         if self.refusal is not None:
-            wire.send(sock, wire.encode({"id": None, "error": self.refusal}))
+            send(sock, encode({"id": None, "error": self.refusal}))
             del self._clients[sock.fileno()]
             sock.close()
         else:
@@ -203,7 +203,7 @@ class FakeBroker:
     def _serve(self, number: int) -> None:
         sock, session = self._clients[number]
         try:
-            packet = wire.receive(sock)
+            packet = receive(sock)
         except ConnectionResetError:
             return
         if not packet.data:
@@ -211,7 +211,7 @@ class FakeBroker:
             sock.close()
             return
         try:
-            message = wire.decode(packet.data)
+            message = decode(packet.data)
             op, args = str(message["op"]), message.get("args", {})
             assert isinstance(args, dict)
             if self._dies("received", op):
@@ -222,7 +222,7 @@ class FakeBroker:
                 assert session is not None
                 self._answer(sock, session, message["id"], op, args, packet.fds)
         finally:
-            wire.close_all(packet.fds)
+            close_all(packet.fds)
 
     def _greet(self, number: int, sock: socket.socket, request: Any, args: dict[str, Any]) -> None:
         self.hellos.append(args)
@@ -246,12 +246,12 @@ class FakeBroker:
         if self._dies("done", "hello"):
             return
         if self.answering("hello"):
-            wire.send(sock, wire.encode({"id": request, "ok": ok}))
+            send(sock, encode({"id": request, "ok": ok}))
         if self._dies("answered", "hello"):
             return
         if "resumed" in ok:
             for event in self.after_hello:
-                wire.send(sock, wire.encode(event))
+                send(sock, encode(event))
             self.after_hello.clear()
 
     def _answer(
@@ -279,7 +279,7 @@ class FakeBroker:
         if self._dies("done", op):
             return
         if self.answering(op):
-            wire.send(sock, wire.encode({"id": request, **outcome[0]}), outcome[1])
+            send(sock, encode({"id": request, **outcome[0]}), outcome[1])
         self._dies("answered", op)
 
 
