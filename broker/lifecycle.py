@@ -131,9 +131,7 @@ class Lifecycle:
         if first:
             self._service.tell_holders(enclave, "draining")
 
-    async def _drain_one(
-        self, enclave: Enclave, deadline: float, force: bool, by: str
-    ) -> dict[str, object]:
+    async def _drain_one(self, enclave: Enclave, deadline: float, force: bool, by: str) -> dict[str, object]:
         service = self._service
         held = len(enclave.grants)
         with trio.move_on_at(deadline):
@@ -210,8 +208,8 @@ class Lifecycle:
                     back.append(name)
             for name in back:
                 service.audit.changed(
-                client.identity, client=client.number, operation="undrain", enclave=name
-            )
+                    client.identity, client=client.number, operation="undrain", enclave=name
+                )
 
         await service.revocation.finish_in_background(run)
         return Answer({"enclaves": back, "failed": failed})

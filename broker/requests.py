@@ -251,11 +251,17 @@ class Release:
     grant: int
     slots: tuple[int, ...]
     clean: bool
+    stolen: bool
 
     @classmethod
     def parse(cls, untrusted: Arguments) -> Release:
         """Check and convert."""
-        return cls(untrusted.uint("grant"), untrusted.slots("slots"), untrusted.flag("clean"))
+        return cls(
+            untrusted.uint("grant"),
+            untrusted.slots("slots"),
+            untrusted.flag("clean"),
+            untrusted.flag("stolen"),
+        )
 
 
 @dataclass(frozen=True, slots=True)

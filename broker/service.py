@@ -472,6 +472,12 @@ class Service:
             raise errors.NotFound(
                 f"grant {grant.number} does not hold slot {foreign[0]}; nothing was released"
             )
+        if args.stolen:
+            self.log.warning(
+                "slot stolen", enclave=grant.enclave.name, grant=grant.number, pid=client.identity.pid,
+                slots=list(args.slots),
+                reason="its holder says that another process of this enclave resumed the call in it",
+            )  # fmt: skip
         withheld = self._give_back(grant, list(args.slots), clean=args.clean)
         answer: dict[str, object] = {"released": len(args.slots) - withheld}
         if withheld:

@@ -138,7 +138,9 @@ class GrantedEnclave(Enclave):
             return
         # Waits for the answer, so that the slot is where it belongs when the caller goes on; what
         # the caller has to hear is why the slot broke, not that its grant ended meanwhile.
-        args = {"grant": self.grant, "slots": [slot.index], "clean": clean}
+        args: dict[str, object] = {"grant": self.grant, "slots": [slot.index], "clean": clean}
+        if slot.stolen:
+            args["stolen"] = True
         self._connection.tell("slots.release", args, self._session)
 
     def _detached(self, clean: bool) -> None:

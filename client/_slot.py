@@ -76,7 +76,10 @@ class Slot:
         """Why the slot cannot be used any more; None while it can."""
         self.revoked: Revoked | None = None
         self.clean: bool | None = None
-        """Once it is closed: whether no call was left in it."""
+        """Once it is closed: whether no thread of this process is inside, or at its AEP.  The broker
+        undoes a call that was left in it."""
+        self.stolen = False
+        """Another process resumed a call of it."""
         self._enclave = enclave
         self._busy = threading.Lock()
         self._call = ffi.new(_CALL)
@@ -319,6 +322,7 @@ class Slot:
             return describe_fault(run, enclave.name, f"call {name!r}", enclave.base, enclave.size, place)
         if outcome == _STOLEN:
             self.broken = f"call {name!r} was resumed by another process"
+            self.stolen = True
             lib.teemate_slot_abandon(self._handle)
             return EnclaveFault(
                 f"{enclave.name}: another process that maps the enclave resumed call {name!r} of slot"
@@ -363,7 +367,7 @@ class Slot:
                 self.broken = f"call {name!r} was abandoned ({type(reason).__name__})"
 
     def _close(self) -> bool | None:
-        """Forget the key and unmap the TCS.  None: a thread is inside; else whether the slot is clean."""
+        """Forget the key and unmap the TCS.  None: a thread is inside; else `clean`."""
         if not self._busy.acquire(blocking=False):
             return None
         try:
@@ -372,7 +376,8 @@ class Slot:
                 if result < 0:
                     return None
                 self._handle = None
-                self.clean = bool(result)
+                # Who is in a call holds the slot; after a fork the parent's thread may be.
+                self.clean = self._enclave.pid == self._enclave.getpid()
                 if self.broken is None:
                     self.broken = "it was given back"
             return self.clean

@@ -316,9 +316,10 @@ struct teemate_call {
 int teemate_slot_open(struct teemate_enclave *enclave, const struct teemate_slot_args *args,
                       struct teemate_slot **slot, struct teemate_diag *diag);
 /*
- * Forget the key and unmap the TCS.  Returns 1 when the slot is clean (no call
- * was left parked or interrupted: this may be acknowledged to the broker), 0 when
- * it is not.  -EBUSY while a thread is inside.
+ * Forget the key and unmap the TCS.  Returns 1 when no call was left in it, 0 when one was
+ * left parked or interrupted.  Either may be acknowledged to the broker, since no thread of
+ * this process is inside or at its AEP; but 0 in a child of fork says nothing.  -EBUSY while
+ * a thread is inside.
  */
 int teemate_slot_close(struct teemate_slot *slot);
 
