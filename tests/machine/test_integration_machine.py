@@ -29,8 +29,13 @@ WHOLE_PATH = (
 """What goes all the way through broker, warden and client.  Python is some twenty times slower in there:
 all of tests/integration takes a quarter of an hour, for those who set TEEMATE_MACHINE_ALL=1."""
 
-REPAIR = ("tests/warden/test_warden_repair.py", "tests/machine/guest/test_lost_inside.py")
-"""Wardens that are killed inside, and an EPC that goes under a running call."""
+REPAIR = (
+    "tests/warden/test_warden_repair.py",
+    "tests/warden/test_slot_repair.py",
+    "tests/sdk/test_unwind.py",
+    "tests/machine/guest/test_lost_inside.py",
+)
+"""Wardens that are killed inside, slots in every state, and an EPC that goes under a running call."""
 
 CLIENTS = 8
 HEAP = "4M"

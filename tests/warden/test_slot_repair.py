@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ import pytest
 import warden_wire as wire
 from backends import BACKEND, sim_only
 from warden_harness import Client, Enclave, Warden
+
+from teemate._native import lib
 
 SLOT, OTHER = 2, 3
 KEY = bytes(range(1, 17))
@@ -190,6 +193,37 @@ def test_a_slot_in_which_a_living_thread_runs_is_busy_until_an_interrupt_or_its_
     reply = started.repair(SLOT, 1, dead=True)
     assert (reply.entered, reply.status) == (1, 0)
     works_as_new(started, enclave)
+
+
+def test_threads_that_run_inside_are_met_at_their_interrupts_again_and_again(
+    started: Warden, enclave: Enclave
+) -> None:
+    """On hardware they are resumed at once, so the warden's own entries are, too, now and then."""
+    client = Client(enclave)
+    requests = frames = 0
+    rounds = 3 if BACKEND == "sim" else 30
+    for generation in range(1, rounds + 1):
+        arm(started, enclave, generation)
+        slot = client.slot(index=SLOT, generation=generation, key=KEY)
+        thread = threading.Thread(target=slot.call, args=("spin",))
+        thread.start()
+        while os.pread(enclave.arena, 4, 4096 - 4) == bytes(4):
+            assert thread.is_alive()
+        os.pwrite(enclave.arena, bytes(4), 4096 - 4)
+        clear(started, enclave, generation)
+        while True:
+            requests += 1
+            reply = started.repair(SLOT, generation, dead=False)
+            if reply.status == 0:
+                break
+            assert (reply.entered, reply.status) == (0, -errno.EBUSY)
+        frames += reply.repaired
+        thread.join()
+        assert slot.last.outcome == lib.TEEMATE_CALL_REVOKED
+        slot.close()
+        assert started.control(enclave, wire.RESET, slot=SLOT).status == 0
+    client.close()
+    print(f"{rounds} threads met in {requests} requests; the warden's children resumed {frames} frames")
 
 
 def test_a_holder_that_is_stopped_inside_is_interrupted_on_hardware_and_busy_on_the_sim(
