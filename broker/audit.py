@@ -9,14 +9,15 @@ are logged, so that the log of a busy host stays readable and writing it costs l
 from __future__ import annotations
 
 import sys
-from typing import TextIO
+from typing import TextIO, final
 
 import structlog
 from structlog.typing import FilteringBoundLogger, Processor
 
 from teemate.broker.identity import Identity
+from teemate.broker.limits import TokenBucket
 
-__all__ = ["Audit", "configure_log"]
+__all__ = ["Audit", "Complaints", "configure_log"]
 
 
 def configure_log(style: str, file: TextIO | None = None) -> FilteringBoundLogger:
@@ -44,6 +45,39 @@ def configure_log(style: str, file: TextIO | None = None) -> FilteringBoundLogge
         context_class=dict,
     ).bind()
     return logger
+
+
+_COMPLAINTS_PER_SECOND = 1.0
+_COMPLAINTS_AT_ONCE = 100
+_USERS_COMPLAINED_OF = 1024
+
+
+@final
+class Complaints:
+    """Warnings about clients that misbehave: some of each user, the rest is counted.
+
+    Who is refused a hundred times a second shall not fill the log as well.
+    """
+
+    def __init__(self, log: FilteringBoundLogger) -> None:
+        self._log = log
+        self._users: dict[int | None, tuple[TokenBucket, list[int]]] = {}
+
+    def warning(self, event: str, uid: int | None, **about: object) -> None:
+        """Log `event`, unless there was too much of this user; uid None: nobody is to blame."""
+        if uid not in self._users and len(self._users) >= _USERS_COMPLAINED_OF:
+            del self._users[next(iter(self._users))]
+        bucket, unlogged = self._users.setdefault(
+            uid, (TokenBucket(_COMPLAINTS_PER_SECOND, _COMPLAINTS_AT_ONCE), [0])
+        )
+        if not bucket.take_if_there():
+            unlogged[0] += 1
+            return
+        if unlogged[0]:
+            about["not_logged_before"], unlogged[0] = unlogged[0], 0
+        if uid is not None:
+            about["uid"] = uid
+        self._log.warning(event, **about)
 
 
 class Audit:

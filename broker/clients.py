@@ -6,7 +6,7 @@ restarted the connections end, and what the clients hold does not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, final
 
 import trio
@@ -65,6 +65,11 @@ class Client:
         """Send one message, now or when the client reads again; `fds` stay the caller's."""
         if self.connection is not None:
             self.connection.send(message, fds)
+
+    def dispose(self, fds: Iterable[int]) -> None:
+        """Get rid of descriptors that came from the client."""
+        if fds:
+            self.service.disposal.dispose(self.account, fds)
 
     def close(self) -> None:
         """End the connection; its task notices and cleans up."""

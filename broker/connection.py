@@ -17,11 +17,11 @@ that one is logged with its traceback, and the client is told only that it happe
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
 import socket
+import struct
 import termios
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
@@ -38,7 +38,7 @@ from teemate.broker.requests import Answer, Request, Result, parse_request
 if TYPE_CHECKING:
     from teemate.broker.clients import Client
 
-__all__ = ["Connection", "ConnectionStatistics", "drain_input"]
+__all__ = ["Connection", "ConnectionStatistics"]
 
 _BUFFER = bytearray(wire.MAX_MESSAGE)
 """For every packet of every client: nothing is received between filling it and copying it out."""
@@ -47,8 +47,8 @@ _MESSAGES_AT_FIRST = 2
 _MESSAGES_PER_TURN = 16
 """Requests of one client that are answered before other tasks get their turn."""
 _GONE = {errno.EPIPE, errno.ECONNRESET}
-_DRAIN_PACKETS = 256
-"""Packets thrown away before a connection is closed, so that its last reply is read before the reset."""
+_SMALLEST_SKB = 768
+"""A packet takes at least so much of a socket's send buffer: struct sk_buff and skb_shared_info."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,19 +62,17 @@ class ConnectionStatistics:
     queued_bytes: int
 
 
-def drain_input(sock: socket.socket) -> None:
-    """Throw away what the client still sent: closing over it would destroy our last message to it."""
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RD)
-        for _ in range(_DRAIN_PACKETS):
-            if not sock.recv(1, socket.MSG_DONTWAIT):
-                break
-
-
 class _Queued(NamedTuple):
     data: bytes
     fds: tuple[int, ...]  # duplicates, ours: the enclave may be gone before the client reads
     charge: Charge
+
+
+def _no_descriptors(what: str, error: OSError) -> errors.LimitReached:
+    return errors.LimitReached(
+        f"{what} ({error.strerror}): RLIMIT_NOFILE (LimitNOFILE= in its unit) sets how many it may have",
+        {"limit": "RLIMIT_NOFILE"},
+    )
 
 
 @final
@@ -94,6 +92,10 @@ class Connection:
         self._queued_bytes = 0
         self._drained = trio.Event()
         self._patient: bytes | None = None
+        self._greeting = trio.Event()
+        self._silent: errors.LimitReached | None = None
+        self._unread: deque[Charge] = deque()
+        """Of messages with descriptors that the client may not have received yet."""
 
     # -- reading ---------------------------------------------------------------
 
@@ -108,6 +110,8 @@ class Connection:
                     nursery.start_soon(function, *args)
                 if self.closing:
                     nursery.cancel_scope.cancel()
+                if not self.greeted and breach is None:
+                    nursery.start_soon(self._await_greeting)
                 try:
                     if breach is not None:
                         raise breach
@@ -115,15 +119,21 @@ class Connection:
                 except errors.ProtocolError as error:
                     why = f"broke the protocol: {error.message}"
                     self._reply_error(None, error)
+                except errors.LimitReached as error:
+                    why = f"refused: {error.message}"
+                    self._reply_error(None, error)
                 except OSError as error:
                     why = f"connection failed: {error.strerror}"
                 nursery.cancel_scope.cancel()
+            if self._silent is not None:
+                why = f"refused: {self._silent.message}"
         finally:
             self.closing = True
             self._nursery = None
             while self._queue:
                 self._discard(self._queue.popleft())
-            drain_input(self._sock)
+            while self._unread:
+                self._unread.popleft().release()
         return why
 
     def _answer_first(self) -> Exception | None:
@@ -136,16 +146,38 @@ class Connection:
             for _ in range(_MESSAGES_AT_FIRST):
                 if self.closing or self.client.account.bucket.take():
                     break
-                packet = wire.receive(self._sock, _BUFFER)
+                packet = self._receive()
                 if not packet.data:
-                    wire.close_all(packet.fds)
+                    self.client.dispose(packet.fds)
                     break  # the end is there to be read again
                 self._handle(packet)
         except BlockingIOError:
             self._send_patient()
-        except (errors.ProtocolError, OSError) as error:
+        except (errors.ProtocolError, errors.LimitReached, OSError) as error:
             return error
         return None
+
+    def _receive(self) -> wire.Packet:
+        return wire.receive(self._sock, _BUFFER, self.client.dispose)
+
+    async def _await_greeting(self) -> None:
+        """Let a client take its time for hello, but not for ever, nor many of one user at a time."""
+        seconds = self.client.service.policy.limits.handshake_seconds
+        try:
+            with self.client.account.charge(Resource.HANDSHAKES):
+                with trio.move_on_after(seconds):
+                    await self._greeting.wait()
+                    return
+        except errors.LimitReached as error:
+            self._silent = error
+        else:
+            setting = "[limits] handshake_seconds"
+            self._silent = errors.LimitReached(
+                f"no hello came within {seconds:g} s: the broker's policy sets this in {setting}",
+                {"limit": "handshake_seconds", "maximum": seconds, "setting": setting},
+            )
+        self._reply_error(None, self._silent)
+        self.close()
 
     async def _read_requests(self) -> None:
         bucket = self.client.account.bucket
@@ -158,21 +190,26 @@ class Connection:
                 self._send_patient()
                 await trio.sleep(delay)
             while True:
+                if self.client.account.exhausted(Resource.DESCRIPTORS_RECEIVED):
+                    self._send_patient()
+                    await self.client.service.disposal.room_for(self.client.account)
                 try:
-                    packet = wire.receive(self._sock, _BUFFER)
+                    packet = self._receive()
                     break
                 except BlockingIOError:
                     answered = 0
                     self._send_patient()
                     await trio.lowlevel.wait_readable(self._sock)
             if not packet.data:
-                wire.close_all(packet.fds)
+                self.client.dispose(packet.fds)
                 return
             if len(packet.data) > 4096:
                 bucket.take(len(packet.data) / 4096)
             self._handle(packet)
             if self.closing:
                 return
+            if self.greeted:
+                self._greeting.set()
             answered += 1
             if answered == _MESSAGES_PER_TURN:
                 answered = 0
@@ -188,7 +225,7 @@ class Connection:
             method = find_method(request.operation)
             self._check_frame(request, method, len(untrusted_fds))
         except errors.ProtocolError:
-            wire.close_all(untrusted_fds)
+            self.client.dispose(untrusted_fds)
             raise
         try:
             self._start(request, method, untrusted_fds)
@@ -211,7 +248,7 @@ class Connection:
         try:
             charge = self.client.account.charge(Resource.REQUESTS)
         except errors.LimitReached:
-            wire.close_all(fds)
+            self.client.dispose(fds)
             raise
         waits = False
         client = self.client
@@ -221,7 +258,7 @@ class Connection:
         try:
             known = client.recalled.get(request.id) if method.changes else None
             if known is not None and known[0] == request.operation:
-                wire.close_all(fds)
+                client.dispose(fds)
                 result: Result = client.service.repeat(client, *known)
             else:
                 result = method.run(client, request.untrusted_args, fds)
@@ -261,7 +298,12 @@ class Connection:
             self._send_patient()
             self._patient = wire.encode({"id": number, "ok": answer.ok})
         else:
-            self.send({"id": number, "ok": answer.ok}, answer.fds)
+            try:
+                self.send({"id": number, "ok": answer.ok}, answer.fds)
+            except errors.LimitReached:
+                if answer.undo is not None:
+                    answer.undo()
+                raise
         if answer.after is not None:
             answer.after()
 
@@ -282,7 +324,14 @@ class Connection:
         self.send({"id": number, "error": body})
 
     def send(self, message: Mapping[str, object], fds: tuple[int, ...] = ()) -> None:
-        """Send one message, now or when the client reads again; `fds` stay the caller's."""
+        """Send one message, now or when the client reads again; `fds` stay the caller's.
+
+        Raises
+        ------
+        LimitReached
+            Descriptors cannot be sent now; nothing was.
+
+        """
         if self.closing:
             return
         data = wire.encode(message)
@@ -301,26 +350,62 @@ class Connection:
     def _transmit(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
         if self.closing:
             return
-        if not self._queue:
-            try:
-                wire.send(self._sock, data, fds)
-            except BlockingIOError:
+        on_the_way = self._charge_descriptors(len(fds)) if fds else None
+        try:
+            if self._queue:
                 self._enqueue(data, fds)
-            except OSError as error:
-                # Gone: the reader finds out by itself, after what the client sent before it left.
-                if error.errno not in _GONE:
-                    self._give_up_writing(error)
-        else:
+            else:
+                self._send_or_enqueue(data, fds)
+        except errors.LimitReached:
+            if on_the_way is not None:
+                on_the_way.release()
+            raise
+        if on_the_way is not None:
+            self._unread.append(on_the_way)
+
+    def _send_or_enqueue(self, data: bytes, fds: tuple[int, ...]) -> None:
+        try:
+            wire.send(self._sock, data, fds)
+        except BlockingIOError:
             self._enqueue(data, fds)
+        except OSError as error:
+            if error.errno == errno.ETOOMANYREFS:
+                raise _no_descriptors("too many descriptors are on their way to clients", error) from error
+            # Gone: the reader finds out by itself, after what the client sent before it left.
+            if error.errno not in _GONE:
+                self._give_up_writing(error)
+
+    def _charge_descriptors(self, count: int) -> Charge:
+        """Charge descriptors on their way; who does not read holds them open, and the kernel counts them."""
+        account = self.client.account
+        self.settle_descriptors()
+        if account.exhausted(Resource.DESCRIPTORS_SENT, count):
+            for client in self.client.service.clients.values():
+                if client.account is account and client.connection is not None:
+                    client.connection.settle_descriptors()
+        return account.charge(Resource.DESCRIPTORS_SENT, count)
+
+    def settle_descriptors(self) -> None:
+        """Release the charges of descriptors that the client has received.
+
+        What it has not takes room in our socket's send buffer (SIOCOUTQ), so that there cannot be
+        more of them than messages of the smallest size would fit into that.
+        """
+        if not self._unread:
+            return
+        unread = struct.unpack("i", fcntl.ioctl(self._sock, termios.TIOCOUTQ, bytes(4)))[0]
+        most = -(-unread // _SMALLEST_SKB) + len(self._queue)
+        while len(self._unread) > most:
+            self._unread.popleft().release()
 
     def _enqueue(self, data: bytes, fds: tuple[int, ...]) -> None:
         try:
             charge = self.client.account.charge(Resource.QUEUED_BYTES, len(data))
         except errors.LimitReached as error:
-            self.client.service.log.warning(
+            self.client.service.complaints.warning(
                 "client does not read",
+                self.client.identity.uid,
                 client=self.client.number,
-                uid=self.client.identity.uid,
                 reason=error.message,
             )
             self.close()
@@ -333,8 +418,7 @@ class Connection:
         except OSError as error:
             wire.close_all(copies)
             charge.release()
-            self._give_up_writing(error)
-            return
+            raise _no_descriptors("the broker has none left to keep for who does not read", error) from error
         self._queue.append(_Queued(data, tuple(copies), charge))
         self._queued_bytes += len(data)
         if first:

@@ -27,7 +27,7 @@ from typing import final
 from teemate.broker.cgroups import CgroupTree
 from teemate.errors import ConnectionLost
 
-__all__ = ["Identity", "Peer", "identify", "process_ended", "reopen_process", "start_time"]
+__all__ = ["Identity", "Peer", "identify", "peer_uid", "process_ended", "reopen_process", "start_time"]
 
 # asm-generic/socket.h; Python's socket module has none of them yet.
 _SO_PEERSEC = 31
@@ -150,6 +150,12 @@ def process_ended(pidfd: int) -> bool:
     return bool(poll.poll(0))
 
 
+def peer_uid(sock: socket.socket) -> int:
+    """Return whom the process that connected `sock` belonged to then; takes no descriptor."""
+    uid: int = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[1]
+    return uid
+
+
 def identify(sock: socket.socket, tree: CgroupTree, *, trust_pid: bool = False) -> Peer:
     """Return who connected `sock`; the caller owns the pidfd in the result.
 
@@ -157,6 +163,8 @@ def identify(sock: socket.socket, tree: CgroupTree, *, trust_pid: bool = False) 
     ------
     ConnectionLost
         The process ended before it was known: whatever it sent is not answered.
+    OSError
+        EMFILE or ENFILE: there are no descriptors for it.
 
     """
     pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
@@ -171,6 +179,8 @@ def identify(sock: socket.socket, tree: CgroupTree, *, trust_pid: bool = False) 
         try:
             membership = _read(f"/proc/{pid}/cgroup")
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
             raise ConnectionLost(f"process {pid} ended before it was identified") from error
         if process_ended(pidfd):
             raise ConnectionLost(f"process {pid} ended before it was identified")

@@ -39,11 +39,19 @@ class Limits:
     """The policy's ``[limits]``: per uid, except where the name says client."""
 
     connections: int = 512
+    handshakes: int = 64
+    """Connections that have not said hello yet."""
+    handshake_seconds: float = 10.0
+    """How long they may take."""
     requests: int = 256
     queued_bytes: int = 4 << 20
     grants: int = 512
     slots: int = 1024
     pages: int = 4 << 20
+    descriptors_received: int = 64
+    """Sent to the broker and not closed yet."""
+    descriptors_sent: int = 1024
+    """Sent by the broker and not received yet."""
     requests_per_second: float = 5000.0
     burst: int = 20000
 
@@ -52,11 +60,14 @@ class Resource(enum.Enum):
     """What is counted; the value is the key of ``[limits]`` that bounds it."""
 
     CONNECTIONS = "connections"
+    HANDSHAKES = "handshakes"
     REQUESTS = "requests"
     QUEUED_BYTES = "queued_bytes"
     GRANTS = "grants"
     SLOTS = "slots"
     PAGES = "pages"
+    DESCRIPTORS_RECEIVED = "descriptors_received"
+    DESCRIPTORS_SENT = "descriptors_sent"
 
 
 @final
@@ -87,6 +98,13 @@ class TokenBucket:
         tokens -= amount
         self._tokens = tokens
         return 0.0 if tokens >= 0.0 else -tokens / self.rate
+
+    def take_if_there(self) -> bool:
+        """Take one token unless it would have to be waited for."""
+        if self.take():
+            self._tokens += 1.0
+            return False
+        return True
 
     @property
     def full(self) -> bool:
@@ -178,13 +196,16 @@ class Account:
                     "setting": f"[limits] {resource.value}",
                 },
             )
-        self.used[resource] = used + amount
-        return Charge(self, resource, amount)
+        return self.owe(resource, amount)
 
     def owe(self, resource: Resource, amount: int = 1) -> Charge:
-        """Take what is held since before a restart, also when the limit is a lower one now."""
+        """Take what is there already, or was before a restart, also beyond the limit."""
         self.used[resource] += amount
         return Charge(self, resource, amount)
+
+    def exhausted(self, resource: Resource, amount: int = 1) -> bool:
+        """Whether `amount` more of `resource` cannot be taken."""
+        return self.used[resource] + amount > self._ledger.bounds[resource]
 
     def _give_back(self, resource: Resource, amount: int) -> None:
         self.used[resource] -= amount

@@ -67,7 +67,7 @@ class Method(Generic[T]):
             if self.administrators:
                 client.service.require_administrator(client, self.operation)
         except errors.Error:
-            wire.close_all(fds)
+            client.dispose(fds)
             raise
         return self.handler(client, args, fds)
 

@@ -179,11 +179,15 @@ def _limits(table: Table) -> Limits:
     default = Limits()
     limits = Limits(
         connections=table.whole("connections", default.connections, 1),
+        handshakes=table.whole("handshakes", default.handshakes, 1),
+        handshake_seconds=table.number("handshake_seconds", default.handshake_seconds, 0.01, 3600.0),
         requests=table.whole("requests", default.requests, 1),
         queued_bytes=table.whole("queued_bytes", default.queued_bytes, 65536),
         grants=table.whole("grants", default.grants),
         slots=table.whole("slots", default.slots),
         pages=table.whole("pages", default.pages),
+        descriptors_received=table.whole("descriptors_received", default.descriptors_received, 1),
+        descriptors_sent=table.whole("descriptors_sent", default.descriptors_sent, 2),
         requests_per_second=table.number("requests_per_second", default.requests_per_second, 1.0),
         burst=table.whole("burst", default.burst, 1),
     )

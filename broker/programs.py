@@ -7,7 +7,7 @@ from functools import cache
 from importlib.resources import as_file, files
 from pathlib import Path
 
-__all__ = ["warden_program"]
+__all__ = ["closer_program", "warden_program"]
 
 
 @cache
@@ -21,11 +21,24 @@ def warden_program() -> Path:
 
     """
     override = os.environ.get("TEEMATE_WARDEN")
-    if override:
-        return Path(override)
-    with as_file(files("teemate") / "libexec" / "teemate-warden") as path:
+    return Path(override) if override else _installed("teemate-warden")
+
+
+@cache
+def closer_program() -> Path:
+    """Return the ``teemate-closer`` program that is installed with the package.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is none.
+
+    """
+    return _installed("teemate-closer")
+
+
+def _installed(name: str) -> Path:
+    with as_file(files("teemate") / "libexec" / name) as path:
         if not path.is_file():
-            raise FileNotFoundError(
-                2, "the package has no libexec/teemate-warden: install it again", str(path)
-            )
+            raise FileNotFoundError(2, f"the package has no libexec/{name}: install it again", str(path))
         return path

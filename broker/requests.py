@@ -45,7 +45,8 @@ class Answer(NamedTuple):
     """A reply's ``ok``, and the descriptors that ride on it (they stay the handler's).
 
     `after` is called when the reply is on its way: what the client need not wait for.  A `patient`
-    reply goes out with the next one, or when the client has sent nothing more.
+    reply goes out with the next one, or when the client has sent nothing more.  `undo` is called when
+    the descriptors cannot be sent: the client gets an error then.
     """
 
     ok: Mapping[str, object]
@@ -54,6 +55,7 @@ class Answer(NamedTuple):
     patient: bool = False
     outcome: dict[str, object] | None = None
     """What is recorded of a request that changes something, where the reply itself is not to be."""
+    undo: Callable[[], None] | None = None
 
 
 Result = Answer | Awaitable[Answer]

@@ -14,9 +14,9 @@ import trio
 
 from teemate import errors, wire
 from teemate.broker.clients import Client
-from teemate.broker.connection import Connection, drain_input
-from teemate.broker.identity import identify
-from teemate.broker.limits import Resource
+from teemate.broker.connection import Connection
+from teemate.broker.identity import identify, peer_uid
+from teemate.broker.limits import Account, Charge, Resource
 from teemate.broker.service import ServerStatistics, Service
 
 __all__ = ["Server", "ServerStatistics", "bind", "listens"]
@@ -26,6 +26,8 @@ _ACCEPT_PAUSE = 0.1
 """Seconds to wait when the kernel has no descriptor or memory for another connection."""
 _RESERVE = 256
 """Descriptors, or an eighth of all if that is fewer, that are kept from new connections."""
+_CONNECTION_COST = 4.0
+"""Requests that take as long as finding out who connected."""
 _GONE_ALREADY = {errno.ECONNABORTED, errno.EINTR}
 
 
@@ -117,61 +119,78 @@ class Server:
                 await trio.lowlevel.wait_readable(listener)
             except OSError as error:
                 if error.errno not in _GONE_ALREADY:
-                    self._service.log.warning("cannot accept", reason=error.strerror)
+                    self._service.complaints.warning("cannot accept", None, reason=error.strerror)
                     await trio.sleep(_ACCEPT_PAUSE)
         self._accepted += 1
+        await self._service.disposal.caught_up()
         nursery.start_soon(self._accept_one, listener, nursery)
         await self._serve(sock)
 
     async def _serve(self, sock: socket.socket) -> None:
         """Serve one client from its identity to its end; no error leaves this function."""
         service = self._service
-        with sock:
-            sock.setblocking(False)
-            if self._refused_for_descriptors(sock):
-                return
+        sock.setblocking(False)
+        uid = peer_uid(sock)
+        charge: Charge | None = None
+        try:
+            account = service.ledger.account(uid)
             try:
-                peer = identify(sock, service.cgroup_tree, trust_pid=service.policy.broker.trust_pid)
-            except (errors.ConnectionLost, OSError) as error:
-                self._refused += 1
-                service.log.warning("client was gone before it was identified", reason=str(error))
+                charge = account.charge(Resource.CONNECTIONS)
+                if account.exhausted(Resource.DESCRIPTORS_RECEIVED):
+                    await service.disposal.room_for(account)
+            except errors.LimitReached as error:
+                self._refuse(sock, error, uid)
                 return
-            pidfd: int | None = peer.pidfd
-            try:
-                account = service.ledger.account(peer.identity.uid)
-                try:
-                    charge = account.charge(Resource.CONNECTIONS)
-                except errors.LimitReached as error:
-                    self._refuse(sock, error, uid=peer.identity.uid)
-                    return
-                with charge:
-                    client = Client(service, service.next_client(), peer, account)
-                    pidfd = None  # the client's now
-                    await self._serve_client(Connection(client, sock))
-            finally:
-                if pidfd is not None:
-                    os.close(pidfd)
+            delay = account.bucket.take(_CONNECTION_COST)
+            if delay:
+                await trio.sleep(delay)
+            connection = self._connection(sock, account)
+            if connection is not None:
+                await self._serve_client(connection)
+        finally:
+            service.disposal.close_connection(sock, charge)
 
-    def _refused_for_descriptors(self, sock: socket.socket) -> bool:
-        """Refuse a `sock` that got one of the last numbers: who is here already may need those."""
+    def _connection(self, sock: socket.socket, account: Account) -> Connection | None:
+        """Find out who it is; None when that was refused, with the reason told."""
+        service = self._service
+        try:
+            peer = identify(sock, service.cgroup_tree, trust_pid=service.policy.broker.trust_pid)
+        except errors.ConnectionLost as error:
+            self._refused += 1
+            service.complaints.warning(
+                "client was gone before it was identified", account.uid, reason=error.message
+            )
+            return None
+        except OSError as error:
+            self._refuse(sock, self._scarce(error.strerror or ""), account.uid)
+            return None
+        if self._is_reserved(sock) and not service.policy.administrators.includes(peer.identity):
+            os.close(peer.pidfd)
+            self._refuse(sock, self._scarce("nearly all are in use"), account.uid)
+            return None
+        return Connection(Client(service, service.next_client(), peer, account), sock)
+
+    def _is_reserved(self, sock: socket.socket) -> bool:
+        """Whether `sock` got one of the last numbers: who is here already may need those.
+
+        An administrator gets one of them: somebody has to be able to do something about it.
+        """
         reserve = min(_RESERVE, self._limit // 8)
-        if self._limit < 0 or sock.fileno() < self._limit - reserve:
-            return False
-        error = errors.LimitReached(
-            f"the broker has nearly all of its {self._limit} descriptors in use: RLIMIT_NOFILE"
+        return self._limit >= 0 and sock.fileno() >= self._limit - reserve
+
+    def _scarce(self, why: str) -> errors.LimitReached:
+        return errors.LimitReached(
+            f"the broker has no descriptors for new connections ({why}): RLIMIT_NOFILE"
             " (LimitNOFILE= in its unit) sets how many it may have",
             {"limit": "RLIMIT_NOFILE", "maximum": self._limit},
         )
-        self._refuse(sock, error)
-        return True
 
-    def _refuse(self, sock: socket.socket, error: errors.LimitReached, **about: object) -> None:
+    def _refuse(self, sock: socket.socket, error: errors.LimitReached, uid: int) -> None:
         self._refused += 1
-        self._service.log.warning("connection refused", reason=error.message, **about)
+        self._service.complaints.warning("connection refused", uid, reason=error.message)
         body = {"code": error.code, "message": error.message, "detail": error.detail}
         with contextlib.suppress(OSError):
             wire.send(sock, wire.encode({"id": None, "error": body}))
-        drain_input(sock)
 
     async def _serve_client(self, connection: Connection) -> None:
         service, client = self._service, connection.client
@@ -192,9 +211,9 @@ class Server:
                 service.log.exception("internal error", client=client.number, exc_info=error)
         if why.startswith("broke"):
             self._breaches += 1
-            service.log.warning(
-                "client broke the protocol", client=client.number, pid=client.identity.pid,
-                uid=client.identity.uid, reason=why,
+            service.complaints.warning(
+                "client broke the protocol", client.identity.uid, client=client.number,
+                pid=client.identity.pid, reason=why,
             )  # fmt: skip
 
     def statistics(self) -> ServerStatistics:

@@ -19,9 +19,10 @@ from teemate._backend import choose_backend
 from teemate.broker import requests
 from teemate.broker.addresses import Addresses
 from teemate.broker.administration import Administration
-from teemate.broker.audit import Audit
+from teemate.broker.audit import Audit, Complaints
 from teemate.broker.cgroups import find_tree
 from teemate.broker.descriptor_store import DescriptorStore
+from teemate.broker.disposal import Disposal
 from teemate.broker.enclaves import Enclave, EnclaveState
 from teemate.broker.generations import Generations
 from teemate.broker.grants import Grant, Waiter
@@ -88,10 +89,12 @@ class Service:
             if enclave.backend != "auto":
                 _demand(enclave)
         self.audit = Audit(log)
+        self.complaints = Complaints(log)
         self.ledger = Ledger(policy.limits)
         self.cgroup_tree = find_tree(policy.broker.cgroup_hierarchy)
         self.addresses = Addresses()
         self.processes = Processes()
+        self.disposal = Disposal()
         self.reclaimer = Reclaimer(self.processes, log, self._unusable)
         self.administration = Administration(self)
         self.generations = Generations(self)
@@ -280,7 +283,13 @@ class Service:
         grant.handed_out = True
         ok = self._attach_ok(grant, slots)
         outcome: dict[str, object] = {"grant": grant.number, "slots": slots}
-        return Answer(ok, (built.fd, built.arena), lambda: self._handed_out(grant, slots), outcome=outcome)
+        return Answer(
+            ok,
+            (built.fd, built.arena),
+            lambda: self._handed_out(grant, slots),
+            outcome=outcome,
+            undo=lambda: self._not_handed_out(grant, slots),
+        )
 
     def _attach_ok(self, grant: Grant, slots: tuple[int, ...]) -> dict[str, object]:
         enclave = grant.enclave
@@ -291,6 +300,14 @@ class Service:
             "arena": enclave.built.base + enclave.built.size + 4096,
             "slots": self._hand_out(grant, slots),
         }
+
+    def _not_handed_out(self, grant: Grant, slots: tuple[int, ...]) -> None:
+        """The reply could not be sent: nobody has seen the keys, so the slots are as good as new."""
+        for index in slots:
+            grant.charges.pop(index).release()
+            grant.enclave.slots.returned(index)
+            self.reclaimer.serve(grant.enclave.slots.armed(index))
+        self._end(grant, "its descriptors could not be sent")
 
     def acquire(self, client: Client, args: requests.Acquire) -> requests.Result:
         """Give a grant more slots, now or when they are free."""
@@ -570,6 +587,7 @@ class Service:
             "server": asdict(self.server_statistics()) if self.server_statistics else {},
             "addresses": asdict(self.addresses.statistics()),
             "processes": asdict(self.processes.statistics()),
+            "disposal": asdict(self.disposal.statistics()),
             "users": [asdict(account) for account in self.ledger.statistics().accounts],
             "enclaves": [asdict(enclave.statistics()) for enclave in self.enclaves.values()],
             "state": asdict(self.state.statistics()),

@@ -198,7 +198,7 @@ class Link:
             else:
                 self._end(broken)
             return
-        except ProtocolError as error:
+        except (ProtocolError, LimitReached) as error:
             self._end(error)
             return
         if not packet.data:

@@ -9,7 +9,7 @@ most 8, valid UTF-8, nothing behind it.
 
 Descriptors: :func:`receive` and :func:`receive_async` return the descriptors that came with a
 packet, close-on-exec, and the caller owns them.  When they raise, every descriptor that had
-arrived is closed.  The senders never take a descriptor over.
+arrived is closed (or given to the caller's `dispose`).  The senders never take a descriptor over.
 
 trio is not imported here: the asynchronous helpers only await methods of the socket that
 they are given, so a program that uses the synchronous library never loads it.
@@ -20,12 +20,12 @@ from __future__ import annotations
 import array
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import cbor2
 
-from teemate.errors import ProtocolError
+from teemate.errors import LimitReached, ProtocolError
 
 if TYPE_CHECKING:
     import trio.socket
@@ -52,9 +52,12 @@ MAX_MESSAGE = 65536
 MAX_DEPTH = 8
 """Maps and arrays inside one another, the message's own map included."""
 MAX_FDS = 4
-"""Descriptors that can ride on one message; more makes the kernel cut them off (MSG_CTRUNC)."""
+"""Descriptors that can ride on one message."""
 
-_ANCILLARY = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+_SCM_MAX_FD = 253
+"""So many the kernel lets through (include/net/scm.h).  There is room for all of them: what it has to cut
+off it closes itself, before the receive returns, and that can take for ever (broker/disposal.py)."""
+_ANCILLARY = socket.CMSG_SPACE(_SCM_MAX_FD * array.array("i").itemsize)
 _RECEIVE_FLAGS = socket.MSG_CMSG_CLOEXEC
 
 
@@ -267,18 +270,29 @@ def _rights(fds: Iterable[int]) -> list[tuple[int, int, array.array[int]]]:
     return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)] if numbers else []
 
 
-def _packet(data: bytes, ancillary: list[tuple[int, int, bytes]], flags: int) -> Packet:
+def _packet(
+    data: bytes,
+    ancillary: list[tuple[int, int, bytes]],
+    flags: int,
+    dispose: Callable[[Iterable[int]], None] = close_all,
+) -> Packet:
     fds: tuple[int, ...] = ()
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             numbers = array.array("i")
             numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
             fds += tuple(numbers)
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-        close_all(fds)
+    if len(fds) > MAX_FDS or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        dispose(fds)
         if flags & socket.MSG_TRUNC:
             _refuse(f"more than {MAX_MESSAGE} bytes", MAX_MESSAGE)
-        _refuse(f"more than {MAX_FDS} descriptors", 0)
+        if len(fds) > MAX_FDS:
+            _refuse(f"more than {MAX_FDS} descriptors", 0)
+        raise LimitReached(
+            "a message came with descriptors, and this process has none left: RLIMIT_NOFILE sets how many it"
+            " may have",
+            {"limit": "RLIMIT_NOFILE"},
+        )
     return Packet(data, fds)
 
 
@@ -295,16 +309,22 @@ def send(sock: socket.socket, data: bytes, fds: Iterable[int] = (), flags: int =
     sock.sendmsg([data], _rights(fds), socket.MSG_NOSIGNAL | flags)
 
 
-def receive(sock: socket.socket, buffer: bytearray | None = None) -> Packet:
+def receive(
+    sock: socket.socket,
+    buffer: bytearray | None = None,
+    dispose: Callable[[Iterable[int]], None] = close_all,
+) -> Packet:
     """Receive one packet, blocking; `data` is empty when the other side is gone.
 
     `buffer` of :data:`MAX_MESSAGE` bytes is used for the time of the call: a fresh one costs more
-    than receiving does.
+    than receiving does.  When it raises, `dispose` gets the descriptors that had arrived.
 
     Raises
     ------
     ProtocolError
-        The packet or its descriptors were cut off: larger than the protocol allows.
+        The packet is larger than the protocol allows, or has more descriptors.
+    LimitReached
+        This process has no room for the descriptors.
     OSError
         As the socket gives it.
 
@@ -314,7 +334,7 @@ def receive(sock: socket.socket, buffer: bytearray | None = None) -> Packet:
     else:
         length, ancillary, flags, _ = sock.recvmsg_into([buffer], _ANCILLARY, _RECEIVE_FLAGS)
         data = bytes(memoryview(buffer)[:length])
-    return _packet(data, ancillary, flags)
+    return _packet(data, ancillary, flags, dispose)
 
 
 async def send_async(sock: trio.socket.SocketType, data: bytes, fds: Iterable[int] = ()) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import ANY
@@ -23,8 +24,12 @@ def short_broker(broker: Callable[..., RunningBroker], vault_policy: Callable[..
 
 
 def connect_and_greet(running: RunningBroker, stack: contextlib.ExitStack) -> dict[str, Any] | None:
-    """The first message that a new connection gets; it stays open until `stack` ends."""
-    client = stack.enter_context(raw_client(running.socket, hello=False))
+    """The first message that a new connection of a user gets; it stays open until `stack` ends."""
+    os.seteuid(4242)
+    try:
+        client = stack.enter_context(raw_client(running.socket, hello=False))
+    finally:
+        os.seteuid(0)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused before it could speak
         client.post("hello", version=1, client="crowd")
     return client.receive()

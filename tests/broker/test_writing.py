@@ -14,11 +14,12 @@ from teemate import wire
 from teemate.broker.clients import Client
 from teemate.broker.connection import Connection
 from teemate.broker.limits import Ledger, Limits
+from teemate.errors import LimitReached
 
 
 def connection_and_account() -> tuple[Connection, Any]:
     account = Ledger(Limits()).account(0)
-    service: Any = SimpleNamespace(log=CapturingLogger())
+    service: Any = SimpleNamespace(log=CapturingLogger(), clients={})
     peer: Any = SimpleNamespace(identity=SimpleNamespace(uid=0), pidfd=-1)
     sock: Any = None
     return Connection(Client(service, 1, peer, account), sock), account
@@ -31,19 +32,20 @@ def failing(number: int) -> Any:
     return fail
 
 
-async def test_a_reply_whose_descriptors_cannot_be_kept_ends_the_connection_and_its_charge(
+async def test_a_reply_whose_descriptors_cannot_be_kept_is_not_sent_and_charges_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     connection, account = connection_and_account()
     monkeypatch.setattr(wire, "send", failing(errno.EAGAIN))
     monkeypatch.setattr(os, "dup", failing(errno.EMFILE))
-    connection.send({"id": 1, "ok": {}}, (0,))
+    with pytest.raises(LimitReached):
+        connection.send({"id": 1, "ok": {}}, (0,))
     assert connection.statistics().queued_bytes == 0
     assert not any(account.used.values())
-    assert connection.closing
+    assert not connection.closing
 
 
-@pytest.mark.parametrize(("number", "ends"), [(errno.ETOOMANYREFS, True), (errno.EPIPE, False)])
+@pytest.mark.parametrize(("number", "ends"), [(errno.ENOBUFS, True), (errno.EPIPE, False)])
 async def test_a_reply_that_is_lost_ends_the_connection_unless_the_client_has_left(
     monkeypatch: pytest.MonkeyPatch, number: int, ends: bool
 ) -> None:
