@@ -46,6 +46,8 @@ class Client:
         """When the process started: None until somebody has to know."""
         self.tokens: tuple[bytes, ...] = ()
         """Hashes of the resume tokens that are valid, the newest first."""
+        self.first_token: bytes | None = None
+        """That of the token that it brought along, valid until it has resumed."""
         self.asking = 0
         """Id of the request whose handler is being started."""
         self.outcomes: dict[int, tuple[str, dict[str, object]]] = {}

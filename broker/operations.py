@@ -129,7 +129,7 @@ def hello(client: Client, args: Hello, _fds: tuple[int, ...]) -> Result:
     connection.greeted = True
     client.name = args.client
     ok = {"version": PROTOCOL_VERSION, "broker": BROKER_NAME, "max_message": wire.MAX_MESSAGE}
-    more, after = client.service.resumption.greet(client, args.resume)
+    more, after = client.service.resumption.greet(client, args)
     return Answer(ok | more, after=after, patient=True)
 
 

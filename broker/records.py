@@ -168,7 +168,7 @@ def client_content(client: Client, started: int) -> dict[str, object]:
         "started": started,
         "name": client.name,
         "left": client.left,
-        "tokens": client.tokens,
+        "tokens": client.tokens if client.first_token is None else (*client.tokens, client.first_token),
         "grants": [_grant_content(grant) for grant in [*grants, *client.withheld]],
         "returning": [[serial, index, at] for (serial, index), at in client.returning.items()],
         "outcomes": client.recalled | client.outcomes if client.recalled else client.outcomes,

@@ -201,6 +201,7 @@ class Hello:
     version: int
     client: str
     resume: bytes | None
+    session: bytes | None
 
     @classmethod
     def parse(cls, untrusted: Arguments) -> Hello:
@@ -209,6 +210,7 @@ class Hello:
             version=untrusted.uint("version"),
             client=untrusted.text("client", 64),
             resume=untrusted.blob("resume", 32) if untrusted.has("resume") else None,
+            session=untrusted.blob("session", 32) if untrusted.has("session") else None,
         )
 
 

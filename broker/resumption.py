@@ -3,8 +3,10 @@
 `hello` gives each client a resume token.  After a restart the clients that the last broker knew are
 *suspended*: their grants are held for them, their calls inside go on, and the one of them that
 presents its token from the same process (pid, start time, uid) goes on as if nothing had been.  Each resume
-gives a new token; the one before stays valid until the first request, because the reply that
-brings the new one may have died with the broker.  Only hashes of tokens are kept.
+gives a new token; the one that was presented stays valid until the first request, because the reply that
+brings the new one may have died with the broker.  For the same reason the first hello brings a token of
+the client's own, `session`: what came along with that hello may have been granted already, and the
+client has nothing else to show.  Only hashes of tokens are kept.
 
 While a broker lives, the end of a connection ends what its client holds, as ever: there is nothing to
 resume then.
@@ -23,6 +25,7 @@ import trio
 
 from teemate.broker.enclaves import EnclaveState
 from teemate.broker.identity import start_time
+from teemate.broker.requests import Hello
 
 if TYPE_CHECKING:
     from teemate.broker.clients import Client
@@ -61,23 +64,24 @@ class Resumption:
         for token in client.tokens:
             self._by_token[token] = client
 
-    def greet(
-        self, client: Client, untrusted_token: bytes | None
-    ) -> tuple[dict[str, object], Callable[[], None] | None]:
+    def greet(self, client: Client, args: Hello) -> tuple[dict[str, object], Callable[[], None] | None]:
         """Return what `hello` is answered besides, and what is to be sent behind it."""
         service = self._service
         ok: dict[str, object] = {}
         after: Callable[[], None] | None = None
-        if untrusted_token is not None:
-            ok["resumed"] = []
-            resumed = self._resume(client, untrusted_token)
+        known: bytes | None = None
+        if args.resume is not None:
+            resumed = self._resume(client, args.resume)
             if resumed is not None:
-                client = resumed
+                client, known = resumed, sha256(args.resume).digest()
+                client.first_token = None
                 ok["resumed"] = sorted(client.grants)
                 after = _Again(service, client)
+        elif args.session is not None:
+            client.first_token = sha256(args.session).digest()
         if service.state.kept:
             token = secrets.token_bytes(_TOKEN_SIZE)
-            client.tokens = (sha256(token).digest(), *client.tokens[:1])
+            client.tokens = (sha256(token).digest(), *([known] if known is not None else []))
             ok |= {"token": token, "resume_grace": service.policy.broker.resume_grace}
             if after is not None:
                 service.state.write_client(client)

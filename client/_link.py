@@ -274,7 +274,8 @@ class Link:
         if isinstance(farewell, (Busy, LimitReached)) and absence is not None:
             absence.refusal = farewell  # others may make room
         elif farewell is not None:
-            self._end(farewell, forgotten=absence is not None)
+            # Who keeps grants and says why it ends this connection has ended them with it.
+            self._end(farewell, forgotten=absence is not None or self._session.kept)
             return
         if not self._session.can_resume:
             self._end(
