@@ -13,6 +13,7 @@ from teemate._native import ffi, lib
 
 PTRACE_TRACEME = 0
 CONTROL = 16
+UNWIND = 17
 EENTER = 2
 PAUSED = 1
 
@@ -68,12 +69,15 @@ def make_calls(enclave: Any, order: dict[str, Any]) -> int:
 
 
 def control(enclave: Any, order: dict[str, Any]) -> int:
-    """Make one control ECALL, as a warden does, and print its status."""
+    """Make one control ECALL, as a warden does, or undo a generation of a slot; print how it ended."""
     assert not lib.teemate_map_tcs(enclave, order["tcs"], ffi.NULL)
-    request = ffi.new("uint8_t[]", bytes.fromhex(order["control"]))
+    request = ffi.new("uint8_t[]", bytes.fromhex(order["control"]) or b"\0")
     regs = ffi.new("struct teemate_regs *")
     run = ffi.new("struct sgx_enclave_run *")
-    regs.rdi, regs.rsi = CONTROL, int(ffi.cast("uintptr_t", request))
+    if "unwind" in order:
+        regs.rdi, regs.rsi = UNWIND, order["unwind"]
+    else:
+        regs.rdi, regs.rsi = CONTROL, int(ffi.cast("uintptr_t", request))
     key = bytes.fromhex(order["key"])
     regs.r12, regs.r13 = (int.from_bytes(part, "little") for part in (key[:8], key[8:]))
     if "traced" in order:

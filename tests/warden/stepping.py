@@ -216,6 +216,18 @@ class Child:
         }
         return cls(world, order)
 
+    @classmethod
+    def unwinding(cls, world: World, slot: int) -> Self:
+        """Come, as the warden does, to the first instruction of undoing what was interrupted in a slot."""
+        order = {
+            "control": "",
+            "unwind": GENERATION,
+            "key": world.enclave.control_key.hex(),
+            "tcs": world.enclave.tcs[slot],
+            "traced": 0,
+        }
+        return cls(world, order)
+
     def __enter__(self) -> Self:
         return self
 

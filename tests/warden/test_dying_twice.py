@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import subprocess
 
@@ -10,6 +11,9 @@ from backends import sim_only
 from crash_operations import FULL, OPERATIONS, numbers
 from crash_world import GENERATION, OTHER, VICTIM, World
 from stepping import Child, Stepper, walk
+
+OF_A_WARDEN = 0x80000000
+"""In the holder of a TCS's word (SIM_WARDEN, native/lib/sim.h)."""
 
 pytestmark = sim_only(
     "hardware keeps a debugger's trap flag out of release enclaves; the gate's code is the same"
@@ -53,6 +57,52 @@ def test_a_warden_killed_at_any_instruction_of_reset_is_replaced_by_one_that_end
     print(f"RESET: {length} instructions, examined at {examined} from {offset} by {stride}")
     assert not wrong, wrong
     assert length > 1000
+    assert examined > 10
+
+
+def test_a_warden_killed_at_any_instruction_of_undoing_a_call_is_replaced_by_one_that_ends_it(
+    world: World,
+) -> None:
+    """The client had died in the middle of a call, or lives and stands at its AEP; the warden dies, too."""
+    saved = world.save()
+    stepper = Stepper(world, *OPERATIONS["put over a value"])
+    done_from = stepper.run().done_from
+    assert done_from is not None
+    stepper.leave_dead(done_from)
+    world.take_over()
+    world.control(wire.CLEAR, VICTIM, generation=GENERATION)
+    world.enclave.set_tcs_word(VICTIM, 1 << 8)  # as an interrupt would have left it
+    interrupted, wrong, examined, number = world.save(), [], 0, 0
+    stride = 4 if FULL else 32
+    offset = random.randrange(stride)
+    gone = subprocess.Popen(["/bin/true"])
+    gone.wait()
+    alive = itertools.cycle([False, True])
+
+    def die(instruction: int) -> bool:
+        nonlocal examined, number
+        number += 1
+        if number % stride == offset:
+            examined += 1
+            world.take_over()
+            word = world.enclave.tcs_word(VICTIM) & 0xFFFFFFFF
+            assert word == 1 << 8 | 1, "the warden is inside, above the frame of the client"
+            world.enclave.set_tcs_word(VICTIM, word | (OF_A_WARDEN | gone.pid) << 32)
+            reply = world.warden.repair(VICTIM, GENERATION, dead=not next(alive))
+            if (reply.entered, reply.status, reply.result.cssa) != (1, 0, 2):
+                wrong.append(f"instruction {instruction}: {reply.status} {reply.text!r}")
+            world.control(wire.RESET, VICTIM)
+            if (state := world.look()) != stepper.states[1]:
+                wrong.append(f"instruction {instruction}: {state} is not {stepper.states[1]}")
+        return len(wrong) < 5
+
+    world.put_back(interrupted)
+    with Child.unwinding(world, VICTIM) as warden:
+        length = walk(world, warden, world.ranges(0), die, every=True)
+    world.put_back(saved)
+    print(f"undoing: {length} instructions, examined at {examined} from {offset} by {stride}")
+    assert not wrong, wrong
+    assert length > 500
     assert examined > 10
 
 
