@@ -18,6 +18,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run also the tests that boot the emulated machine with SGX (as TEEMATE_MACHINE=1 does)",
     )
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="count as far as the product's figures say, not as a plain run does",
+    )
 
 
 def pytest_configure() -> None:
