@@ -1,27 +1,57 @@
-"""Taking grants back from clients that may not want to give them up."""
+"""Taking grants back from clients that may not want to give them up.
+
+The kernel takes neither the descriptor nor the mapping back, and ERESUME has no gate.  So the keys are
+cleared first, which closes the gate for every new entry and for the return of every OCALL; a call
+that ends from here on arrives at the landing page without a result.  Then the holder is told, and has
+its grace to leave: to unmap its slots, and to say so.  Who does not is killed where the policy has
+`revoke_kill`.  Else its slots are *repaired* under it, so that nothing that was interrupted in them
+can be resumed, and *withheld*: handed out again only when the process has acknowledged, or ended.
+
+`revoke` returns after that.  It counts slots that the holder can still map as leaked, and those among
+them in which a thread of it runs without ever being met at an interrupt as busy: that thread never gets a
+result, and the slot is repaired as soon as it leaves.
+"""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 import trio
 
 from teemate import errors
-from teemate.broker.control import SlotWord
+from teemate.broker.enclaves import EnclaveState
 from teemate.broker.grants import Grant, Outcome
+from teemate.broker.repair import Repair
 from teemate.broker.requests import Answer, Revoke
 from teemate.broker.slots import SlotState
+from teemate.broker.warden import EnclaveBrokenError, EnclaveGoneError, WardenError
 
 if TYPE_CHECKING:
     from teemate.broker.clients import Client
     from teemate.broker.service import Service
 
-__all__ = ["Revocation"]
+__all__ = ["Revocation", "RevocationStatistics"]
 
 _KILL_PATIENCE = 5.0
 """Seconds until a process that got SIGKILL has to be gone; one in uninterruptible sleep may not be."""
+_BUSY_PATIENCE = 2.0
+"""Seconds for which a slot is tried again in which a thread runs, before `revoke` returns saying so."""
+_COUNTS = ("cleared", "quarantined", "leaked", "busy")
+_FIRST_PAUSE = 0.002
+_LONGEST_PAUSE = 0.05
+_LATER_PAUSE = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RevocationStatistics:
+    """Clients that were killed, slots that stayed mapped, and of those in which a thread stayed too."""
+
+    killed: int
+    leaked: int
+    busy: int
 
 
 @final
@@ -30,6 +60,9 @@ class Revocation:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._killed = 0
+        self._leaked = 0
+        self._busy = 0
 
     def revoke(self, client: Client, args: Revoke) -> Awaitable[Answer]:
         """Take back one grant, all of a client, or all on an enclave."""
@@ -64,7 +97,7 @@ class Revocation:
             counts.extend(await self.revoke_all(grants, args.grace, by, args.reason or "asked for"))
 
         await self.finish_in_background(run)
-        total = {key: sum(count[key] for count in counts) for key in ("cleared", "quarantined", "leaked")}
+        total = {key: sum(count[key] for count in counts) for key in _COUNTS}
         return Answer({"grants": count, **total})
 
     async def revoke_all(
@@ -81,7 +114,7 @@ class Revocation:
         return counts
 
     async def _revoke_grant(self, grant: Grant, grace: float | None, by: str, why: str) -> dict[str, int]:
-        """Clear the keys, tell the client, wait; who does not acknowledge is killed, or counted."""
+        """Clear the keys, tell the client and wait; then the ladder: kill it, or repair what it has left."""
         service, enclave, client = self._service, grant.enclave, grant.client
         seconds = enclave.policy.revoke_grace if grace is None else grace
         outcome = grant.outcome = grant.outcome or Outcome()
@@ -107,58 +140,117 @@ class Revocation:
         with trio.move_on_after(seconds):
             await outcome.finished.wait()
         if not outcome.finished.is_set() and enclave.policy.revoke_kill and not grant.over:
-            service.log.warning(
-                "client killed", client=client.number, pid=client.identity.pid, grant=grant.number,
-                reason="did not acknowledge a revocation, and revoke_kill = true",
-            )  # fmt: skip
-            try:
-                signal.pidfd_send_signal(client.pidfd, signal.SIGKILL)
-            except ProcessLookupError:
-                pass  # has ended by itself
-            except PermissionError:
-                service.log.warning("client not killed", pid=client.identity.pid, reason="no permission")
-            with trio.move_on_after(_KILL_PATIENCE):
-                await outcome.finished.wait()
-        leaked = await self._put_aside(grant, why)
+            await self._kill(grant, outcome)
+        ruined: list[int] = []
+        busy = await self._repair_left(grant, ruined)
+        leaked = self._put_aside(grant, busy, ruined, why)
         service.state.write_client(client)
         if not leaked and not grant.over and not outcome.finished.is_set():
             leaked = 1  # it holds no slots, but the mapping
-        return {"cleared": outcome.cleared, "quarantined": outcome.quarantined, "leaked": leaked}
+        self._leaked += leaked
+        self._busy += len(busy)
+        return {
+            "cleared": outcome.cleared,
+            "quarantined": outcome.quarantined + len(ruined),
+            "leaked": leaked,
+            "busy": len(busy),
+        }
 
-    async def _clear_keys(self, grant: Grant) -> dict[int, SlotWord | None]:
-        """No key of the grant opens anything from here on; returns what each slot was doing."""
-        enclave, words = grant.enclave, {}
+    async def _clear_keys(self, grant: Grant) -> None:
+        """No key of the grant opens anything from here on."""
+        enclave = grant.enclave
         for index in grant.slots:
             if index not in grant.charges:  # given back meanwhile: it may have its next holder's key
                 continue
-            generation = enclave.slot_keys[index].generation
-            words[index] = await self._service.reclaimer.clear(enclave, index, generation)
-        return words
+            await self._service.reclaimer.clear(enclave, index, enclave.slot_keys[index].generation)
 
-    async def _put_aside(self, grant: Grant, why: str) -> int:
-        """Quarantine or withhold what was not acknowledged; returns how many slots stay mapped."""
-        reclaimer, table = self._service.reclaimer, grant.enclave.slots
-        outcome = grant.outcome
-        assert outcome is not None
-        leaked = 0
-        for index, word in (await self._clear_keys(grant)).items():
-            if index not in grant.charges:  # acknowledged meanwhile
-                continue
-            leaked += 1
-            if word not in (None, SlotWord.FREE, SlotWord.ARMED):
-                grant.charges.pop(index).release()
-                reclaimer.quarantine(
-                    grant.enclave, index, f"revoked ({why}) while its holder had it {word.name.lower()}"
-                )
-                outcome.quarantined += 1
-            elif table.slots[index].state is SlotState.ASSIGNED:
-                reclaimer.withhold(grant, [index], f"revoked ({why}) and not acknowledged")
+    async def _kill(self, grant: Grant, outcome: Outcome) -> None:
+        """End the process that did not acknowledge, and wait until its slots are back."""
+        service, client = self._service, grant.client
+        service.log.warning(
+            "client killed", client=client.number, pid=client.identity.pid, grant=grant.number,
+            reason="did not acknowledge a revocation, and revoke_kill = true",
+        )  # fmt: skip
+        self._killed += 1
+        try:
+            signal.pidfd_send_signal(client.pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # has ended by itself
+        except PermissionError:
+            service.log.warning("client not killed", pid=client.identity.pid, reason="no permission")
+        with trio.move_on_after(_KILL_PATIENCE):
+            await outcome.finished.wait()
+
+    # -- what is left when the holder does nothing ----------------------------------------
+
+    async def _repair_left(self, grant: Grant, ruined: list[int]) -> list[int]:
+        """Repair the slots that the client keeps mapped: what was interrupted in them never goes on.
+
+        Returns those in which a thread runs all the time.  It cannot be stopped from outside, but it stands
+        still at every interrupt, so a few tries mostly meet it there.  `ruined` gets the slots that cannot be
+        repaired.
+        """
+        left, pause = grant.slots, _FIRST_PAUSE
+        deadline = trio.current_time() + _BUSY_PATIENCE
+        while True:
+            left = [index for index in left if await self._repair(grant, index, ruined) is Repair.BUSY]
+            if not left or trio.current_time() >= deadline:
+                return left
+            await trio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    async def _repair(self, grant: Grant, index: int, ruined: list[int]) -> Repair | None:
+        """One try; a slot that cannot be repaired is put into quarantine.  None: nothing is left to do."""
+        enclave, reclaimer = grant.enclave, self._service.reclaimer
+        if index not in grant.charges or enclave.state is EnclaveState.LOST:
+            return None
+        try:
+            return await reclaimer.repair_slot(enclave, index, holder_dead=False)
+        except EnclaveGoneError as error:
+            reclaimer.lose(enclave, str(error), grant)
+        except WardenError as error:
+            if isinstance(error, EnclaveBrokenError):
+                reclaimer.give_up(enclave, str(error))
+            charge = grant.charges.pop(index, None)
+            if charge is not None:  # else it came back meanwhile, and is not this grant's any more
+                charge.release()
+                reclaimer.quarantine(enclave, index, f"revoked, and not to be repaired: {error}")
+                ruined.append(index)
+                grant.settle()
+                enclave.changed.unpark_all()
+        return None
+
+    def _put_aside(self, grant: Grant, busy: list[int], ruined: list[int], why: str) -> int:
+        """Withhold what was not acknowledged; returns how many slots the client can map still."""
+        enclave, reclaimer = grant.enclave, self._service.reclaimer
+        for inside, how in ((False, "repaired but not acknowledged"), (True, "a thread runs in it still")):
+            fresh = [
+                index
+                for index in grant.slots
+                if (index in busy) is inside and enclave.slots.slots[index].state is SlotState.ASSIGNED
+            ]
+            if fresh:
+                reclaimer.withhold(grant, fresh, f"revoked ({why}): {how}")
+        for index in busy:
+            reclaimer.spawn(self._repair_when_left, grant, index)
+        leaked = len(grant.charges) + len(ruined)
         if leaked and not grant.over:
             self._service.log.warning(
-                "mapping leaked", enclave=grant.enclave.name, grant=grant.number,
-                pid=grant.client.identity.pid, slots=leaked,
+                "mapping leaked", enclave=enclave.name, grant=grant.number,
+                pid=grant.client.identity.pid, slots=leaked, busy=len(busy),
             )  # fmt: skip
         return leaked
+
+    async def _repair_when_left(self, grant: Grant, index: int) -> None:
+        """Try until the thread has left, so that a lock which it holds inside is not kept for ever."""
+        pause = _LONGEST_PAUSE
+        while await self._repair(grant, index, []) is Repair.BUSY:
+            await trio.sleep(pause)
+            pause = min(2 * pause, _LATER_PAUSE)
+
+    def statistics(self) -> RevocationStatistics:
+        """What revocations ended with so far."""
+        return RevocationStatistics(killed=self._killed, leaked=self._leaked, busy=self._busy)
 
     async def finish_in_background(self, run: Callable[[], Awaitable[None]]) -> None:
         """Wait for `run`, which goes on when the connection that asked for it ends in the middle."""

@@ -592,6 +592,7 @@ class Service:
             "enclaves": [asdict(enclave.statistics()) for enclave in self.enclaves.values()],
             "state": asdict(self.state.statistics()),
             "resumption": asdict(self.resumption.statistics()),
+            "revocations": asdict(self.revocation.statistics()),
             "generations": asdict(self.generations.statistics()),
             "lifecycle": asdict(self.lifecycle.statistics()),
         }

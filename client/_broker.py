@@ -314,7 +314,7 @@ class Broker:
         given = {"grant": grant, "client": client, "enclave": enclave, "grace": grace, "reason": reason}
         args = {key: value for key, value in given.items() if value is not None}
         ok = self._request("revoke", args, wait=60.0 + (grace or 0.0))
-        return Revocation(ok["grants"], ok["cleared"], ok["quarantined"], ok["leaked"])
+        return Revocation(ok["grants"], ok["cleared"], ok["quarantined"], ok["leaked"], ok.get("busy", 0))
 
     def clients(self) -> list[ClientInfo]:
         """Return everybody who is connected."""

@@ -1,7 +1,7 @@
 """An enclave that the broker shares with this process: a grant.
 
-Slots are unmapped before the broker hears that they are released, and it hears whether they
-are `clean`; it relies on that when it hands them to somebody else.
+Slots are unmapped before the broker hears that they are released `clean`; it relies on that when it
+hands them to somebody else.  What was left in them (a call that was given up) it has repaired.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from teemate._types import EnclaveInfo, SlotGrant
 from teemate.errors import Busy, EnclaveLost, Revoked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from teemate._connection import Connection
     from teemate._requests import Reply
@@ -60,6 +60,8 @@ class GrantedEnclave(Enclave):
         self._session = session
         self._on_detach = on_detach
         self._listening = False
+        self._acknowledged: set[Slot] = set()
+        """Slots that were revoked, and that the broker was told of that they are unmapped."""
 
     def acquire(self, count: int = 1, wait: float = WAIT) -> None:
         """Get `count` more slots for this grant, waiting up to `wait` seconds for them.
@@ -134,7 +136,10 @@ class GrantedEnclave(Enclave):
             self._connection.listen()
 
     def _slot_closed(self, slot: Slot, clean: bool) -> None:
-        if slot.revoked is not None or self._over:
+        if self._over:
+            return
+        if slot.revoked is not None:
+            self._acknowledge([slot])
             return
         # Waits for the answer, so that the slot is where it belongs when the caller goes on; what
         # the caller has to hear is why the slot broke, not that its grant ended meanwhile.
@@ -142,6 +147,13 @@ class GrantedEnclave(Enclave):
         if slot.stolen:
             args["stolen"] = True
         self._connection.tell("slots.release", args, self._session)
+
+    def _acknowledge(self, slots: Iterable[Slot], never_opened: Iterable[int] = ()) -> None:
+        """Say of the slots that were revoked which are unmapped, each once: whoever comes last closes it."""
+        with self._wake:
+            closed = [slot for slot in slots if slot.clean and slot not in self._acknowledged]
+            self._acknowledged.update(closed)
+        self._post_release([*never_opened, *(slot.index for slot in closed)], clean=True)
 
     def _detached(self, clean: bool) -> None:
         self._on_detach(self)
@@ -161,8 +173,7 @@ class GrantedEnclave(Enclave):
         with self._wake:
             mine = [*self._free, *self._taken]
             taken = [slot for slot in mine if slot.index in numbers]
-            held = {slot.slot for slot in self._unopened if slot.slot in numbers}
-            held |= {slot.index for slot in taken}
+            never_opened = [slot.slot for slot in self._unopened if slot.slot in numbers]
             self._unopened = deque(slot for slot in self._unopened if slot.slot not in numbers)
             self._free = [slot for slot in self._free if slot.index not in numbers]
             self.patience = time.monotonic() + deadline / 2
@@ -179,7 +190,8 @@ class GrantedEnclave(Enclave):
         while any(slot._close() is None for slot in taken) and time.monotonic() < end:
             with self._wake:
                 self._wake.wait(0.02)
-        self._post_release(sorted(held), clean=all(slot.clean for slot in taken))
+        # A thread that is inside still (in an OCALL handler) says so itself when it comes back.
+        self._acknowledge(taken, never_opened)
 
     def taken_back(self) -> None:
         """Hear that the broker ended this grant while it could not be heard."""

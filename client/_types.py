@@ -193,9 +193,11 @@ class Revocation(NamedTuple):
     cleared: int
     """Slots whose keys no longer open the gate and that are as new."""
     quarantined: int
-    """Slots that are never handed out again, since a call was left in them."""
+    """Slots that are never handed out again, since they could not be repaired."""
     leaked: int
-    """Slots whose holder neither ended nor acknowledged that it unmapped them."""
+    """Slots whose holder neither ended nor acknowledged that it unmapped them; no key opens them."""
+    busy: int
+    """Of the leaked ones: those in which a thread of the holder runs still; it never gets a result."""
 
 
 class Drained(NamedTuple):

@@ -29,8 +29,9 @@ def revoke(
 ) -> None:
     """Take grants back: exactly one of --grant, --client, --enclave says which.
 
-    The keys are cleared before this returns. Slots in which a call was left are quarantined; slots
-    whose holder did not acknowledge in time are withheld, and counted as leaked.
+    Before this returns the keys are cleared, and the slots are repaired: nothing that their holders
+    left in them can go on. Slots whose holder did not acknowledge in time are withheld, and counted
+    as leaked; what cannot be repaired is quarantined.
     """
     from .. import connect
 
@@ -48,5 +49,11 @@ def revoke(
     if done.leaked:
         click.echo(
             "A leaked slot stays withheld until its holder ends or acknowledges that it unmapped it.",
+            err=True,
+        )
+    if done.busy:
+        click.echo(
+            f"In {done.busy} of them a thread of the holder runs still: it gets no result, and the slot is "
+            "repaired when it leaves.",
             err=True,
         )

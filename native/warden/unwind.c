@@ -21,9 +21,12 @@
 #include "sim.h"
 #include "warden.h"
 
-/* A thread that runs in the slot is idle at its next interrupt, perhaps: 10 looks, 1 ms apart. */
-#define BUSY_LOOKS 10u
-#define BUSY_PAUSE_NS 1000000
+/*
+ * A thread that runs in the slot leaves its TCS idle at every interrupt, but only for as long as
+ * the handler takes: a few microseconds, every few milliseconds.  So look without a pause, and for
+ * longer than two interrupts are apart (the sim's ticks: 5 ms).
+ */
+#define BUSY_LOOKING_NS 12000000
 
 struct unwind {
     struct warden *warden;
@@ -85,20 +88,23 @@ static int ask(struct unwind *unwind, struct tm_control *control, struct tm_cont
  */
 static int enter(struct unwind *unwind, uint64_t generation, struct control_slot *found)
 {
-    const struct timespec pause = {.tv_nsec = BUSY_PAUSE_NS};
     struct warden *warden = unwind->warden;
     struct control_exit exit;
-    int result = -EAGAIN;
+    struct timespec begin, now;
+    int64_t looking;
 
-    for (uint32_t looks = 0; looks < BUSY_LOOKS; looks++) {
-        result = control_unwind(warden->enclave, unwind->tcs_offset, warden->key, generation, found, &exit);
+    clock_gettime(CLOCK_MONOTONIC, &begin);
+    do {
+        int result = control_unwind(warden->enclave, unwind->tcs_offset, warden->key, generation, found, &exit);
+
         if (result == 0 || (result == -EBUSY && unwind->dead))
             return result;
         if (result != -EBUSY && result != -EAGAIN)
             return fail(unwind, result, "slot %llu could not be entered: %s, exception %d",
                         (unsigned long long)unwind->slot, strerror(-result), (int)exit.vector - 1);
-        clock_nanosleep(CLOCK_MONOTONIC, 0, &pause, NULL);
-    }
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        looking = (now.tv_sec - begin.tv_sec) * 1000000000ll + (now.tv_nsec - begin.tv_nsec);
+    } while (looking < BUSY_LOOKING_NS);
     return fail(unwind, -EBUSY, "slot %llu: a thread runs in it, or no SSA frame is left",
                 (unsigned long long)unwind->slot);
 }

@@ -312,7 +312,7 @@ def test_a_revoked_grant_is_told_acknowledged_and_its_slots_go_to_others(
     assert event == {"event": "revoked", "grant": grant, "slots": [2, 3, 4], "deadline": 20.0}
     client.fails("slots.acquire", "revoked", grant=grant)
     client.ok("detach", grant=grant, clean=True)
-    assert admin.reply(number)["ok"] == {"grants": 1, "cleared": 3, "quarantined": 0, "leaked": 0}
+    assert admin.reply(number)["ok"] == {"grants": 1, "cleared": 3, "quarantined": 0, "leaked": 0, "busy": 0}
     take_all(admin)
     (record,) = vault_broker.audit("revocation")
     assert record["grant"] == grant
@@ -325,7 +325,7 @@ def test_a_client_that_does_not_acknowledge_leaks_its_mapping_and_its_slots_are_
     client, admin = connect(vault_broker), connect(vault_broker)
     grant = client.ok("attach", enclave="vault", slots=3)["grant"]
     ok = admin.ok("revoke", client=1, grace=0)
-    assert ok == {"grants": 1, "cleared": 0, "quarantined": 0, "leaked": 3}
+    assert ok == {"grants": 1, "cleared": 0, "quarantined": 0, "leaked": 3, "busy": 0}
     assert counts(admin)["withheld"] == 3
     assert client.event()["grant"] == grant
     client.ok("detach", grant=grant, clean=True)
@@ -339,7 +339,7 @@ def test_a_client_that_does_not_acknowledge_is_killed_where_the_policy_says_so(
     admin = connect(running)
     holder = start_holder(running, 3)
     ok = admin.ok("revoke", enclave="vault", grace=0)
-    assert ok == {"grants": 1, "cleared": 3, "quarantined": 0, "leaked": 0}
+    assert ok == {"grants": 1, "cleared": 3, "quarantined": 0, "leaked": 0, "busy": 0}
     assert holder.wait() == -signal.SIGKILL
     end(holder)
     take_all(admin)

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from old_keys import ATTACK, PLACES, hostile
 from images import Images
+from old_keys import ATTACK, PLACES, hostile
 from raw_client import RawClient
 from running_broker import RunningBroker
 from test_gate_and_death import until
