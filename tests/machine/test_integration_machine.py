@@ -33,9 +33,10 @@ REPAIR = (
     "tests/warden/test_warden_repair.py",
     "tests/warden/test_slot_repair.py",
     "tests/sdk/test_unwind.py",
+    "tests/broker/test_planted_secrets.py",
     "tests/machine/guest/test_lost_inside.py",
 )
-"""Wardens that are killed inside, slots in every state, and an EPC that goes under a running call."""
+"""Wardens that are killed inside, slots in every state and what is left in them, and an EPC that goes."""
 
 CLIENTS = 8
 HEAP = "4M"

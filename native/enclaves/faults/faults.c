@@ -335,6 +335,33 @@ TM_ECALL(spin_with_secret)
     return 0;
 }
 
+/*
+ * The same wherever a call can have it, and there it stays: in an OCALL (argument 1), or
+ * on and on until somebody ends it.  Each interrupt saves the registers.
+ */
+TM_ECALL(hold_secrets)
+{
+    volatile uint64_t deep[1024];
+    uint64_t *data = tm_slot_data();
+    size_t length;
+
+    for (size_t i = 0; i < 1024; i++)
+        deep[i] = PATTERN;
+    for (size_t i = 0; i < TM_SLOT_DATA / 8; i++)
+        data[i] = PATTERN;
+    if (argument(rq, 0))
+        return tm_ocall("echo", NULL, 0, NULL, 0, &length) + (deep[17] == 0);
+    __asm__ volatile("movq %0, %%rax\n\tmovq %%rax, %%xmm0\n\tpunpcklqdq %%xmm0, %%xmm0\n\t"
+                     "movdqa %%xmm0, %%xmm3\n\tmovdqa %%xmm0, %%xmm15\n\t"
+                     "movq %%rax, %%rbx\n\tmovq %%rax, %%rdx\n\tmovq %%rax, %%rsi\n\tmovq %%rax, %%r9\n\t"
+                     "movq %%rax, %%r12\n\tmovq %%rax, %%r15\n"
+                     "1:\tpause\n\tjmp 1b"
+                     :
+                     : "r"(PATTERN)
+                     : "rax", "rbx", "rdx", "rsi", "r9", "r12", "r15", "xmm0", "xmm3", "xmm15", "cc", "memory");
+    __builtin_unreachable();
+}
+
 static uint64_t occurrences(const volatile uint64_t *from, uint64_t bytes)
 {
     uint64_t found = 0, inverse = ~PATTERN;
@@ -357,6 +384,30 @@ TM_ECALL(search)
     found[1] = occurrences(tm_slot_data(), TM_SLOT_DATA);
     found[2] = occurrences((void *)(base + header->ssa_offset + slot * header->nssa * header->ssa_frame_size),
                            (uint64_t)header->nssa * header->ssa_frame_size);
+    return tm_reply(rq, found, sizeof(found));
+}
+
+/*
+ * The same of another slot, by its number: stack, page of thread data, XSAVE areas and
+ * general registers of its SSA frames.
+ */
+TM_ECALL(search_slot)
+{
+    const struct tm_image_header *header = tm_enclave_base();
+    uint64_t base = (uint64_t)header, slot = argument(rq, 0), found[4] = {0};
+    uint64_t frame = base + header->ssa_offset + slot * header->nssa * header->ssa_frame_size;
+
+    if (slot >= TM_WARDEN_SLOTS + header->io_slots + header->client_slots)
+        return TM_E_ARGUMENT;
+    found[0] = occurrences((void *)(base + header->stack_offset + slot * header->stack_stride),
+                           header->stack_size);
+    found[1] = occurrences((void *)(base + header->td_offset + slot * header->td_stride), 4096);
+    for (uint32_t n = 0; n < header->nssa; n++, frame += header->ssa_frame_size) {
+        uint64_t gprs = header->ssa_frame_size - sizeof(struct sgx_gprs);
+
+        found[2] += occurrences((void *)frame, gprs);
+        found[3] += occurrences((void *)(frame + gprs), sizeof(struct sgx_gprs));
+    }
     return tm_reply(rq, found, sizeof(found));
 }
 
