@@ -60,15 +60,18 @@ async def _stop_on_signal(
     async for number in signals:
         # With a store SIGTERM makes way for the next broker, which goes on with everything.
         service.leaving = start.store is not None and number == signal.SIGTERM
+        if not service.leaving:
+            service.say_farewell("the broker was told to end, and keeps nothing")
         start.log.info("stopping", signal=signal.Signals(number).name, kept=service.leaving)
         cancel.cancel()
 
 
-async def _stop_without_keeper(cancel: trio.CancelScope, start: _Start) -> None:
+async def _stop_without_keeper(cancel: trio.CancelScope, service: Service, start: _Start) -> None:
     """What the keeper kept is gone with it, and what it left behind is removed here."""
     assert start.keeper is not None
     await trio.lowlevel.wait_readable(start.keeper)
     start.log.error("stopping", reason="the keeper has ended, and with it what it kept: start it again")
+    service.say_farewell("the broker's keeper has ended, and with it what was kept")
     shutil.rmtree(os.path.dirname(notify_address()), ignore_errors=True)
     if start.bound:
         _unlink(start.listeners[0].getsockname())
@@ -98,7 +101,7 @@ async def run(start: _Start) -> None:
             async with trio.open_nursery() as serving:
                 serving.start_soon(_stop_on_signal, signals, serving.cancel_scope, service, start)
                 if start.keeper is not None:
-                    serving.start_soon(_stop_without_keeper, serving.cancel_scope, start)
+                    serving.start_soon(_stop_without_keeper, serving.cancel_scope, service, start)
                 serving.start_soon(Server(service).run, start.listeners)
                 await keeping.start(service.run)
                 log.info(

@@ -144,6 +144,14 @@ class Service:
         else:
             os.close(client.pidfd)
 
+    def say_farewell(self, why: str) -> None:
+        """Tell every client that has a resume token that there will be nothing to resume."""
+        if not self.state.kept:
+            return
+        error = errors.ConnectionLost(f"{why}: what this client holds is gone, connect and attach again")
+        for client in self.clients.values():
+            client.send({"id": None, "error": {"code": error.code, "message": error.message}})
+
     def require_administrator(self, client: Client, operation: str) -> None:
         """Raise Denied unless the client is an administrator."""
         if not self.policy.administrators.includes(client.identity):

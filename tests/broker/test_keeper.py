@@ -70,6 +70,9 @@ def test_the_end_of_the_keeper_s_choice_takes_worker_wardens_and_socket_along(
     (enclave,) = client.ok("stats")["stats"]["enclaves"]
     address = notify_socket(running)
     os.kill(running.pid, signal.SIGTERM)
+    farewell = client.receive()
+    assert farewell is not None
+    assert farewell["error"]["code"] == "connection-lost"
     await_end(enclave["warden"]["pid"])
     os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOWAIT)
     assert not Path(running.socket).exists()
@@ -84,8 +87,11 @@ def test_when_the_keeper_is_killed_worker_and_wardens_end_and_a_new_start_works(
         (enclave,) = client.ok("stats")["stats"]["enclaves"]
         worker, address = running.worker(), notify_socket(running)
         os.kill(running.pid, signal.SIGKILL)
-        while client.receive() is not None:
-            pass
+        farewell = client.receive()
+        assert farewell is not None
+        assert farewell["id"] is None
+        assert farewell["error"]["code"] == "connection-lost"
+        assert client.receive() is None
     await_end(worker)
     await_end(enclave["warden"]["pid"])
     assert not Path(address).parent.exists()
@@ -130,7 +136,7 @@ def test_only_the_worker_is_heeded(broker: Broker) -> None:
     records = running.log()
     assert [r["pid"] for r in records if r["event"] == "keeper: message not heeded"] == [os.getpid()] * 2
     kept = [record["kept"] for record in records if record["event"] == "keeper: worker started"]
-    assert kept == [before["kept"], 1]  # the socket that it listens on
+    assert kept == [before["kept"], 2]  # the socket that it listens on, and its state
 
 
 def test_a_worker_that_says_why_it_cannot_start_is_not_started_again(tmp_path: Path) -> None:
