@@ -12,6 +12,8 @@ everything does little: this process takes descriptors in, starts a worker, and 
   keeps everything, says what to do, and waits for a signal.
 - SIGHUP: start the worker anew, from the code that is installed now (upgrade; or to try again).
   SIGUSR1, while holding: start it and throw away what was kept.  SIGTERM, SIGINT: end everything.
+- Beside a worker that is ready waits its successor, with everything loaded (a second or so of
+  computing): when the worker dies it gets the descriptors, and goes on within milliseconds.
 - When the keeper dies, the worker hears of it through a pipe and ends.
 """
 
@@ -69,6 +71,11 @@ class _Stored(NamedTuple):
     fd: int
 
 
+class _Successor(NamedTuple):
+    pid: int
+    sock: socket.socket
+
+
 class Keeper:
     """One worker after the other; `command` starts one."""
 
@@ -77,6 +84,7 @@ class Keeper:
         self._json = json_log
         self._stored = _inherited()
         self._worker: int | None = None
+        self._successor: _Successor | None = None
         self._ready = False
         self._was_ready = False
         self._failures = 0
@@ -136,7 +144,8 @@ class Keeper:
                 os.kill(self._worker, signal.SIGKILL)
         if self._start_at is not None and now >= self._start_at and self._worker is None:
             self._start_at = None
-            self._start()
+            if not self._hand_over():
+                self._start()
 
     def _read_signals(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -144,6 +153,7 @@ class Keeper:
                 if number in (signal.SIGTERM, signal.SIGINT):
                     self._log("info", "stopping", signal=signal.Signals(number).name)
                     self._ending, self._start_at = True, None
+                    self._drop_successor()
                     self._tell_worker(signal.SIGINT)  # for good: what was kept is of no use any more
                 elif number == signal.SIGHUP:
                     self._start_anew()
@@ -161,6 +171,7 @@ class Keeper:
         if self._ending:
             return
         self._failures = 0
+        self._drop_successor()  # it has the old code
         if self._worker is None:
             self._start_at = time.monotonic()
         else:
@@ -176,27 +187,70 @@ class Keeper:
     # -- the worker ----------------------------------------------------------------
 
     def _start(self) -> None:
-        kept = [_Stored(KEEPER_FD_NAME, self._alive), *self._stored]
+        """Start a worker with everything that is kept."""
+        kept = self._kept()
         command = self._command + (["--discard-state"] if self._discard else [])
-        environment = {
-            **os.environ,
-            "NOTIFY_SOCKET": str(self._folder / "notify"),
-            "FDSTORE": str(CAPACITY),
-            "LISTEN_FDS": str(len(kept)),
-            "LISTEN_FDNAMES": ":".join(stored.name for stored in kept),
-        }
+        listen = {"LISTEN_FDS": str(len(kept)), "LISTEN_FDNAMES": ":".join(stored.name for stored in kept)}
+        self._begin(self._fork(command, listen, [stored.fd for stored in kept]))
+
+    def _begin(self, pid: int) -> None:
         self._discard = self._ready = self._upgrading = False
+        self._worker = pid
+        self._log("info", "worker started", pid=pid, kept=len(self._stored))
+
+    def _kept(self) -> list[_Stored]:
+        return [_Stored(KEEPER_FD_NAME, self._alive), *self._stored]
+
+    def _fork(self, command: list[str], listen: dict[str, str], fds: list[int]) -> int:
+        environment = {
+            **os.environ, **listen, "NOTIFY_SOCKET": str(self._folder / "notify"), "FDSTORE": str(CAPACITY)
+        }  # fmt: skip
         # A signal for the worker must not meet our handlers in the moment before its exec.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         pid = os.fork()
         if pid == 0:
             try:
-                _become(command, environment, [stored.fd for stored in kept])
+                _become(command, environment, fds)
             finally:
                 os._exit(127)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        self._worker = pid
-        self._log("info", "worker started", pid=pid, kept=len(self._stored))
+        return pid
+
+    # -- its successor ---------------------------------------------------------------
+
+    def _start_successor(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            pid = self._fork([*self._command, "--successor"], {}, [theirs.fileno()])
+        self._successor = _Successor(pid, ours)
+
+    def _hand_over(self) -> bool:
+        """Give everything to the successor; False when there is none."""
+        if self._successor is None or self._discard:
+            self._drop_successor()
+            return False
+        kept, (pid, sock) = self._kept(), self._successor
+        self._successor = None
+        with sock:
+            try:
+                for start in range(0, len(kept), _MAX_FDS):
+                    part = kept[start : start + _MAX_FDS]
+                    message = {"names": [name for name, _ in part], "more": start + _MAX_FDS < len(kept)}
+                    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd for _, fd in part]))
+                    sock.sendmsg([json.dumps(message).encode()], [rights], socket.MSG_NOSIGNAL)
+            except OSError:  # it has ended: we hear of that
+                os.kill(pid, signal.SIGKILL)
+                return False
+        self._begin(pid)
+        return True
+
+    def _drop_successor(self) -> None:
+        if self._successor is not None:
+            self._successor.sock.close()  # it ends then
+            os.kill(self._successor.pid, signal.SIGKILL)
+            self._successor = None
+
+    # -- ends ------------------------------------------------------------------------
 
     def _reap(self) -> None:
         """Collect what has ended: the worker, and what earlier ones left to us."""
@@ -207,6 +261,10 @@ class Keeper:
                 return
             if pid == 0:
                 return
+            if self._successor is not None and pid == self._successor.pid:
+                self._log("warning", "successor ended", pid=pid, status=os.waitstatus_to_exitcode(status))
+                self._successor.sock.close()
+                self._successor = None
             if pid == self._worker:
                 self._read_messages()  # what it still stored counts
                 self._worker, self._kill_at = None, None
@@ -231,6 +289,9 @@ class Keeper:
         elif not self._was_ready and code > 0:  # it has said why
             self._log("error", "worker did not start", pid=pid, how=how)
             self._ending, self._exit_status = True, code
+        elif code == -signal.SIGKILL:
+            self._log("warning", "worker did not get ready", pid=pid, how=how)
+            self._start_at = now + _FIRST_PAUSE
         else:
             self._failures += 1
             self._log("warning", "worker did not get ready", pid=pid, how=how, failures=self._failures)
@@ -252,12 +313,13 @@ class Keeper:
     def _leftovers(self) -> list[int]:
         """Children that are not the worker: orphans of earlier workers come to us (a subreaper)."""
         ours = str(os.getpid())
+        known = {self._worker, self._successor.pid if self._successor is not None else None}
         found = []
         for folder in Path("/proc").iterdir():
             if folder.name.isdecimal():
                 with contextlib.suppress(OSError):
                     state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-                    if parent == ours and state != "Z" and int(folder.name) != self._worker:
+                    if parent == ours and state != "Z" and int(folder.name) not in known:
                         found.append(int(folder.name))
         return found
 
@@ -325,17 +387,19 @@ class Keeper:
             self._ready_at = time.monotonic()
             self._failures = 0
             self._notify_upstream("READY=1")
+            if self._successor is None and not self._ending and not self._upgrading:
+                self._start_successor()
         if "STATUS" in message:
             self._notify_upstream(f"STATUS={message['STATUS']}")
 
     def _notify_upstream(self, state: str) -> None:
-        """Pass it on to whoever started us and wants to know."""
+        """Pass it on to whoever started us and wants to know; one who does not listen must not hold us up."""
         if not self._upstream:
             return
         address = "\0" + self._upstream[1:] if self._upstream.startswith("@") else self._upstream
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.connect(address)
-            sock.sendall(state.encode())
+            sock.send(state.encode(), socket.MSG_DONTWAIT)
 
     # -- the end --------------------------------------------------------------------
 
@@ -385,7 +449,8 @@ def _become(command: list[str], environment: dict[str, str], fds: list[int]) -> 
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    environment["LISTEN_PID"] = str(os.getpid())
+    if "LISTEN_FDS" in environment:
+        environment["LISTEN_PID"] = str(os.getpid())
     os.execvpe(command[0], command, environment)  # noqa: S606 - our own interpreter
 
 

@@ -27,11 +27,18 @@ from teemate.broker.policy import Policy, PolicyError, load_policy
 from teemate.broker.restoration import Found, read_found
 from teemate.broker.server import Server, bind, listens
 from teemate.broker.service import Service
-from teemate.broker.service_manager import Inherited, inherited_descriptors, notify, notify_address
+from teemate.broker.service_manager import (
+    Inherited,
+    await_turn,
+    inherited_descriptors,
+    notify,
+    notify_address,
+)
 from teemate.broker.snapshot import SnapshotError
 
 __all__ = ["main"]
 
+_FIRST_FD = 3
 _DEFAULT_CONFIG = Path("/etc/teemate/broker.toml")
 
 
@@ -135,6 +142,7 @@ async def run(start: _Start) -> None:
     is_flag=True,
     help="Begin anew: throw away what an earlier broker left in the descriptor store.",
 )
+@click.option("--successor", is_flag=True, hidden=True)
 def main(
     config: Path | None,
     socket_path: str | None,
@@ -142,6 +150,7 @@ def main(
     log_format: str,
     keeper: bool,
     discard_state: bool,
+    successor: bool,
 ) -> None:
     """Own enclaves and lend them to the processes that connect."""
     if keeper:
@@ -150,6 +159,14 @@ def main(
             sys.executable, [sys.executable, "-m", "teemate.broker.keeper", *arguments]
         )
     log = configure_log(log_format)
+    if successor:  # everything is loaded; nothing of the host is looked at before it is our turn
+        with socket.socket(fileno=_FIRST_FD) as keepers:
+            os.set_inheritable(_FIRST_FD, False)
+            inherited = await_turn(keepers)
+        if not inherited:
+            sys.exit(0)
+    else:
+        inherited = inherited_descriptors()
     try:
         if config is None and not _DEFAULT_CONFIG.exists():
             policy = Policy()
@@ -166,7 +183,7 @@ def main(
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
     with contextlib.ExitStack() as cleanup:
-        start = _take_over(policy, log, inherited_descriptors(), cleanup, discard_state)
+        start = _take_over(policy, log, inherited, cleanup, discard_state)
         for number in (signal.SIGTERM, signal.SIGINT):  # what holds again when trio's receiver is gone
             signal.signal(number, signal.SIG_IGN)
         try:

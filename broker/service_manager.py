@@ -6,11 +6,13 @@ our own keeper (keeper.py).
 
 from __future__ import annotations
 
+import array
+import json
 import os
 import socket
 from typing import NamedTuple
 
-__all__ = ["Inherited", "inherited_descriptors", "notify", "notify_address"]
+__all__ = ["Inherited", "await_turn", "inherited_descriptors", "notify", "notify_address"]
 
 _FIRST_FD = 3
 
@@ -35,6 +37,25 @@ def inherited_descriptors() -> list[Inherited]:
         os.set_inheritable(_FIRST_FD + index, False)
         found.append(Inherited(names[index] if len(names) == count else "", _FIRST_FD + index))
     return found
+
+
+def await_turn(sock: socket.socket) -> list[Inherited]:
+    """Wait until the keeper hands over what its last worker had; it closes the socket when it never will.
+
+    Returns nothing then: a worker always gets something.
+    """
+    found: list[Inherited] = []
+    while True:
+        data, ancillary, _, _ = sock.recvmsg(65536, socket.CMSG_SPACE(253 * 4), socket.MSG_CMSG_CLOEXEC)
+        if not data:
+            return []
+        message = json.loads(data)
+        fds = array.array("i")
+        for _, _, payload in ancillary:
+            fds.frombytes(payload)
+        found += [Inherited(name, fd) for name, fd in zip(message["names"], fds, strict=True)]
+        if not message["more"]:
+            return found
 
 
 def notify_address() -> str:

@@ -52,6 +52,39 @@ def test_a_killed_worker_is_replaced_and_whoever_connects_meanwhile_is_answered(
     assert running.worker() != first
 
 
+def test_the_next_worker_is_loaded_already_and_takes_over_at_once(broker: Broker) -> None:
+    running = broker("", keeper=True)
+    for _ in range(2):
+        while not (others := _children(running.pid) - {running.worker()}):
+            with raw_client(running.socket) as client:
+                client.ok("ping")  # it is started once the worker is ready
+        (successor,) = others
+        running.kill_worker()
+        with raw_client(running.socket) as client:
+            client.ok("ping")
+        assert running.worker() == successor
+
+
+def test_a_manager_that_does_not_listen_holds_nobody_up(broker: Broker) -> None:
+    running = broker("", keeper=True)  # whose notify socket nobody reads once it is ready
+    for _ in range(15):  # more than net.unix.max_dgram_qlen
+        with raw_client(running.socket) as client:
+            client.ok("ping")
+        running.kill_worker()
+    with raw_client(running.socket) as client:
+        client.ok("ping")
+
+
+def _children(pid: int) -> set[int]:
+    return {int(child) for child in os.listdir("/proc") if child.isdecimal() and _parent(child) == pid}
+
+
+def _parent(pid: str) -> int | None:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return None
+
+
 def test_sighup_replaces_the_worker_by_one_of_the_code_that_is_installed_now(broker: Broker) -> None:
     running = broker("", keeper=True)
     first = running.worker()
