@@ -242,10 +242,12 @@ class Administration:
     def new_warden(self, enclave: Enclave) -> Warden:
         """Return what starts the enclave's wardens."""
         settings, built = self._service.policy.broker, enclave.built
-        return Warden(
+        warden = Warden(
             warden_program(), enclave.geometry, enclave.key, (built.fd, built.arena), self._service.log,
             deadline=settings.warden_deadline, failures=settings.warden_failures,
         )  # fmt: skip
+        warden.on_contended = lambda count: self._service.intruders.contended(enclave, count)
+        return warden
 
     # -- destroying --------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from teemate.broker.enclaves import Enclave, EnclaveState
 from teemate.broker.generations import Generations
 from teemate.broker.grants import Grant, Waiter
 from teemate.broker.identity import principal
+from teemate.broker.intruders import Intruders
 from teemate.broker.lifecycle import Lifecycle
 from teemate.broker.limits import Charge, Ledger, Resource
 from teemate.broker.policy import EnclavePolicy, Policy
@@ -99,6 +100,7 @@ class Service:
         self.administration = Administration(self)
         self.generations = Generations(self)
         self.lifecycle = Lifecycle(self)
+        self.intruders = Intruders(self)
         self.revocation = Revocation(self)
         self.resumption = Resumption(self)
         self.clients: dict[int, Client] = {}
@@ -498,11 +500,7 @@ class Service:
                 f"grant {grant.number} does not hold slot {foreign[0]}; nothing was released"
             )
         if args.stolen:
-            self.log.warning(
-                "slot stolen", enclave=grant.enclave.name, grant=grant.number, pid=client.identity.pid,
-                slots=list(args.slots),
-                reason="its holder says that another process of this enclave resumed the call in it",
-            )  # fmt: skip
+            self.intruders.stolen(grant, args.slots)
         withheld = self._give_back(grant, list(args.slots), clean=args.clean)
         answer: dict[str, object] = {"released": len(args.slots) - withheld}
         if withheld:
@@ -602,6 +600,7 @@ class Service:
             "resumption": asdict(self.resumption.statistics()),
             "revocations": asdict(self.revocation.statistics()),
             "generations": asdict(self.generations.statistics()),
+            "intruders": asdict(self.intruders.statistics()),
             "lifecycle": asdict(self.lifecycle.statistics()),
         }
         return Answer({"stats": parts})

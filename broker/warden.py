@@ -66,13 +66,18 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WardenStatistics:
-    """What one enclave's wardens did; `pid` is None while none runs."""
+    """What one enclave's wardens did; `pid` is None while none runs.
+
+    `contended` counts entries that found a TCS of the warden's own busy: a process that maps the
+    enclave entered it, which no client has a reason to do.
+    """
 
     pid: int | None
     requests: int
     started: int
     killed: int
     failed: int
+    contended: int
 
 
 @final
@@ -104,6 +109,9 @@ class Warden:
         self._started = 0
         self._killed = 0
         self._failed = 0
+        self._contended = 0
+        self.on_contended: Callable[[int], None] = lambda _count: None
+        """Called with how often, when somebody else was in the warden's own TCSs."""
         self._start_failures = 0
         self._closed = False
         self._gone = ""
@@ -184,6 +192,9 @@ class Warden:
             if last:
                 raise WardenError(f"{op.name} failed twice: {failed}") from failed
             return None
+        if reply.contended:
+            self._contended += reply.contended
+            self.on_contended(reply.contended)
         self._require_there(reply)
         return reply
 
@@ -311,6 +322,7 @@ class Warden:
             started=self._started,
             killed=self._killed,
             failed=self._failed,
+            contended=self._contended,
         )
 
 

@@ -19,11 +19,11 @@ _START = struct.Struct("<QQII16s")
 _SEGMENT = struct.Struct("<QQII")
 _REPAIR = struct.Struct("<QQII")
 _BODY_SIZE = _START.size + SEGMENTS * _SEGMENT.size
-_REPLY = struct.Struct(f"<QiIII{RESULT_SIZE}s128s")
+_REPLY = struct.Struct(f"<QiIIIII{RESULT_SIZE}s128s")
 REPLY_SIZE = _REPLY.size
 
 assert _START.size == 40
-assert REPLY_SIZE == 24 + 512 + 128
+assert REPLY_SIZE == 32 + 512 + 128
 
 
 class WardenOp(enum.IntEnum):
@@ -46,6 +46,7 @@ class WardenReply:
     entered: bool
     vector: int | None
     repaired: int
+    contended: int
     result: ControlResult
     text: str
 
@@ -61,13 +62,14 @@ class WardenReply:
         """
         if len(raw) != REPLY_SIZE:
             raise ValueError(f"a warden's reply has {REPLY_SIZE} bytes, not {len(raw)}")
-        number, status, entered, vector, repaired, result, text = _REPLY.unpack(raw)
+        number, status, entered, vector, repaired, contended, _, result, text = _REPLY.unpack(raw)
         return cls(
             id=number,
             status=status,
             entered=bool(entered),
             vector=vector - 1 if vector else None,
             repaired=repaired,
+            contended=contended,
             result=ControlResult.parse(result),
             text=text.split(b"\0", 1)[0].decode("utf-8", "replace"),
         )

@@ -4,11 +4,33 @@
 
 #include <errno.h>
 #include <string.h>
+#include <time.h>
+
+/* Longer than a refused entry takes with an interrupt in between; see repair_enter(). */
+#define BUSY_TRYING_NS 12000000
 
 /* Far more resumes than there can be frames: an enclave that never gets to 0 is broken. */
 static uint32_t repair_limit(const struct repair *repair)
 {
     return 4 * repair->nssa + 16;
+}
+
+/*
+ * Enter, and again while the TCS is busy: who maps the enclave may be at that TCS too, is refused
+ * and leaves.  A TCS without a frame left stays as it is, so this is bounded.
+ */
+static void repair_enter(struct repair *repair, uint64_t slot, const struct tm_control *control,
+                         struct tm_control_result *result, struct control_exit *exit)
+{
+    struct timespec begin, now;
+
+    clock_gettime(CLOCK_MONOTONIC, &begin);
+    do {
+        control_enter(repair->enclave, repair->tcs[slot], repair->key, control, result, exit);
+        if (exit->entered || exit->inside || exit->status != -EBUSY)
+            return;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+    } while ((now.tv_sec - begin.tv_sec) * 1000000000ll + (now.tv_nsec - begin.tv_nsec) < BUSY_TRYING_NS);
 }
 
 /* One control ECALL through TCS `through` that must succeed. */
@@ -19,7 +41,7 @@ static int repair_ask(struct repair *repair, uint64_t through, struct tm_control
     struct control_exit exit;
 
     control_sign(repair->key, control);
-    control_enter(repair->enclave, repair->tcs[through], repair->key, control, &result, &exit);
+    repair_enter(repair, through, control, &result, &exit);
     if (exit.entered && exit.status == TM_OK)
         return 0;
     if (exit.entered)
@@ -43,7 +65,7 @@ static int repair_probe(struct repair *repair, uint64_t slot, uint64_t *cssa, st
     struct tm_control_result result;
     struct control_exit exit;
 
-    control_enter(repair->enclave, repair->tcs[slot], repair->key, &probe, &result, &exit);
+    repair_enter(repair, slot, &probe, &result, &exit);
     if (exit.entered && exit.status == TM_OK && result.cssa < repair->nssa) {
         *cssa = result.cssa;
         return 0;

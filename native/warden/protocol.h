@@ -25,7 +25,7 @@ enum warden_op {
     /* body.start.  Maps the enclave, brings both warden TCSs to CSSA 0, sets the
      * control key.  Result: control result of SET_KEY. */
     WARDEN_START = 1,
-    /* body.control, entered through warden TCS 0 or 1: ARM, CLEAR, RESET, SSA,
+    /* body.control, entered through warden TCS 0, or 1 while somebody else is in there: ARM, CLEAR, RESET, SSA,
      * TIME, AUTHOR, REPORT.  The MAC is the broker's.  When the enclave faulted:
      * status -EFAULT, vector, and in result what SSA says of the frame. */
     WARDEN_CONTROL = 2,
@@ -83,9 +83,12 @@ struct warden_reply {
      * request since an earlier one had faulted.  REPAIR: frames of the slot that this
      * warden resumed. */
     uint32_t repaired;
+    /* How often, since the last reply, a TCS of the warden's own was busy: somebody else entered it. */
+    uint32_t contended;
+    uint32_t reserved;
     struct tm_control_result result;
     char text[128];      /* what went wrong, for the log */
 };
-_Static_assert(sizeof(struct warden_reply) == 24 + 512 + 128, "warden_reply");
+_Static_assert(sizeof(struct warden_reply) == 32 + 512 + 128, "warden_reply");
 
 #endif

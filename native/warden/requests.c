@@ -183,12 +183,34 @@ static void tell_fault(struct warden *warden, uint64_t slot, struct warden_reply
         reply->result = result;
 }
 
+/* Far longer than a refused entry takes, or a few of them and the interrupts in between. */
+#define BUSY_TRYING_NS 50000000
+
+uint64_t warden_control(struct warden *warden, const struct tm_control *control,
+                        struct tm_control_result *result, struct control_exit *exit)
+{
+    struct timespec begin, now;
+    uint64_t slot = 0;
+
+    clock_gettime(CLOCK_MONOTONIC, &begin);
+    for (;;) {
+        control_enter(warden->enclave, warden->tcs[slot], warden->key, control, result, exit);
+        if (exit->entered || exit->inside || exit->status != -EBUSY)
+            return slot;
+        warden->contended++;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        if ((now.tv_sec - begin.tv_sec) * 1000000000ll + (now.tv_nsec - begin.tv_nsec) >= BUSY_TRYING_NS)
+            return slot;
+        slot = 1 - slot;
+    }
+}
+
 static void handle_control(struct warden *warden, const struct warden_request *request,
                            struct warden_reply *reply)
 {
     struct control_exit exit;
+    uint64_t slot = warden_control(warden, &request->body.control, &reply->result, &exit);
 
-    control_enter(warden->enclave, warden->tcs[0], warden->key, &request->body.control, &reply->result, &exit);
     reply->status = exit.status;
     reply->entered = exit.entered;
     reply->vector = exit.vector;
@@ -201,7 +223,7 @@ static void handle_control(struct warden *warden, const struct warden_request *r
     refuse(reply, exit.status, "control ECALL %u: %s, exception %d", request->body.control.op,
            exit.inside ? "the enclave faulted" : "the entry failed", (int)exit.vector - 1);
     if (exit.inside)
-        tell_fault(warden, 0, reply);
+        tell_fault(warden, slot, reply);
 }
 
 static void handle_probe(struct warden *warden, const struct warden_request *request,
@@ -235,7 +257,7 @@ static void handle_probe(struct warden *warden, const struct warden_request *req
                strerror(-result), (int)exit.vector - 1);
 }
 
-void warden_handle(struct warden *warden, const struct warden_request *request, struct warden_fds *fds,
+static void handle(struct warden *warden, const struct warden_request *request, struct warden_fds *fds,
                    struct warden_reply *reply)
 {
     struct teemate_diag diag = {0};
@@ -278,6 +300,14 @@ void warden_handle(struct warden *warden, const struct warden_request *request, 
     }
 }
 
+void warden_handle(struct warden *warden, const struct warden_request *request, struct warden_fds *fds,
+                   struct warden_reply *reply)
+{
+    handle(warden, request, fds, reply);
+    reply->contended = warden->contended;
+    warden->contended = 0;
+}
+
 /* ---- time ---------------------------------------------------------------------------- */
 
 bool warden_wants_time(const struct warden *warden)
@@ -295,7 +325,7 @@ void warden_tick(struct warden *warden)
     clock_gettime(CLOCK_REALTIME, &now);
     control.argument = (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec;
     control_sign(warden->key, &control);
-    control_enter(warden->enclave, warden->tcs[0], warden->key, &control, &result, &exit);
+    warden_control(warden, &control, &result, &exit);
     if (!exit.entered)
         warden->damaged = true;
 }

@@ -65,7 +65,7 @@ static int bury(struct unwind *unwind)
                       : 0;
 }
 
-/* One control ECALL through TCS 0; what it says of the slot goes to *result. */
+/* One control ECALL through a TCS of the warden's; what it says of the slot goes to *result. */
 static int ask(struct unwind *unwind, struct tm_control *control, struct tm_control_result *result)
 {
     struct warden *warden = unwind->warden;
@@ -73,7 +73,7 @@ static int ask(struct unwind *unwind, struct tm_control *control, struct tm_cont
 
     if (control->op == TM_CTL_REWRITE)
         control_sign(warden->key, control);
-    control_enter(warden->enclave, warden->tcs[0], warden->key, control, result, &exit);
+    warden_control(warden, control, result, &exit);
     if (exit.entered && exit.status == TM_OK)
         return 0;
     if (!exit.entered)

@@ -30,6 +30,7 @@ struct warden {
     struct tm_image_header header;   /* as the enclave gave it */
     bool started;                    /* START has succeeded */
     bool damaged;                    /* a control ECALL has faulted: repair before the next */
+    uint32_t contended;              /* entries that found their TCS busy, since the last reply */
 };
 
 /* fds that came with a request; whoever uses one sets it to -1. */
@@ -44,6 +45,14 @@ struct warden_fds {
  */
 void warden_handle(struct warden *warden, const struct warden_request *request, struct warden_fds *fds,
                    struct warden_reply *reply);
+
+/*
+ * One control ECALL through TCS 0 or, while somebody else is in there, through TCS 1: every process
+ * that maps the enclave can enter both, is refused, and has kept them busy for that long.  Tries for a
+ * bounded time.  Returns the slot that was tried last.
+ */
+uint64_t warden_control(struct warden *warden, const struct tm_control *control,
+                        struct tm_control_result *result, struct control_exit *exit);
 
 /* Does the enclave want to be told the time? */
 bool warden_wants_time(const struct warden *warden);

@@ -127,6 +127,8 @@ class WardenReply(ctypes.Structure):
         ("entered", ctypes.c_uint32),
         ("vector", ctypes.c_uint32),
         ("repaired", ctypes.c_uint32),
+        ("contended", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
         ("result", ControlResult),
         ("text", ctypes.c_char * 128),
     ]
