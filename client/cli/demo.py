@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from ..demo._figures import Figures
 
-__all__ = ["demo"]
+__all__ = ["Display", "demo"]
 
 
 @click.command()
@@ -42,7 +42,7 @@ def demo(clients: int, calls: int, heap: int, backend: str, as_json: bool) -> No
 
     # Progress goes to stderr, so that stdout has the table or the JSON alone.
     console = Console(stderr=True)
-    with _Display(console) as display:
+    with Display(console) as display:
         figures = run_demo(clients=clients, calls=calls, heap=heap, backend=backend, listener=display)
     if as_json:
         print_json(figures.as_json())
@@ -54,7 +54,7 @@ def demo(clients: int, calls: int, heap: int, backend: str, as_json: bool) -> No
         sys.exit(1)
 
 
-class _Display:
+class Display:
     """Progress while it works: a bar on a terminal, a line for each phase elsewhere."""
 
     def __init__(self, console: Console) -> None:
@@ -75,7 +75,7 @@ class _Display:
                 transient=True,
             )
 
-    def __enter__(self) -> _Display:
+    def __enter__(self) -> Display:
         if self._bar is not None:
             self._bar.start()
         return self

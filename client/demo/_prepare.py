@@ -43,8 +43,11 @@ class DemoImage(NamedTuple):
     """Bytes that are hashed."""
 
 
-def prepare_image(folder: Path, *, heap: int, clients: int) -> DemoImage:
-    """Lay the shipped vault's ELF out with `heap` bytes and a slot for each client; needs no compiler."""
+def prepare_image(folder: Path, *, heap: int, clients: int, elf: Path | None = None) -> DemoImage:
+    """Lay the vault's ELF out with `heap` bytes and a slot for each client; needs no compiler.
+
+    `elf` is another one than that which is shipped.
+    """
     source = shipped(ENCLAVE)
     header = inspect(source.sgxs).header
     if header is None:
@@ -59,7 +62,7 @@ def prepare_image(folder: Path, *, heap: int, clients: int) -> DemoImage:
         debug=header.debug,
         time=bool(header.flags & FLAG_TIME),
     )
-    built = layout_image(source.elf, folder / "vault.sgxs", options)
+    built = layout_image(elf or source.elf, folder / "vault.sgxs", options)
     sigstruct = folder / "vault.sig"
     signed = sign_with_key(SigParams(debug_allowed=header.debug).unsigned(built.mrenclave), generate_key())
     sigstruct.write_bytes(signed.to_bytes())

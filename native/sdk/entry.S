@@ -134,6 +134,7 @@ tm_entry:
         xorl    %ebx, %ebx
         xorl    %ebp, %ebp
         call    tm_gate_client          /* (selector, argument) */
+tm_gate_leave:                          /* for who looks where a thread is: the way out, up to the next label */
         movq    %rax, %rsi              /* status; RDX is the length */
 
         /* INSIDE - 1 = ARMED, unless the slot was cleared meanwhile. */
@@ -170,6 +171,7 @@ tm_entry:
 .Lcleared:
         lock andq $-256, %fs:TD_WORD    /* FREE */
         leave_stack
+tm_gate_turned_away:
 .Lrefuse:
         leaq    __tm_base(%rip), %rbx
         addq    HEADER_SIZE(%rbx), %rbx /* the landing page */

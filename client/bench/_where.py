@@ -1,0 +1,174 @@
+"""What a program was doing: read from its registers and its enclave's memory while it is stopped.
+
+``ptrace(PTRACE_SEIZE)`` and PTRACE_INTERRUPT stop a thread wherever it is, also inside of the sim's enclave
+where signals are blocked; the program notices nothing and does not run on before it is killed.  Only the
+main thread enters.  On hardware nobody sees inside: a thread that the kernel has interrupted there stands at
+the AEP, in the vDSO.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import errno
+import os
+import signal
+import struct
+from pathlib import Path
+from typing import Any, final
+
+from elftools.elf.elffile import ELFFile
+
+from teemate.errors import InternalError, Unsupported
+from teemate.image import inspect
+from teemate.image.elf import Symbols
+
+__all__ = ["INSIDE", "Observer", "State"]
+
+_SEIZE, _INTERRUPT, _GETREGS = 0x4206, 0x4207, 12
+_WALL = 0x40000000
+_REGISTERS = struct.Struct("<27Q")  # struct user_regs_struct
+_RIP = 16
+_TD_WORD = 0x30  # native/sdk/thread.h
+_SLOT_STATE = 0x7F
+_INSIDE_WORD, _PARKED_WORD = 2, 3
+
+
+class State(enum.StrEnum):
+    """Where a program was at its death."""
+
+    OUTSIDE = "outside"
+    GATE = "gate"
+    """On the way in: before the ECALL's function runs."""
+    EXIT = "exit"
+    """On the way out: the ECALL's function is over."""
+    HEAP = "heap"
+    """In the allocator or one of its redo records."""
+    LOCK = "lock held"
+    OCALL = "ocall"
+    """The slot is parked."""
+    INTERRUPTED = "interrupted"
+    """Out by an AEX: the slot has CSSA 1 or more."""
+    INSIDE = "inside"
+    """Anywhere else in the enclave, or on hardware anywhere in it."""
+
+
+INSIDE = frozenset(State) - {State.OUTSIDE}
+_WAY_IN = {"tm_gate_client", "ecall", "bind_identity", "range_outside"}
+_HEAP_FILES = {"heap.c", "owned.c", "txn.c"}
+
+
+@final
+class Observer:
+    """Knows one image; looks at one process at a time."""
+
+    def __init__(self, image: Path, elf: Path) -> None:
+        info = inspect(image)
+        if info.header is None:
+            raise InternalError(f"{image} is no image of the SDK")
+        self._size = info.size
+        self._td_offset, self._td_stride = info.header.td_offset, info.header.td_stride
+        self._symbols = Symbols(elf)
+        self._symbols.at(0)  # reads the file now, not at the first kill
+        with elf.open("rb") as file:
+            parsed = ELFFile(file)
+            self._lock_count = _member_offset(parsed, "thread", "lock_count")
+            self._leave = _label(parsed, "tm_gate_leave")
+            self._turned_away = _label(parsed, "tm_gate_turned_away")
+        self._libc = ctypes.CDLL(None, use_errno=True)
+
+    def kill(self, pid: int, base: int, slot: int) -> State | None:
+        """SIGKILL the process after a look at its main thread; None when it had ended by itself."""
+        try:
+            self._ptrace(_SEIZE, pid)
+        except ProcessLookupError:
+            return None
+        state = None
+        try:
+            self._ptrace(_INTERRUPT, pid)
+            _, status = os.waitpid(pid, _WALL)
+            if not os.WIFSTOPPED(status):
+                return None
+            state = self._look(pid, base, slot)
+        except ProcessLookupError:
+            pass
+        os.kill(pid, signal.SIGKILL)
+        while True:  # what the tracer is told of comes before what the parent is told of
+            _, status = os.waitpid(pid, _WALL)
+            if not os.WIFSTOPPED(status):
+                return state
+
+    def _look(self, pid: int, base: int, slot: int) -> State:
+        raw = ctypes.create_string_buffer(_REGISTERS.size)
+        self._ptrace(_GETREGS, pid, data=ctypes.addressof(raw))
+        rip = int(_REGISTERS.unpack(raw.raw)[_RIP])
+        inside = base <= rip < base + self._size
+        td = base + self._td_offset + slot * self._td_stride
+        try:
+            with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+                word = _word_at(memory, td + _TD_WORD) & _SLOT_STATE
+                locks = _word_at(memory, td + self._lock_count)
+        except OSError:  # the driver lets nobody read an enclave that is not for debugging
+            return State.INSIDE if _in_vdso(pid, rip) else State.OUTSIDE
+        if not inside:
+            return {_PARKED_WORD: State.OCALL, _INSIDE_WORD: State.INTERRUPTED}.get(word, State.OUTSIDE)
+        return self._inside(rip - base, locks)
+
+    def _inside(self, offset: int, locks: int) -> State:
+        if self._leave <= offset < self._turned_away:
+            return State.EXIT
+        place = self._symbols.at(offset)
+        if place.function == "tm_gate_ocall":
+            return State.OCALL
+        if place.function == "tm_entry" or place.function in _WAY_IN:
+            return State.GATE
+        if place.file is not None and os.path.basename(place.file) in _HEAP_FILES:
+            return State.HEAP
+        return State.LOCK if locks else State.INSIDE
+
+    def _ptrace(self, request: int, pid: int, data: int = 0) -> None:
+        arguments = (ctypes.c_long(request), ctypes.c_long(pid), ctypes.c_void_p(0), ctypes.c_void_p(data))
+        if self._libc.ptrace(*arguments) != -1:
+            return
+        number = ctypes.get_errno()
+        if number == errno.EPERM:
+            raise Unsupported(
+                f"process {pid} may not be traced: the storm looks at what it kills. In a container,"
+                " give it CAP_SYS_PTRACE or a seccomp profile that allows ptrace"
+            )
+        raise OSError(number, os.strerror(number))
+
+
+def _word_at(memory: Any, address: int) -> int:
+    memory.seek(address)
+    return int.from_bytes(memory.read(8), "little")
+
+
+def _in_vdso(pid: int, rip: int) -> bool:
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        if line.endswith("[vdso]"):
+            start, _, end = line.split(maxsplit=1)[0].partition("-")
+            return int(start, 16) <= rip < int(end, 16)
+    return False
+
+
+def _label(elf: Any, name: str) -> int:
+    for symbol in elf.get_section_by_name(".symtab").iter_symbols():
+        if symbol.name == name:
+            return int(symbol["st_value"])
+    raise InternalError(f"the image's ELF has no {name}: it is of another version")
+
+
+def _member_offset(elf: Any, structure: str, member: str) -> int:
+    for unit in elf.get_dwarf_info().iter_CUs():
+        for entry in unit.iter_DIEs():
+            if entry.tag == "DW_TAG_structure_type" and _name(entry) == structure:
+                for child in entry.iter_children():
+                    if _name(child) == member:
+                        return int(child.attributes["DW_AT_data_member_location"].value)
+    raise InternalError(f"the image's ELF does not tell where struct {structure} has {member}")
+
+
+def _name(entry: Any) -> str:
+    attribute = entry.attributes.get("DW_AT_name")
+    return "" if attribute is None else attribute.value.decode()

@@ -1,0 +1,127 @@
+"""`teemate bench`: campaigns to run on one's own host."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from ._output import json_option, print_json
+from .demo import Display
+
+if TYPE_CHECKING:
+    from ..bench._figures import StormFigures
+
+__all__ = ["bench"]
+
+
+@click.group()
+def bench() -> None:
+    """Try what a shared enclave stands, on this host."""
+
+
+@bench.command()
+@click.option(
+    "--seed", type=click.IntRange(0), help="Decides who is killed and about when [default: random]."
+)
+@click.option(
+    "--seconds", type=click.FloatRange(1.0), default=30.0, show_default=True, help="The kills take at most."
+)
+@click.option(
+    "--clients", type=click.IntRange(1, 256), default=8, show_default=True, help="Programs at work."
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "sim", "sgx"]),
+    default="auto",
+    show_default=True,
+    help="sgx needs a CPU with SGX.",
+)
+@click.option(
+    "--client-kills", type=click.IntRange(0), help="Programs to kill [default: while there is time]."
+)
+@click.option(
+    "--broker-kills", type=click.IntRange(0), default=0, help="Kills of the broker under its keeper."
+)
+@click.option("--warden-kills", type=click.IntRange(0), default=0, help="Of the enclave's warden.")
+@click.option("--keeper-kills", type=click.IntRange(0), default=0, help="Of the keeper, afterwards.")
+@json_option
+def storm(
+    seed: int | None,
+    seconds: float,
+    clients: int,
+    backend: str,
+    client_kills: int | None,
+    broker_kills: int,
+    warden_kills: int,
+    keeper_kills: int,
+    as_json: bool,
+) -> None:
+    """Kill programs in a shared enclave at random moments and see that nothing is lost.
+
+    Starts a broker on a temporary socket, and programs that work in one vault. Every value and the shared
+    counter are compared with what the programs know that they have done. The exit status is 1 when
+    something was lost or wrong.
+    """
+    from rich.console import Console
+
+    from ..bench._storm import Plan, run_storm
+
+    plan = Plan(
+        seed=secrets.randbelow(1 << 31) if seed is None else seed,
+        seconds=seconds,
+        clients=clients,
+        backend=backend,
+        client_kills=client_kills,
+        broker_kills=broker_kills,
+        warden_kills=warden_kills,
+        keeper_kills=keeper_kills,
+    )
+    with Display(Console(stderr=True)) as display:
+        figures = run_storm(plan, display)
+    if as_json:
+        print_json(figures.as_json())
+    else:
+        _show(figures)
+    if not figures.good:
+        for error in figures.errors:
+            click.echo(f"failure: {error}", err=True)
+        sys.exit(1)
+
+
+def _show(figures: StormFigures) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"storm of {figures.seconds:.0f} s, seed {figures.seed}", title_justify="left")
+    table.add_column("killed")
+    table.add_column("times", justify="right")
+    for state, count in figures.kills_by_state.items():
+        table.add_row(f"program: {state}", str(count))
+    table.add_row("all programs", str(figures.client_kills), end_section=True)
+    for kind, count in (
+        ("broker", figures.broker_kills),
+        ("warden", figures.warden_kills),
+        ("keeper", figures.keeper_kills),
+    ):
+        if count:
+            table.add_row(kind, str(count))
+    console = Console()
+    console.print(table)
+    console.print(
+        f"slots: {figures.slots_repaired} repaired with a call in them, {figures.slots_lost} lost,"
+        f" {figures.slots_quarantined} quarantined ({figures.quarantined_with_reason} with a reason)\n"
+        f"values: {figures.wrong_values} wrong; counter {figures.counter} after"
+        f" {figures.counter_expected} increments\n"
+        f"calls: {figures.failed_calls} failed, {figures.repeated_calls} done more than once;"
+        f" {figures.lost_grants} grants lost",
+        style="green" if figures.good else "bold red",
+        highlight=False,
+    )
+    if figures.resume_ms_p50 is not None:
+        console.print(
+            f"a new attach waited {figures.resume_ms_p50:.0f} ms (p50) when the broker was killed",
+            highlight=False,
+        )
