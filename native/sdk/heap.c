@@ -60,9 +60,9 @@ static void link_free(struct tm_txn *txn, struct free_block *block, uint64_t siz
     tm_txn_set_ptr(txn, &heap.lists[class][step], block);
     tm_txn_set(txn, &heap.step_map[class], txn_get(txn, &heap.step_map[class]) | 1ull << step);
     tm_txn_set(txn, &heap.map, txn_get(txn, &heap.map) | 1ull << class);
-    tm_txn_set(txn, &block->block.size, size | FREE_BIT);
-    tm_txn_set(txn, &block->block.magic, FREE_MAGIC);
-    tm_txn_set(txn, &block->block.owner, 0);
+    txn_add(txn, &block->block.size, size | FREE_BIT);
+    txn_add(txn, &block->block.magic, FREE_MAGIC);
+    txn_add(txn, &block->block.owner, 0);
 }
 
 /* Once; a death in between starts over, since `end` is written last. */
@@ -171,8 +171,8 @@ int tm_try_alloc(size_t length, void **result)
     } else {
         size = have;
     }
-    tm_txn_set(&txn, &found->block.size, size);
-    tm_txn_set(&txn, &found->block.magic, USED_MAGIC);
+    txn_add(&txn, &found->block.size, size);
+    txn_add(&txn, &found->block.magic, USED_MAGIC);
     owned_enter(&txn, &found->block);
     tm_txn_commit(&txn);
     tm_unlock(&heap.mutex);
@@ -212,7 +212,7 @@ void heap_free_locked(struct block *block, uint64_t *entry)
     tm_assert(block->magic == USED_MAGIC);
     tm_txn_begin(&txn);
     if (entry)
-        tm_txn_set(&txn, entry, 0);
+        txn_add(&txn, entry, 0);
     if (next->size & FREE_BIT) {
         unlink_free(&txn, (struct free_block *)next, SIZE(next));
         size += SIZE(next);

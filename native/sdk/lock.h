@@ -12,6 +12,16 @@ void ocall_wait(enum tm_ocall kind, uint32_t index, uint32_t expected, uint64_t 
 /* tm_trylock(), so often: who cannot wait for a lock may still meet one that is about to be given back. */
 int lock_spin(struct tm_mutex *mutex, uint32_t spins);
 
+/* tm_txn_set() of a word that the transaction does not set again and does not read: nothing to look for. */
+static inline void txn_add(struct tm_txn *txn, uint64_t *where, uint64_t value)
+{
+    if (txn->count == TM_TXN_MAX) {
+        txn->overflow = 1;
+        return;
+    }
+    txn->writes[txn->count].where = where;
+    txn->writes[txn->count++].value = value;
+}
 /* A word as the open transaction would leave it. */
 uint64_t txn_get(const struct tm_txn *txn, const void *where);
 /* Do what the thread's redo record says, as often as it takes. */

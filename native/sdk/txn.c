@@ -29,12 +29,7 @@ void tm_txn_set(struct tm_txn *txn, uint64_t *where, uint64_t value)
             return;
         }
     }
-    if (txn->count == TM_TXN_MAX) {
-        txn->overflow = 1;
-        return;
-    }
-    txn->writes[txn->count].where = where;
-    txn->writes[txn->count++].value = value;
+    txn_add(txn, where, value);
 }
 
 void tm_txn_set_ptr(struct tm_txn *txn, void *where, const void *value)
