@@ -21,7 +21,7 @@ from teemate.image import LayoutOptions, SigParams, layout_image, sign_with_key
 HERE = Path(__file__).resolve().parent
 
 ImageMaker = Callable[..., tuple[Path, Path]]
-VaultMaker = Callable[[str], tuple[Path, Path]]
+VaultMaker = Callable[..., tuple[Path, Path]]
 
 
 @pytest.fixture(scope="session")
@@ -144,15 +144,16 @@ def private(make_private: Callable[..., Private]) -> Private:
 
 @pytest.fixture(scope="module")
 def make_vault(images: Images, tmp_path_factory: pytest.TempPathFactory) -> VaultMaker:
-    """Build the vault with crash.c, with a protection switched off or none."""
+    """Build the vault with crash.c: a protection switched off or none, layout options."""
     folder = tmp_path_factory.mktemp("crash")
 
-    def make(test_build: str) -> tuple[Path, Path]:
-        stem = folder / (test_build or "whole")
+    def make(test_build: str = "", **changes: object) -> tuple[Path, Path]:
+        stem = folder / f"{test_build or 'whole'}-{'-'.join(map(str, changes.values()))}"
         elf, sgxs, sigstruct = (stem.with_suffix(end) for end in (".elf", ".sgxs", ".sig"))
         compile_elf([*sources("vault"), HERE / "crash.c"], elf, test_build=test_build)
         # No time: the warden would enter to tell it whenever it likes.
-        built = layout_image(elf, sgxs, layout_options("vault", slots=3, stack="16K", heap="64K", time=False))
+        small = {"slots": 3, "stack": "16K", "heap": "64K", "time": False}
+        built = layout_image(elf, sgxs, layout_options("vault", **small | changes))
         sigstruct.write_bytes(sign_with_key(SigParams().unsigned(built.mrenclave), images.key).to_bytes())
         return sgxs, sigstruct
 
@@ -166,6 +167,6 @@ def stepping(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture(scope="module")
 def world(make_vault: VaultMaker, stepping: ctypes.CDLL) -> Iterator[World]:
-    with World(*make_vault(""), stepping) as world:
+    with World(*make_vault(), stepping) as world:
         populate(world)
         yield world
