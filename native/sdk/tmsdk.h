@@ -132,8 +132,8 @@ void tm_print(const char *format, ...) __attribute__((format(printf, 1, 2)));
  * it is freed when the slot gets its next holder, however the last one went.  Before it
  * becomes part of what is shared it has to be kept, best in the same tm_txn that links
  * it.  Blocks beyond the first 64 that a slot owns at once are freed too, but somewhat
- * later: the heap has to be searched for them.  Those of control ECALLs are a warden's own,
- * and freed when the warden is replaced.
+ * later: the heap has to be searched for them.  Those of control ECALLs and of
+ * tm_on_start() are a warden's own, and freed when the warden is replaced.
  */
 void *tm_alloc(size_t size);
 /* The same, and why not: TM_E_NOMEM, or TM_E_BUSY when the heap's lock was not to be had. */

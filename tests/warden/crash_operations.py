@@ -48,3 +48,7 @@ OPERATIONS = {
     "transfer under two locks": Operation([("transfer", numbers(7))], ("transfer", numbers(5))),
     "more blocks than a slot lists": Operation([("hoard", numbers(64, 1))], ("hoard", numbers(2, 1))),
 }
+
+if FULL:
+    # Larger than what is copied to the stack; each byte that is written to the heap is one more state.
+    OPERATIONS["put of a large value"] = Operation([], ("put", put(b"one", b"v" * 2100)))

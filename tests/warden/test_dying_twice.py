@@ -12,6 +12,8 @@ from crash_operations import FULL, OPERATIONS, numbers
 from crash_world import GENERATION, OTHER, VICTIM, World
 from stepping import Child, Stepper, walk
 
+BUSY = -8
+NEXT_KEY = b"another key here"
 OF_A_WARDEN = 0x80000000
 """In the holder of a TCS's word (SIM_WARDEN, native/lib/sim.h)."""
 
@@ -106,21 +108,67 @@ def test_a_warden_killed_at_any_instruction_of_undoing_a_call_is_replaced_by_one
     assert examined > 10
 
 
-def test_blocks_of_the_dead_are_freed_though_another_dead_one_has_the_heaps_lock(world: World) -> None:
-    """Whose slot is repaired first cannot have the lock; the next repair frees what that one gave up."""
-    saved = world.save()
-    world.put_back(saved)
-    with Child.client(
-        world, VICTIM, [("empty", b""), ("take", numbers(48, 100, 200))], traced=False
-    ) as owner:
+def leave_two_dead(world: World) -> None:
+    """One who owned blocks, and one who had the heap's lock; the first one's slot has its next key."""
+    calls = [("empty", b""), ("take", numbers(48, 100, 200))]
+    world.put_back(world.save())
+    with Child.client(world, VICTIM, calls, traced=False) as owner:
         owner.finish()
-    with Child.client(world, OTHER, [("empty", b""), ("take", numbers(48))]) as holder:
+    with Child.client(world, OTHER, calls) as holder:
         walk(world, holder, world.ranges(OTHER), lambda _: not world.heap_is_locked())
     world.take_over()
     assert world.heap_is_locked()
     world.bury_and_repair(VICTIM)
-    world.control(wire.ARM, VICTIM, generation=GENERATION + 1, key=b"another key here")
-    world.bury_and_repair(OTHER)
+    world.control(wire.ARM, VICTIM, generation=GENERATION + 1, key=NEXT_KEY)
+    world.clear_and_repair(OTHER)
+
+
+def test_blocks_of_the_dead_are_freed_though_another_dead_one_has_the_heaps_lock(world: World) -> None:
+    """Whose slot is repaired first cannot have the lock; the next repair frees what that one gave up."""
+    saved = world.save()
+    leave_two_dead(world)
+    world.control(wire.RESET, OTHER)
     state = world.look()
     world.put_back(saved)
     assert (state.owned, state.used) == (0, world.look().used)
+
+
+def test_what_the_next_holder_owns_is_not_taken_for_what_the_one_before_gave_up(world: World) -> None:
+    """It takes blocks while the warden that frees the others dies, at any instruction, and is replaced."""
+    saved = world.save()
+    empty = world.look()
+    leave_two_dead(world)
+    assert world.observer.call("patience", numbers(0)).status == 0
+    cleared, taken, refused, wrong, number = world.save(), 0, 0, [], 0
+    stride = 2 if FULL else 12
+    offset = random.randrange(stride)
+    gone = subprocess.Popen(["/bin/true"])
+    gone.wait()
+
+    def die(instruction: int) -> bool:
+        nonlocal taken, refused, number
+        number += 1
+        if number % stride == offset:
+            world.take_over()
+            world.enclave.set_tcs_word(0, world.enclave.tcs_word(0) & 0xFFFFFFFF | gone.pid << 32)
+            holder = world.client.slot(index=VICTIM, generation=GENERATION + 1, key=NEXT_KEY)
+            status = holder.call("take", numbers(48, 100)).status
+            taken, refused = taken + (status == 0), refused + (status == BUSY)
+            world.renew_warden()
+            world.control(wire.RESET, OTHER)
+            if (owned := world.look().owned) != (2 if status == 0 else 0):
+                wrong.append(f"instruction {instruction}: {owned} blocks are owned after {status}")
+            assert holder.call("give", numbers(0, 1)).status == 0
+            holder.close()
+            if (used := world.look().used) != empty.used:
+                wrong.append(f"instruction {instruction}: {used} bytes are used, and not {empty.used}")
+        return len(wrong) < 5
+
+    world.put_back(cleared)
+    with Child.warden(world, wire.RESET, OTHER) as warden:
+        walk(world, warden, world.ranges(0, OTHER), die)
+    world.put_back(saved)
+    world.renew_warden()
+    print(f"blocks taken {taken} times, refused {refused} times, from {offset} by {stride}")
+    assert not wrong, wrong
+    assert taken > 0
