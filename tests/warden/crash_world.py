@@ -23,6 +23,8 @@ GENERATION = 1
 SEALS = 1 | 2 | 4  # SEAL, SHRINK, GROW
 _HOLDER = (1 << 62) - 1
 """Of a mutex's word, without its flags (native/sdk/lock.c)."""
+_STALE = 16 + 3 * 8 + 36 * 8 + 36 * 16 * 8
+"""Of `stale` in struct heap (native/sdk/heap.h)."""
 DONE: int = lib.TEEMATE_CALL_DONE
 
 STATS = ("size", "used", "blocks", "free_blocks", "largest_free", "owned")
@@ -157,6 +159,11 @@ class World:
     def heap_is_locked(self) -> bool:
         """Does somebody have the heap's lock in the twin?"""
         return bool(int.from_bytes(self.twin.view[self._heap : self._heap + 8], "little") & _HOLDER)
+
+    def heap_is_to_be_searched(self) -> bool:
+        """Are there blocks in the twin that were given up, and nobody has the lock to look for them?"""
+        place = self._heap + _STALE
+        return any(self.twin.view[place : place + 8]) and not self.heap_is_locked()
 
     # ---- what the tests do ------------------------------------------------------------------
 

@@ -139,16 +139,17 @@ def test_what_the_next_holder_owns_is_not_taken_for_what_the_one_before_gave_up(
     empty = world.look()
     leave_two_dead(world)
     assert world.observer.call("patience", numbers(0)).status == 0
-    cleared, taken, refused, wrong, number = world.save(), 0, 0, [], 0
+    cleared, between, taken, refused, wrong, number = world.save(), 0, 0, 0, [], 0
     stride = 2 if FULL else 12
     offset = random.randrange(stride)
     gone = subprocess.Popen(["/bin/true"])
     gone.wait()
 
     def die(instruction: int) -> bool:
-        nonlocal taken, refused, number
+        nonlocal between, taken, refused, number
         number += 1
-        if number % stride == offset:
+        between += (searched := world.heap_is_to_be_searched())
+        if searched or number % stride == offset:
             world.take_over()
             world.enclave.set_tcs_word(0, world.enclave.tcs_word(0) & 0xFFFFFFFF | gone.pid << 32)
             holder = world.client.slot(index=VICTIM, generation=GENERATION + 1, key=NEXT_KEY)
@@ -169,6 +170,8 @@ def test_what_the_next_holder_owns_is_not_taken_for_what_the_one_before_gave_up(
         walk(world, warden, world.ranges(0, OTHER), die)
     world.put_back(saved)
     world.renew_warden()
-    print(f"blocks taken {taken} times, refused {refused} times, from {offset} by {stride}")
+    print(
+        f"blocks taken {taken} times, {between} of these while there were some to be found; refused {refused}"
+    )
     assert not wrong, wrong
-    assert taken > 0
+    assert between > 0
