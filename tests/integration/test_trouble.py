@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from backends import BACKEND
+from backends import BACKEND, PATIENCE
 from images import Images
 from other_client import OtherClient
 from policies import enclave_policy
@@ -201,7 +201,7 @@ def test_revoking_reaches_a_call_that_is_inside(broker: StartBroker, policy: str
         thread = threading.Thread(target=body)
         thread.start()
         assert inside.wait(30)
-        done = admin.revoke(grant=enclave.grant, grace=2.0)
+        done = admin.revoke(grant=enclave.grant, grace=2.0 * PATIENCE)
         thread.join(60)
         assert [type(error) for error in errors] == [teemate.Revoked]
         assert (done.grants, done.cleared, done.leaked) == (1, 1, 0)

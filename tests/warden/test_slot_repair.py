@@ -18,7 +18,7 @@ import warden_wire as wire
 from backends import BACKEND, sim_only
 from warden_harness import Client, Enclave, Warden
 
-from teemate._native import lib
+from teemate._native import ffi, lib
 
 SLOT, OTHER = 2, 3
 KEY = bytes(range(1, 17))
@@ -288,6 +288,51 @@ def test_a_repair_tells_what_had_interrupted_the_slot(started: Warden, enclave: 
     assert (reply.status, reply.result.cssa) == (0, 1)
     assert reply.result.exitinfo == 0 | 3 << 8 | 1 << 31  # #DE, hardware, valid
     assert 0 < reply.result.rip < enclave.size
+    works_as_new(started, enclave)
+
+
+def die_at_the_gate(enclave: Enclave) -> None:
+    """Knock without a key, again and again, and be killed: with luck inside, which costs the slot a frame."""
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            client = Client(enclave)
+            assert lib.teemate_map_tcs(client.handle, enclave.tcs[SLOT], ffi.NULL) == 0
+            regs, run = ffi.new("struct teemate_regs *"), ffi.new("struct sgx_enclave_run *")
+            os.write(theirs, b"x")
+            while True:
+                lib.teemate_enter(client.handle, enclave.tcs[SLOT], regs, 2, 0, run)
+        finally:
+            os._exit(1)
+    os.close(theirs)
+    assert os.read(ours, 1) == b"x"
+    os.close(ours)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    word = enclave.tcs_word(SLOT) if BACKEND == "sim" else 0
+    if word & 1:  # a processor does so by itself
+        enclave.set_tcs_word(SLOT, (word & 0xFFFF00) + 0x100)
+
+
+def test_a_slot_in_which_somebody_died_until_no_frame_was_left_comes_back(
+    started: Warden, enclave: Enclave
+) -> None:
+    arm(started, enclave)
+    with holding(enclave, PAUSED):
+        pass
+    deaths = 0
+    while started.probe(SLOT).status == 0:
+        die_at_the_gate(enclave)
+        deaths += 1
+        assert deaths < 500
+    print(f"{deaths} deaths at the gate, {NSSA - 1} of them inside")
+    clear(started, enclave)
+    reply = started.repair(SLOT, 1, dead=False)
+    assert (reply.entered, reply.status) == (0, -errno.EBUSY), "of a living holder nobody could tell"
+    reply = started.repair(SLOT, 1, dead=True)
+    assert (reply.entered, reply.status, reply.text) == (1, 0, b"")
+    assert reply.repaired == reply.result.cssa == NSSA
     works_as_new(started, enclave)
 
 
