@@ -29,27 +29,21 @@ import json
 import os
 import resource
 import select
-import shutil
 import signal
 import socket
-import struct
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["KEEPER_FD_NAME", "LISTENER", "REFUSED", "Keeper", "main"]
+from teemate.broker.kept import CAPACITY, FIRST_FD, MAX_FDS, Kept, Stored, inherited
+
+__all__ = ["KEEPER_FD_NAME", "REFUSED", "Keeper", "main"]
 
 REFUSED = 78
 """Exit status of a worker that does not understand what was kept (EX_CONFIG of sysexits.h)."""
 KEEPER_FD_NAME = "keeper"
 """Name of the pipe that a worker gets; its other end closes with the keeper."""
-LISTENER = "listener"
-"""Name of the socket that the worker bound: its path goes when the keeper ends."""
-CAPACITY = 4096
-"""Descriptors that are kept at most."""
-_FIRST_FD = 3
 _FAILURES = 6
 """Workers in a row that died before they were ready; then the keeper holds."""
 _SHORT = 1.0
@@ -59,16 +53,8 @@ _LAST_PAUSE = 5.0
 """Seconds before the start after a failure: doubled for each further one, up to the last."""
 _PATIENCE = 30.0
 """Seconds that a worker may take to end, and processes that it left."""
-_CREDENTIALS = struct.Struct("3i")
-_MAX_FDS = 253  # SCM_MAX_FD
-_MAX_MESSAGE = 4096
 _PR_SET_CHILD_SUBREAPER = 36
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
-
-
-class _Stored(NamedTuple):
-    name: str
-    fd: int
 
 
 class _Successor(NamedTuple):
@@ -82,7 +68,7 @@ class Keeper:
     def __init__(self, command: list[str], *, json_log: bool = False) -> None:
         self._command = command
         self._json = json_log
-        self._stored = _inherited()
+        self._kept = Kept(inherited(), self._log)
         self._worker: int | None = None
         self._successor: _Successor | None = None
         self._ready = False
@@ -96,11 +82,6 @@ class Keeper:
         self._upgrading = False
         self._discard = False
         self._exit_status = 0
-        self._folder = Path(tempfile.mkdtemp(prefix="teemate-keeper-"))
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self._socket.setblocking(False)
-        self._socket.bind(str(self._folder / "notify"))
         self._alive, self._alive_here = os.pipe2(os.O_CLOEXEC)
         self._upstream = os.environ.pop("NOTIFY_SOCKET", "")
         self._signals, self._signals_in = socket.socketpair()
@@ -116,18 +97,18 @@ class Keeper:
         for number in _SIGNALS:
             signal.signal(number, lambda *_: None)
         poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
+        poll.register(self._kept.socket, select.POLLIN)
         poll.register(self._signals, select.POLLIN)
         try:
             while not self._ending or self._worker is not None:
                 for fd, _ in poll.poll(self._patience()):
-                    if fd == self._socket.fileno():
+                    if fd == self._kept.socket.fileno():
                         self._read_messages()
                     else:
                         self._read_signals()
                 self._act_on_time()
         finally:
-            self._clean_up()
+            self._kept.close()
         return self._exit_status
 
     def _patience(self) -> float | None:
@@ -188,7 +169,7 @@ class Keeper:
 
     def _start(self) -> None:
         """Start a worker with everything that is kept."""
-        kept = self._kept()
+        kept = self._everything()
         command = self._command + (["--discard-state"] if self._discard else [])
         listen = {"LISTEN_FDS": str(len(kept)), "LISTEN_FDNAMES": ":".join(stored.name for stored in kept)}
         self._begin(self._fork(command, listen, [stored.fd for stored in kept]))
@@ -196,14 +177,14 @@ class Keeper:
     def _begin(self, pid: int) -> None:
         self._discard = self._ready = self._upgrading = False
         self._worker = pid
-        self._log("info", "worker started", pid=pid, kept=len(self._stored))
+        self._log("info", "worker started", pid=pid, kept=len(self._kept.stored))
 
-    def _kept(self) -> list[_Stored]:
-        return [_Stored(KEEPER_FD_NAME, self._alive), *self._stored]
+    def _everything(self) -> list[Stored]:
+        return [Stored(KEEPER_FD_NAME, self._alive), *self._kept.stored]
 
     def _fork(self, command: list[str], listen: dict[str, str], fds: list[int]) -> int:
         environment = {
-            **os.environ, **listen, "NOTIFY_SOCKET": str(self._folder / "notify"), "FDSTORE": str(CAPACITY)
+            **os.environ, **listen, "NOTIFY_SOCKET": self._kept.address, "FDSTORE": str(CAPACITY)
         }  # fmt: skip
         # A signal for the worker must not meet our handlers in the moment before its exec.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -229,13 +210,13 @@ class Keeper:
         if self._successor is None or self._discard:
             self._drop_successor()
             return False
-        kept, (pid, sock) = self._kept(), self._successor
+        kept, (pid, sock) = self._everything(), self._successor
         self._successor = None
         with sock:
             try:
-                for start in range(0, len(kept), _MAX_FDS):
-                    part = kept[start : start + _MAX_FDS]
-                    message = {"names": [name for name, _ in part], "more": start + _MAX_FDS < len(kept)}
+                for start in range(0, len(kept), MAX_FDS):
+                    part = kept[start : start + MAX_FDS]
+                    message = {"names": [name for name, _ in part], "more": start + MAX_FDS < len(kept)}
                     rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd for _, fd in part]))
                     sock.sendmsg([json.dumps(message).encode()], [rights], socket.MSG_NOSIGNAL)
             except OSError:  # it has ended: we hear of that
@@ -279,7 +260,7 @@ class Keeper:
         elif self._upgrading:
             self._start_at = now
         elif self._ready:
-            self._log("warning", "worker ended", pid=pid, how=how, kept=len(self._stored))
+            self._log("warning", "worker ended", pid=pid, how=how, kept=len(self._kept.stored))
             # SIGKILL comes from outside, and says nothing of the next worker.
             short = code != -signal.SIGKILL and now - self._ready_at < _SHORT
             self._short_lives = self._short_lives + 1 if short else 0
@@ -304,7 +285,7 @@ class Keeper:
         """Start nothing any more, but keep everything: the enclaves live as long as their descriptors."""
         self._log(
             "error", "no worker runs",
-            reason=why, kept=len(self._stored),
+            reason=why, kept=len(self._kept.stored),
             advice=f"enclaves are kept: mend the cause and `kill -HUP {os.getpid()}`, or throw them away"
             f" and begin anew with `kill -USR1 {os.getpid()}`",
         )  # fmt: skip
@@ -344,53 +325,16 @@ class Keeper:
     # -- messages of the worker --------------------------------------------------------
 
     def _read_messages(self) -> None:
-        space = socket.CMSG_SPACE(_MAX_FDS * 4) + socket.CMSG_SPACE(_CREDENTIALS.size)
-        while True:
-            try:
-                data, ancillary, flags, _ = self._socket.recvmsg(_MAX_MESSAGE, space, socket.MSG_CMSG_CLOEXEC)
-            except BlockingIOError:
-                return
-            fds = array.array("i")
-            sender = None
-            for level, kind, payload in ancillary:
-                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                    fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-                elif level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
-                    sender = _CREDENTIALS.unpack(payload[: _CREDENTIALS.size])[0]
-            left = list(fds)
-            try:
-                if sender is None or sender != self._worker:
-                    self._log("warning", "message not heeded", pid=sender, reason="it is not from the worker")
-                elif flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-                    self._log("warning", "message not heeded", pid=sender, reason="it is too long")
-                else:
-                    self._heed(data.decode("utf-8", "replace"), left)
-            finally:
-                for fd in left:  # those of BARRIER=1 too: closing it is the answer
-                    os.close(fd)
-
-    def _heed(self, text: str, fds: list[int]) -> None:
-        """Do what a message asks for; descriptors that are kept are taken out of `fds`."""
-        message = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
-        name = message.get("FDNAME", "stored")
-        if message.get("FDSTOREREMOVE") == "1":
-            for stored in [stored for stored in self._stored if stored.name == name]:
-                self._stored.remove(stored)
-                os.close(stored.fd)
-        elif message.get("FDSTORE") == "1":
-            while fds and len(self._stored) < CAPACITY:
-                self._stored.append(_Stored(name, fds.pop(0)))
-            if fds:
-                self._log("warning", "descriptor not kept", name=name, reason=f"{CAPACITY} are kept already")
-        if message.get("READY") == "1":
-            self._ready = self._was_ready = True
-            self._ready_at = time.monotonic()
-            self._failures = 0
-            self._notify_upstream("READY=1")
-            if self._successor is None and not self._ending and not self._upgrading:
-                self._start_successor()
-        if "STATUS" in message:
-            self._notify_upstream(f"STATUS={message['STATUS']}")
+        for message in self._kept.read(self._worker):
+            if message.get("READY") == "1":
+                self._ready = self._was_ready = True
+                self._ready_at = time.monotonic()
+                self._failures = 0
+                self._notify_upstream("READY=1")
+                if self._successor is None and not self._ending and not self._upgrading:
+                    self._start_successor()
+            if "STATUS" in message:
+                self._notify_upstream(f"STATUS={message['STATUS']}")
 
     def _notify_upstream(self, state: str) -> None:
         """Pass it on to whoever started us and wants to know; one who does not listen must not hold us up."""
@@ -400,16 +344,6 @@ class Keeper:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.connect(address)
             sock.send(state.encode(), socket.MSG_DONTWAIT)
-
-    # -- the end --------------------------------------------------------------------
-
-    def _clean_up(self) -> None:
-        for stored in self._stored:
-            if stored.name == LISTENER:
-                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(stored.fd)) as listener:
-                    os.unlink(listener.getsockname())
-            os.close(stored.fd)
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _log(self, level: str, event: str, **about: object) -> None:
         """One line, as the worker's log has them; no library for what has to be up always."""
@@ -424,17 +358,6 @@ class Keeper:
             os.write(2, (line + "\n").encode())
 
 
-def _inherited() -> list[_Stored]:
-    """Sockets that a service manager started us with: every worker gets them."""
-    count = int(os.environ.get("LISTEN_FDS") or 0)
-    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
-    if os.environ.get("LISTEN_PID") not in (None, str(os.getpid())):
-        return []
-    for fd in range(_FIRST_FD, _FIRST_FD + count):
-        os.set_inheritable(fd, False)
-    return [_Stored(names[i] if len(names) == count else "", _FIRST_FD + i) for i in range(count)]
-
-
 def _pause(failures: int) -> float:
     """Seconds to wait after so many failures in a row."""
     return min(_LAST_PAUSE, _FIRST_PAUSE * 2.0 ** (failures - 1)) if failures > 0 else 0.0
@@ -442,9 +365,9 @@ def _pause(failures: int) -> float:
 
 def _become(command: list[str], environment: dict[str, str], fds: list[int]) -> None:
     """Turn this child into a worker with `fds` from number 3 on."""
-    free = _FIRST_FD + len(fds)
+    free = FIRST_FD + len(fds)
     aside = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, free) for fd in fds]
-    for number, fd in enumerate(aside, _FIRST_FD):
+    for number, fd in enumerate(aside, FIRST_FD):
         os.dup2(fd, number, inheritable=True)
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_DFL)

@@ -22,7 +22,8 @@ from structlog.typing import FilteringBoundLogger
 from teemate import errors
 from teemate.broker.audit import configure_log
 from teemate.broker.descriptor_store import DescriptorStore
-from teemate.broker.keeper import KEEPER_FD_NAME, LISTENER, REFUSED
+from teemate.broker.keeper import KEEPER_FD_NAME, REFUSED
+from teemate.broker.kept import FIRST_FD, LISTENER
 from teemate.broker.policy import Policy, PolicyError, load_policy
 from teemate.broker.restoration import Found, read_found
 from teemate.broker.server import Server, bind, listens
@@ -38,7 +39,6 @@ from teemate.broker.snapshot import SnapshotError
 
 __all__ = ["main"]
 
-_FIRST_FD = 3
 _DEFAULT_CONFIG = Path("/etc/teemate/broker.toml")
 
 
@@ -160,8 +160,8 @@ def main(
         )
     log = configure_log(log_format)
     if successor:  # everything is loaded; nothing of the host is looked at before it is our turn
-        with socket.socket(fileno=_FIRST_FD) as keepers:
-            os.set_inheritable(_FIRST_FD, False)
+        with socket.socket(fileno=FIRST_FD) as keepers:
+            os.set_inheritable(FIRST_FD, False)
             inherited = await_turn(keepers)
         if not inherited:
             sys.exit(0)

@@ -12,9 +12,9 @@ import os
 import socket
 from typing import NamedTuple
 
-__all__ = ["Inherited", "await_turn", "inherited_descriptors", "notify", "notify_address"]
+from teemate.broker.kept import FIRST_FD, MAX_FDS
 
-_FIRST_FD = 3
+__all__ = ["Inherited", "await_turn", "inherited_descriptors", "notify", "notify_address"]
 
 
 class Inherited(NamedTuple):
@@ -34,8 +34,8 @@ def inherited_descriptors() -> list[Inherited]:
         os.environ.pop(variable, None)
     found = []
     for index in range(count):
-        os.set_inheritable(_FIRST_FD + index, False)
-        found.append(Inherited(names[index] if len(names) == count else "", _FIRST_FD + index))
+        os.set_inheritable(FIRST_FD + index, False)
+        found.append(Inherited(names[index] if len(names) == count else "", FIRST_FD + index))
     return found
 
 
@@ -46,7 +46,7 @@ def await_turn(sock: socket.socket) -> list[Inherited]:
     """
     found: list[Inherited] = []
     while True:
-        data, ancillary, _, _ = sock.recvmsg(65536, socket.CMSG_SPACE(253 * 4), socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, _, _ = sock.recvmsg(65536, socket.CMSG_SPACE(MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC)
         if not data:
             return []
         message = json.loads(data)
