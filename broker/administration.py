@@ -64,7 +64,9 @@ class Administration:
         wanted = [
             policy
             for policy in service.policy.enclaves
-            if policy.start == "boot" and policy.name not in service.enclaves
+            if policy.start == "boot"
+            and policy.name not in service.enclaves
+            and not service.lifecycle.emptied
         ]
         self.building.update(policy.name for policy in wanted)
         for policy in wanted:

@@ -30,22 +30,25 @@ if TYPE_CHECKING:
     from teemate.broker.clients import Client
     from teemate.broker.service import Service
 
-__all__ = ["Lifecycle", "LifecycleStatistics"]
+__all__ = ["Lifecycle", "LifecycleStatistics", "StoredEnclave"]
 
 DEADLINE = 30.0
 """Seconds that the holders get unless the request says otherwise."""
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class _Stored:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredEnclave:
     """An enclave that was taken down to empty the host; it owns source and charge."""
 
+    serial: int
     policy: EnclavePolicy
     backend: str
     source: ImageSource
     charge: Charge | None
     generation: int
+    payer: int | None
+    maker: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +65,7 @@ class Lifecycle:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._stored: dict[str, _Stored] = {}
+        self._stored: dict[str, StoredEnclave] = {}
         self.emptied = ""
         """Why no enclave is made: the host is being emptied, or is empty."""
 
@@ -79,6 +82,7 @@ class Lifecycle:
             service.require_administrator(client, "drain all")
             enclaves = [enclave for enclave in service.enclaves.values() if not enclave.ending]
             self.emptied = f"the host is being emptied by uid {client.identity.uid}"
+            service.state.write_emptied(self.emptied)
         else:
             enclaves = [self._owned(client, args.enclave, "drain")]
         return self._drain(client, args, enclaves)
@@ -123,6 +127,7 @@ class Lifecycle:
         """No new grants from here on; who waits for slots hears at once that none will come."""
         first = not enclave.drained
         enclave.drained = reason
+        enclave.on_change(enclave)
         if enclave.state in (EnclaveState.READY, EnclaveState.DRAINING):
             enclave.state = EnclaveState.DRAINING
             enclave.reason = reason
@@ -164,8 +169,13 @@ class Lifecycle:
             service.log.warning("enclave not taken down", enclave=name, reason="its image was not kept")
             return False
         charge, enclave.charge = enclave.charge, None
-        self._stored[name] = _Stored(enclave.policy, enclave.backend, source, charge, enclave.generation)
+        stored = self._stored[name] = StoredEnclave(
+            serial=service.state.next_number("enclave"), policy=enclave.policy, backend=enclave.backend,
+            source=source, charge=charge, generation=enclave.generation, payer=enclave.payer,
+            maker=enclave.maker,
+        )  # fmt: skip
         del service.enclaves[name]
+        await service.state.keep_stored(stored)
         await service.administration.take_down(enclave)
         service.log.info(
             "enclave taken down", enclave=name, generation=enclave.generation, reason=enclave.drained
@@ -181,6 +191,7 @@ class Lifecycle:
             service.require_administrator(client, "undrain all")
             enclaves = [enclave for enclave in service.enclaves.values() if enclave.drained]
             self.emptied = ""
+            service.state.write_emptied("")
             stored = list(self._stored)
         elif args.enclave in self._stored:
             service.require_administrator(client, "undrain")
@@ -218,6 +229,7 @@ class Lifecycle:
         if not enclave.drained:
             return
         enclave.drained = ""
+        enclave.on_change(enclave)
         if enclave.state is EnclaveState.DRAINING and not enclave.ending:
             enclave.state = EnclaveState.READY
             enclave.reason = ""
@@ -245,8 +257,16 @@ class Lifecycle:
         finally:
             service.administration.building.discard(name)
         enclave.source, enclave.charge = stored.source, stored.charge
+        enclave.payer, enclave.maker = stored.payer, stored.maker
+        enclave.requested = stored.payer is not None
         service.administration.open(enclave)
+        service.state.write_enclaves()
+        await service.state.drop_stored(stored.serial)
         return ""
+
+    def restore(self, stored: StoredEnclave) -> None:
+        """Keep what the last broker kept of an enclave that it had taken down."""
+        self._stored[stored.policy.name] = stored
 
     def close(self) -> None:
         """The broker ends: close what is kept of enclaves that were taken down."""

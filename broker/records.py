@@ -20,16 +20,20 @@ from teemate.broker.snapshot import DamagedSnapshotError
 if TYPE_CHECKING:
     from teemate.broker.clients import Client
     from teemate.broker.grants import Grant
+    from teemate.broker.lifecycle import StoredEnclave
 
 __all__ = [
     "ClientRecord",
     "EnclaveRecord",
     "GrantRecord",
     "SlotRecord",
+    "StoredRecord",
     "client_content",
     "enclave_content",
     "read_client",
     "read_enclave",
+    "read_stored",
+    "stored_content",
 ]
 
 T = TypeVar("T")
@@ -63,6 +67,22 @@ class EnclaveRecord:
     def with_descriptors(self, fd: int, arena: int) -> Built:
         """Return the geometry with the descriptors that were kept; the result owns them."""
         return Built(fd=fd, arena=arena, **self.built)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredRecord:
+    """An enclave that was taken down to empty the host, with its image's descriptor."""
+
+    serial: int
+    policy: EnclavePolicy
+    backend: str
+    pages: int
+    generation: int
+    payer: int | None
+    maker: tuple[int, int]
+    sigstruct: bytes
+    origin: str
 
 
 @final
@@ -136,6 +156,19 @@ def enclave_content(enclave: Enclave) -> dict[str, object]:
         "drained": enclave.drained,
         "retired": enclave.retired,
         "ending": enclave.ending,
+    }
+
+
+def stored_content(stored: StoredEnclave) -> dict[str, object]:
+    """Return the record of an enclave that was taken down to empty the host."""
+    return {
+        "policy": _policy_content(stored.policy),
+        "backend": stored.backend,
+        "pages": stored.charge.amount if stored.charge is not None else 0,
+        "generation": stored.generation,
+        "payer": stored.payer,
+        "maker": stored.maker,
+        "made_from": (stored.source.sigstruct, stored.source.origin),
     }
 
 
@@ -237,6 +270,33 @@ def read_enclave(serial: int, content: Mapping[str, Any]) -> EnclaveRecord:
         return record
 
     return _read("enclave", serial, make)
+
+
+def read_stored(serial: int, content: Mapping[str, Any]) -> StoredRecord:
+    """Return the record of an enclave that was taken down to empty the host.
+
+    Raises
+    ------
+    DamagedSnapshotError
+
+    """
+
+    def make() -> StoredRecord:
+        client, request = content["maker"]
+        sigstruct, origin = content["made_from"]
+        return StoredRecord(
+            serial=serial,
+            policy=_read_policy(content["policy"]),
+            backend=content["backend"],
+            pages=content["pages"],
+            generation=content["generation"],
+            payer=content["payer"],
+            maker=(client, request),
+            sigstruct=sigstruct,
+            origin=origin,
+        )
+
+    return _read("stored enclave", serial, make)
 
 
 def _read_policy(content: Mapping[str, Any]) -> EnclavePolicy:

@@ -20,14 +20,23 @@ from teemate.broker.control import ControlKey, SlotKey
 from teemate.broker.enclaves import Enclave, EnclaveState
 from teemate.broker.grants import Grant
 from teemate.broker.identity import Peer, reopen_process
+from teemate.broker.lifecycle import StoredEnclave
 from teemate.broker.limits import Resource
 from teemate.broker.policy import EnclavePolicy
-from teemate.broker.records import ClientRecord, EnclaveRecord, GrantRecord, read_client, read_enclave
+from teemate.broker.records import (
+    ClientRecord,
+    EnclaveRecord,
+    GrantRecord,
+    StoredRecord,
+    read_client,
+    read_enclave,
+    read_stored,
+)
 from teemate.broker.service_manager import Inherited
 from teemate.broker.slots import SlotState
 from teemate.broker.snapshot import DamagedSnapshotError, Snapshot
 from teemate.broker.source import ImageSource
-from teemate.broker.state import COUNTERS, SNAPSHOT, arena_name, enclave_name, image_name
+from teemate.broker.state import COUNTERS, EMPTIED, SNAPSHOT, arena_name, enclave_name, image_name
 from teemate.broker.warden import EnclaveBrokenError, EnclaveGoneError, WardenError
 
 if TYPE_CHECKING:
@@ -45,6 +54,8 @@ class Found:
     descriptors: dict[str, int] = field(default_factory=dict)
     enclaves: list[EnclaveRecord] = field(default_factory=list)
     clients: dict[int, ClientRecord] = field(default_factory=dict)
+    stored: list[StoredRecord] = field(default_factory=list)
+    emptied: str = ""
 
 
 def read_found(kept: list[Inherited]) -> Found:
@@ -70,6 +81,10 @@ def read_found(kept: list[Inherited]) -> Found:
             found.enclaves.append(read_enclave(number, content))
         elif kind == "client":
             found.clients[number] = read_client(number, content)
+        elif kind == "stored":
+            found.stored.append(read_stored(number, content))
+        elif kind == EMPTIED.kind:
+            found.emptied = str(content["reason"])
         elif kind != COUNTERS.kind:
             raise DamagedSnapshotError(f"the state that was kept has a record of {kind!r}")
     return found
@@ -96,6 +111,9 @@ class Restoration:
         """Make the objects; nobody is asked for anything."""
         for record in self._found.enclaves:
             self._place_enclave(record)
+        for stored in self._found.stored:
+            self._place_stored(stored)
+        self._service.lifecycle.emptied = self._found.emptied
         for number, client in self._found.clients.items():
             self._place_client(number, client)
 
@@ -137,6 +155,24 @@ class Restoration:
             enclave.retired = True
         else:
             service.enclaves[enclave.name] = enclave
+
+    def _place_stored(self, record: StoredRecord) -> None:
+        service = self._service
+        image = self._found.descriptors.get(image_name(record.serial))
+        if image is None or record.policy.name in service.enclaves:
+            # It was not taken down yet, or is built again: what was kept for that is a leftover.
+            self._dropped.append(record.serial)
+            return
+        del self._found.descriptors[image_name(record.serial)]
+        charge = None
+        if record.payer is not None:
+            charge = service.ledger.account(record.payer).owe(Resource.PAGES, record.pages)
+        stored = StoredEnclave(
+            serial=record.serial, policy=record.policy, backend=record.backend, charge=charge,
+            source=ImageSource(image, record.sigstruct, record.origin), generation=record.generation,
+            payer=record.payer, maker=record.maker,
+        )  # fmt: skip
+        service.lifecycle.restore(stored)
 
     def _policy(self, record: EnclaveRecord) -> EnclavePolicy:
         """What the policy's file says now; what a client had made keeps what only the client said."""
@@ -238,6 +274,7 @@ class Restoration:
             self._service.log.info("leftover of the last broker dropped", serial=serial)
             await state.drop_descriptors(serial)
             state.erase("enclave", serial)
+            state.erase("stored", serial)
 
     async def _recover_enclave(self, enclave: Enclave) -> None:
         service = self._service

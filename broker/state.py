@@ -16,20 +16,31 @@ import trio
 
 from teemate.broker.descriptor_store import DescriptorStore
 from teemate.broker.identity import start_time
-from teemate.broker.keeper import LISTENER
-from teemate.broker.records import client_content, enclave_content
+from teemate.broker.kept import LISTENER
+from teemate.broker.records import client_content, enclave_content, stored_content
 from teemate.broker.snapshot import Name, Snapshot, SnapshotStatistics
 
 if TYPE_CHECKING:
     from teemate.broker.clients import Client
     from teemate.broker.enclaves import Enclave
+    from teemate.broker.lifecycle import StoredEnclave
     from teemate.broker.source import ImageSource
 
-__all__ = ["COUNTERS", "SNAPSHOT", "State", "StateStatistics", "arena_name", "enclave_name", "image_name"]
+__all__ = [
+    "COUNTERS",
+    "EMPTIED",
+    "SNAPSHOT",
+    "State",
+    "StateStatistics",
+    "arena_name",
+    "enclave_name",
+    "image_name",
+]
 
 SNAPSHOT = "snapshot"
 """The snapshot's name in the store."""
 COUNTERS = Name("counters", 0)
+EMPTIED = Name("emptied", 0)
 _BLOCK = 1024
 """Numbers that are taken from the record at once: those that were left when the broker died are skipped."""
 _OUTCOMES = 1024
@@ -217,6 +228,27 @@ class State:
             await self._wake.wait()
             self._wake = trio.Event()
             self.write_enclaves()
+
+    # -- of an emptied host ----------------------------------------------------------
+
+    def write_emptied(self, reason: str) -> None:
+        """Write that the host is being emptied, or with no reason that it is not."""
+        if self._snapshot is not None:
+            self._snapshot.write(EMPTIED, {"reason": reason})
+
+    async def keep_stored(self, stored: StoredEnclave) -> None:
+        """Keep what an enclave is built from that is about to be taken down."""
+        if self._store is not None and self._snapshot is not None:
+            await self._store.put(image_name(stored.serial), stored.source.fd)
+            await self._store.confirm()
+            self._snapshot.write(Name("stored", stored.serial), stored_content(stored))
+
+    async def drop_stored(self, serial: int) -> None:
+        """Forget what was kept: the enclave is there again."""
+        await self.drop_descriptors(serial)
+        self.erase("stored", serial)
+
+    # -- records that are due ----------------------------------------------------------
 
     def write_enclaves(self) -> None:
         """Write the records of the enclaves that have changed."""

@@ -450,3 +450,73 @@ def test_two_clients_never_have_one_slot_after_restarts_under_load(
         assert len(holders) == 8
     with raw_client(kept.socket) as other:
         assert counts(other)["used"] == 8
+
+
+def test_a_host_that_was_emptied_stays_empty_and_its_enclaves_come_back_when_asked_for(
+    broker: Broker, vault_policy: Policy, images: Images, connect: Connect
+) -> None:
+    kept = broker(vault_policy(more=f"[[create]]\nuid = {os.geteuid()}\n"), keeper=True)
+    client = connect(kept)
+    with images.vault.sgxs.open("rb") as image:
+        sigstruct = images.vault.sigstruct.read_bytes()
+        made = client.ok("create", (image.fileno(),), name="mine", sigstruct=sigstruct)
+    assert stored(client) == 2 + 2 * 3
+    told = client.ok("drain", all=True)["enclaves"]
+    assert [enclave["emptied"] for enclave in told] == [True, True]
+    assert stored(client) == 2 + 2  # what they are built from
+    for _ in range(2):
+        kept.kill_worker()
+        client.reconnect()
+        await_log(kept, "ready")
+        assert client.ok("enclaves")["enclaves"] == []
+        client.fails("attach", "draining", enclave="vault")
+        assert stored(client) == 4
+    assert sorted(client.ok("undrain", all=True)["enclaves"]) == ["mine", "vault"]
+    client.ok("attach", enclave="vault")
+    assert stored(client) == 2 + 2 * 3
+    kept.kill_worker()
+    client.reconnect()
+    infos = {info["name"]: info for info in client.ok("enclaves")["enclaves"]}
+    assert infos["mine"]["generation"] == infos["vault"]["generation"] == 2
+    assert infos["mine"]["mrenclave"] == made["mrenclave"]
+    (users,) = client.ok("stats")["stats"]["users"]
+    assert users["used"]["pages"] == made["pages"]
+
+
+def test_a_drained_enclave_stays_drained(kept: RunningBroker, connect: Connect) -> None:
+    client = connect(kept)
+    grant = client.ok("attach", enclave="vault")["grant"]
+    client.ok("drain", enclave="vault", deadline=0)
+    assert client.event()["event"] == "draining"
+    kept.kill_worker()
+    client.reconnect()
+    assert client.event()["event"] == "draining"
+    client.fails("attach", "draining", enclave="vault")
+    client.ok("undrain", enclave="vault")
+    client.ok("detach", grant=grant, clean=True)
+    take_all(client)
+
+
+def test_slots_in_quarantine_stay_there(broker: Broker, images: Images, connect: Connect) -> None:
+    policy = (
+        f'[administrators]\nuids = [0]\n[[enclave]]\nname = "bare"\nimage = "{images.bare.sgxs}"\n'
+        f'sigstruct = "{images.bare.sigstruct}"\nrequire_sdk = false\n'
+        f"[[enclave.attach]]\nuid = {os.geteuid()}\n"
+    )
+    kept = broker(policy, keeper=True)
+    client = connect(kept)
+    grants = [client.ok("attach", enclave="bare", slots=1)["grant"] for _ in range(2)]
+    client.ok("detach", grant=grants[0], clean=True)
+    while counts(client)["quarantined"] != 1:
+        pass
+    kept.kill_worker()
+    client.reconnect()
+    before = counts(client)
+    assert before["quarantined"] == 1
+    assert before["used"] == 1
+    # The other is given back while nobody sees it: its image has nothing that could scrub it.
+    number = client.post("detach", grant=grants[1], clean=True)
+    client.reply(number)
+    kept.kill_worker()
+    client.reconnect()
+    assert counts(client)["quarantined"] == 2
