@@ -139,8 +139,9 @@ def test_nothing_of_a_call_is_left_in_its_slot_for_the_next_holder(
         planted = observer.sees(index)
         assert planted.stack >= 1024
         assert planted.thread_data >= 128
-        # Only an asynchronous exit saves registers: without one there is nothing to be scrubbed there.
-        assert (planted.xsave > 0, planted.registers > 0) == ((how == "interrupted",) * 2)
+        if how == "interrupted":  # by an asynchronous exit: others may have had one too, or not
+            assert planted.xsave > 0
+            assert planted.registers > 0
         end(process, connect(running))
         found = observer.takes_over(index)
     assert found == NOTHING
