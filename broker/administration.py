@@ -104,9 +104,7 @@ class Administration:
     def _check_create(self, client: Client, args: Create) -> tuple[EnclavePolicy, list[CreateRule]]:
         """Who asks, and for what name: what can be refused before the image is looked at."""
         service, identity = self._service, client.identity
-        rules = [rule for rule in service.policy.create if rule.who.matches(identity, service.cgroup_tree)]
-        if not rules:
-            raise service.denied(client, "create", "[[create]] for this process")
+        rules = self.create_rules(client, "create")
         owner = identity.uid if args.owner is None else args.owner
         if owner != identity.uid:
             service.require_administrator(client, "create for another owner")
@@ -139,9 +137,7 @@ class Administration:
             )
             backend = (await trio.to_thread.run_sync(choose_backend, wanted)).backend
             facts = await trio.to_thread.run_sync(measure_image, source.fd, source.sigstruct)
-            reasons = [reason for rule in rules if (reason := _refusal(rule, facts, args.debug))]
-            if len(reasons) == len(rules):
-                raise service.denied(client, "create", "; ".join(reasons))
+            self.require_rule(client, "create", rules, facts, debug=args.debug)
             charge = client.account.charge(Resource.PAGES, facts.pages)
             policy = replace(policy, debug=args.debug, require_sdk=False)
             try:
@@ -156,6 +152,22 @@ class Administration:
             self.building.discard(args.name)
         service.audit.changed(client.identity, client=client.number, operation="create", enclave=enclave.name)
         return Answer(enclave.info())
+
+    def create_rules(self, client: Client, operation: str) -> list[CreateRule]:
+        """Return the policy's [[create]] for this process; raises Denied when there is none."""
+        service, identity = self._service, client.identity
+        rules = [rule for rule in service.policy.create if rule.who.matches(identity, service.cgroup_tree)]
+        if not rules:
+            raise service.denied(client, operation, "[[create]] for this process")
+        return rules
+
+    def require_rule(
+        self, client: Client, operation: str, rules: list[CreateRule], facts: ImageFacts, *, debug: bool
+    ) -> None:
+        """Raise Denied unless the image satisfies all of one of the rules."""
+        reasons = [reason for rule in rules if (reason := _refusal(rule, facts, debug))]
+        if len(reasons) == len(rules):
+            raise self._service.denied(client, operation, "; ".join(reasons))
 
     def _policy_for(self, name: str, owner: int) -> EnclavePolicy:
         """What the policy has for an enclave that is made by request: its own entry, or its owner alone."""
@@ -199,8 +211,12 @@ class Administration:
         charge: Charge | None,
         *,
         generation: int = 1,
+        aside: bool = False,
     ) -> Enclave:
-        """Build, start the warden, arm all slots; takes `charge` over, also when it fails."""
+        """Build, start the warden, arm all slots; takes `charge` over, also when it fails.
+
+        `aside`: another enclave has the name until :meth:`Generations.succeed`, after a restart too.
+        """
         service = self._service
         image_fd, sigstruct = source.fd, source.sigstruct
         base: int | None = None
@@ -219,6 +235,7 @@ class Administration:
                 )
             )
             enclave = Enclave(policy, backend, built, charge, generation=generation)
+            enclave.retired = aside
             undo.pop_all()
         if backend == "sgx":
             others = sum(other.built.pages for other in service.enclaves.values() if other.backend == "sgx")

@@ -59,6 +59,16 @@ class Generations:
         """Return what is set when the next generation is there or was given up; None when none is due."""
         return self._pending.get(name)
 
+    def begin(self, name: str) -> trio.Event:
+        """Have attaches wait while an upgrade builds the next generation; :meth:`finish` ends that."""
+        self._pending[name] = done = trio.Event()
+        return done
+
+    def finish(self, name: str, done: trio.Event) -> None:
+        """The upgrade is over: those that wait attach to what there is."""
+        del self._pending[name]
+        done.set()
+
     def replace(self, enclave: Enclave) -> None:
         """Have the next generation built; the enclave's `reason` says why it has to be."""
         name = enclave.name
@@ -135,9 +145,15 @@ class Generations:
 
     def succeed(self, old: Enclave, new: Enclave) -> None:
         """Put `new` in the place of `old`, with what keeps the old one's account and image."""
-        new.charge, old.charge = old.charge, None
-        new.payer, new.maker, new.requested = old.payer, old.maker, old.requested
+        if new.charge is None:
+            new.charge, old.charge = old.charge, None
+        if new.payer is None:
+            new.payer, new.maker, new.requested = old.payer, old.maker, old.requested
         new.drained = old.drained
+        if new.retired:  # it has everything now: written down before the old one is given up
+            new.retired = False
+            new.on_change(new)
+            self._service.state.write_enclaves()
         if new.source is None:
             new.source, old.source = old.source, None
         self._service.administration.open(new)

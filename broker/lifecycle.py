@@ -84,10 +84,10 @@ class Lifecycle:
             self.emptied = f"the host is being emptied by uid {client.identity.uid}"
             service.state.write_emptied(self.emptied)
         else:
-            enclaves = [self._owned(client, args.enclave, "drain")]
+            enclaves = [self.owned(client, args.enclave, "drain")]
         return self._drain(client, args, enclaves)
 
-    def _owned(self, client: Client, name: str, operation: str) -> Enclave:
+    def owned(self, client: Client, name: str, operation: str) -> Enclave:
         """Return an enclave that the client owns or may administer, and that is not being destroyed."""
         service = self._service
         enclave = service.enclaves.get(name)
@@ -104,7 +104,7 @@ class Lifecycle:
         told: list[dict[str, object]] = []
 
         async def one(enclave: Enclave, deadline: float) -> None:
-            info = await self._drain_one(enclave, deadline, args.force, by)
+            info = await self.drain_one(enclave, deadline, args.force, by)
             if args.enclave is None:
                 info["emptied"] = await self._store(enclave)
             told.append(info)
@@ -112,7 +112,7 @@ class Lifecycle:
         async def run() -> None:
             deadline = trio.current_time() + (DEADLINE if args.deadline is None else args.deadline)
             for enclave in enclaves:
-                self._begin(enclave, f"drained by {by}" + (f": {args.reason}" if args.reason else ""))
+                self.begin(enclave, f"drained by {by}" + (f": {args.reason}" if args.reason else ""))
                 service.audit.changed(
                     client.identity, client=client.number, operation="drain", enclave=enclave.name
                 )
@@ -123,7 +123,7 @@ class Lifecycle:
         await service.revocation.finish_in_background(run)
         return Answer({"enclaves": sorted(told, key=lambda info: str(info["enclave"]))})
 
-    def _begin(self, enclave: Enclave, reason: str) -> None:
+    def begin(self, enclave: Enclave, reason: str) -> None:
         """No new grants from here on; who waits for slots hears at once that none will come."""
         first = not enclave.drained
         enclave.drained = reason
@@ -136,25 +136,34 @@ class Lifecycle:
         if first:
             self._service.tell_holders(enclave, "draining")
 
-    async def _drain_one(self, enclave: Enclave, deadline: float, force: bool, by: str) -> dict[str, object]:
+    async def drain_one(self, enclave: Enclave, deadline: float, force: bool, by: str) -> dict[str, object]:
         service = self._service
         held = len(enclave.grants)
         with trio.move_on_at(deadline):
             await enclave.wait_ungranted()
-        revoked = leaked = 0
+        revoked = leaked = busy = 0
         if enclave.grants and force and enclave.drained:
             grants = [service.grants[number] for number in enclave.grants]
             revoked = len(grants)
             why = f"enclave {enclave.name} is drained"
             counts = await service.revocation.revoke_all(grants, None, by, why)
             leaked = sum(count["leaked"] for count in counts)
-        left = len(enclave.grants)
+            busy = sum(count["busy"] for count in counts)
+        # Who was revoked holds a mapping at most, which `leaked` tells.
+        left = sum(not service.grants[number].revoked for number in enclave.grants)
         if left:
             service.log.warning(
                 "not drained", enclave=enclave.name, grants=left, revoked=revoked, leaked=leaked,
                 reason="the deadline is over; force revokes what is held",
             )  # fmt: skip
-        return {"enclave": enclave.name, "held": held, "revoked": revoked, "left": left, "leaked": leaked}
+        return {
+            "enclave": enclave.name,
+            "held": held,
+            "revoked": revoked,
+            "left": left,
+            "leaked": leaked,
+            "busy": busy,
+        }
 
     # -- emptying the host ---------------------------------------------------------------
 
@@ -199,7 +208,7 @@ class Lifecycle:
                 raise errors.Draining(f"{self.emptied}: undrain with all brings its enclaves back")
             enclaves, stored = [], [args.enclave]
         else:
-            enclaves, stored = [self._owned(client, args.enclave, "undrain")], []
+            enclaves, stored = [self.owned(client, args.enclave, "undrain")], []
         return self._undrain(client, enclaves, stored)
 
     async def _undrain(self, client: Client, enclaves: list[Enclave], stored: list[str]) -> Answer:
@@ -209,7 +218,7 @@ class Lifecycle:
 
         async def run() -> None:
             for enclave in enclaves:
-                self._resume(enclave)
+                self.resume(enclave)
                 back.append(enclave.name)
             for name in stored:
                 reason = await self._restore(name)
@@ -225,7 +234,8 @@ class Lifecycle:
         await service.revocation.finish_in_background(run)
         return Answer({"enclaves": back, "failed": failed})
 
-    def _resume(self, enclave: Enclave) -> None:
+    def resume(self, enclave: Enclave) -> None:
+        """Take one enclave into use again, if it is drained."""
         if not enclave.drained:
             return
         enclave.drained = ""

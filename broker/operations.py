@@ -28,6 +28,7 @@ from teemate.broker.requests import (
     Result,
     Revoke,
     Undrain,
+    Upgrade,
 )
 
 if TYPE_CHECKING:
@@ -193,6 +194,12 @@ def drain(client: Client, args: Drain, _fds: tuple[int, ...]) -> Result:
 def undrain(client: Client, args: Undrain, _fds: tuple[int, ...]) -> Result:
     """Take drained enclaves into use again; the enclave's owner may, and administrators."""
     return client.service.undrain(client, args)
+
+
+@method("upgrade", Upgrade.parse, fds=1)
+def upgrade(client: Client, args: Upgrade, fds: tuple[int, ...]) -> Result:
+    """Replace an enclave by one from another image; its owner may, and administrators."""
+    return client.service.upgrade(client, args, fds[0])
 
 
 @method("revoke", Revoke.parse, changes=True, administrators=True)

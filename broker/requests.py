@@ -31,6 +31,7 @@ __all__ = [
     "Result",
     "Revoke",
     "Undrain",
+    "Upgrade",
     "parse_request",
 ]
 
@@ -353,6 +354,28 @@ class Undrain:
     def parse(cls, untrusted: Arguments) -> Undrain:
         """Check and convert."""
         return cls(_one_or_all(untrusted))
+
+
+@dataclass(frozen=True, slots=True)
+class Upgrade:
+    """Arguments of `upgrade`; the image comes as the message's descriptor."""
+
+    enclave: str
+    sigstruct: bytes
+    deadline: float | None
+    force: bool
+    lose_state: bool
+
+    @classmethod
+    def parse(cls, untrusted: Arguments) -> Upgrade:
+        """Check and convert."""
+        return cls(
+            enclave=untrusted.name("enclave"),
+            sigstruct=untrusted.blob("sigstruct", _SIGSTRUCT_SIZE),
+            deadline=untrusted.seconds("deadline"),
+            force=untrusted.flag("force"),
+            lose_state=untrusted.flag("lose_state"),
+        )
 
 
 @dataclass(frozen=True, slots=True)

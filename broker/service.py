@@ -39,6 +39,7 @@ from teemate.broker.resumption import Resumption
 from teemate.broker.revocation import Revocation
 from teemate.broker.slots import SlotState, Ticket
 from teemate.broker.state import State
+from teemate.broker.upgrade import Upgrades
 
 if TYPE_CHECKING:
     from teemate.broker.clients import Client
@@ -101,6 +102,7 @@ class Service:
         self.generations = Generations(self)
         self.lifecycle = Lifecycle(self)
         self.intruders = Intruders(self)
+        self.upgrades = Upgrades(self)
         self.revocation = Revocation(self)
         self.resumption = Resumption(self)
         self.clients: dict[int, Client] = {}
@@ -573,6 +575,10 @@ class Service:
     def undrain(self, client: Client, args: requests.Undrain) -> requests.Result:
         """See :class:`Lifecycle`."""
         return self.lifecycle.undrain(client, args)
+
+    def upgrade(self, client: Client, args: requests.Upgrade, image_fd: int) -> requests.Result:
+        """See :class:`Upgrades`; the descriptor is its own."""
+        return self.upgrades.upgrade(client, args, image_fd)
 
     def revoke(self, client: Client, args: requests.Revoke) -> requests.Result:
         """See :class:`Revocation`."""

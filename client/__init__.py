@@ -60,6 +60,7 @@ if TYPE_CHECKING:
         Revocation,
         SlotCounts,
         Undrained,
+        Upgraded,
     )
 
 __all__ = [
@@ -97,6 +98,7 @@ __all__ = [
     "SlotCounts",
     "Undrained",
     "Unsupported",
+    "Upgraded",
     "connect",
     "create_enclave",
     "open_broker",
@@ -119,6 +121,7 @@ _LATE = {
     "Slot": "_slot",
     "SlotCounts": "_types",
     "Undrained": "_types",
+    "Upgraded": "_types",
     "connect": "_broker",
     "create_enclave": "_private",
     "open_broker": "_trio",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -13,12 +14,12 @@ from teemate._faults import native_error, new_diag
 from teemate._grant import WAIT, GrantedEnclave
 from teemate._native import ffi, lib
 from teemate._requests import Reply
-from teemate._types import ClientInfo, Drained, EnclaveInfo, Revocation, SlotGrant, Undrained
+from teemate._types import ClientInfo, Drained, EnclaveInfo, Revocation, SlotGrant, Undrained, Upgraded
 from teemate.errors import ImageError, ProtocolError
 from teemate.wire import close_all
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 __all__ = ["Broker", "connect"]
 
@@ -28,6 +29,8 @@ _map_arena = lib.teemate_map_arena
 DRAIN_DEADLINE = 30.0
 FORCE_WAIT = 60.0
 """Seconds that revoking what is left after a deadline may take."""
+UPGRADE_WAIT = 900.0
+"""Seconds that building the new enclave and handing state over may take."""
 _BACKENDS = {"sim": lib.TEEMATE_SIM, "sgx": lib.TEEMATE_SGX}
 
 
@@ -49,6 +52,24 @@ def connect(path: str | os.PathLike[str] | None = None, *, client: str = "") -> 
     """
     where = os.fspath(path) if path is not None else os.environ.get("TEEMATE_SOCKET") or DEFAULT_PATH
     return Broker(Connection(where, client))
+
+
+@contextmanager
+def _image(
+    image: str | os.PathLike[str], sigstruct: bytes | str | os.PathLike[str]
+) -> Iterator[tuple[int, bytes]]:
+    """Yield the descriptor of an image, which is closed afterwards, and its SIGSTRUCT."""
+    try:
+        if not isinstance(sigstruct, bytes):
+            with open(sigstruct, "rb") as file:
+                sigstruct = file.read()
+        fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ImageError(f"cannot read {error.filename}: {error.strerror}", {"step": "read"}) from None
+    try:
+        yield fd, sigstruct
+    finally:
+        os.close(fd)
 
 
 class Broker:
@@ -252,18 +273,33 @@ class Broker:
         args: dict[str, object] = {"name": name, "backend": backend, "debug": debug}
         if owner is not None:
             args["owner"] = owner
-        try:
-            if not isinstance(sigstruct, bytes):
-                with open(sigstruct, "rb") as file:
-                    sigstruct = file.read()
-            fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise ImageError(f"cannot read {error.filename}: {error.strerror}", {"step": "read"}) from None
-        args["sigstruct"] = sigstruct
-        try:
+        with _image(image, sigstruct) as (fd, signature):
+            args["sigstruct"] = signature
             return EnclaveInfo.parse(self._request("create", args, fds=(fd,), wait=300.0))
-        finally:
-            os.close(fd)
+
+    def upgrade(
+        self,
+        name: str,
+        image: str | os.PathLike[str],
+        sigstruct: bytes | str | os.PathLike[str],
+        *,
+        deadline: float = DRAIN_DEADLINE,
+        force: bool = False,
+        lose_state: bool = False,
+    ) -> Upgraded:
+        """Replace an enclave by one from another image, which takes over what the old one keeps.
+
+        The old one is drained first, as :meth:`drain` does it; who attaches meanwhile waits for the new
+        one.  No write to the old one comes after its state was handed over.  When its holders have not left
+        at `deadline` they are revoked with `force`, else :class:`Busy` is raised and nothing was changed.
+        An image without a hand-over is :class:`Unsupported`, unless `lose_state`.
+        """
+        args: dict[str, object] = {"enclave": name, "deadline": deadline, "force": force}
+        args["lose_state"] = lose_state
+        with _image(image, sigstruct) as (fd, signature):
+            args["sigstruct"] = signature
+            ok = self._request("upgrade", args, fds=(fd,), wait=deadline + FORCE_WAIT + UPGRADE_WAIT)
+        return Upgraded.parse(ok)
 
     def destroy(self, name: str, *, force: bool = False) -> int:
         """Destroy an enclave; `force` revokes what is attached first.  Returns how many grants that were."""

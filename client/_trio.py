@@ -26,6 +26,7 @@ from teemate._types import (
     Exit,
     Revocation,
     Undrained,
+    Upgraded,
 )
 
 __all__ = ["AsyncBroker", "AsyncEnclave", "AsyncSlot", "open_broker"]
@@ -243,6 +244,24 @@ class AsyncBroker:
         return await _in_thread(
             self._limiter,
             lambda: self._sync.create(name, image, sigstruct, backend=backend, debug=debug, owner=owner),
+        )
+
+    async def upgrade(
+        self,
+        name: str,
+        image: str | os.PathLike[str],
+        sigstruct: bytes | str | os.PathLike[str],
+        *,
+        deadline: float = DRAIN_DEADLINE,
+        force: bool = False,
+        lose_state: bool = False,
+    ) -> Upgraded:
+        """Replace an enclave by one from another image: :meth:`teemate.Broker.upgrade`."""
+        return await _in_thread(
+            self._limiter,
+            lambda: self.sync.upgrade(
+                name, image, sigstruct, deadline=deadline, force=force, lose_state=lose_state
+            ),
         )
 
     async def destroy(self, name: str, *, force: bool = False) -> int:

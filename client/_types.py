@@ -23,6 +23,7 @@ __all__ = [
     "SlotCounts",
     "SlotGrant",
     "Undrained",
+    "Upgraded",
 ]
 
 
@@ -234,6 +235,26 @@ class Undrained(NamedTuple):
     enclaves: tuple[str, ...]
     failed: dict[str, str]
     """Names with the reason; they stay as they were, for another try."""
+
+
+class Upgraded(NamedTuple):
+    """What took an enclave's place, and what it has of it."""
+
+    generation: int
+    mrenclave: bytes
+    held: int
+    """Grants that were held on the old one when it began."""
+    revoked: int
+    """Of those, how many were taken back at the deadline."""
+    entries: int
+    """What was handed over, as the image counts it."""
+    bytes: int
+    """How many those were, sealed."""
+
+    @classmethod
+    def parse(cls, untrusted: Mapping[str, Any]) -> Upgraded:
+        """Parse the broker's ``upgrade-ok``."""
+        return cls(*[untrusted[field] for field in cls._fields])
 
 
 class EnclaveStatistics(NamedTuple):

@@ -29,6 +29,7 @@ OK_RULES = {
     "destroy": "destroy-ok",
     "drain": "drain-ok",
     "undrain": "undrain-ok",
+    "upgrade": "upgrade-ok",
     "revoke": "revoke-ok",
     "clients": "clients-ok",
     "stats": "stats-ok",

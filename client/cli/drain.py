@@ -1,6 +1,8 @@
-"""`teemate drain`, `teemate undrain` and `teemate destroy`: take enclaves out of use, and back."""
+"""`teemate drain`, `undrain`, `upgrade` and `destroy`: take enclaves out of use, and back."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import click
 
@@ -8,7 +10,7 @@ from .._types import Drained
 from ._output import json_option, print_json
 from ._socket import socket_option
 
-__all__ = ["destroy", "drain", "undrain"]
+__all__ = ["destroy", "drain", "undrain", "upgrade"]
 
 NOT_DRAINED = 7
 """Exit status: the deadline is over and something is held still."""
@@ -101,6 +103,59 @@ def undrain(name: str | None, everything: bool, path: str | None, as_json: bool)
         for enclave, reason in done.failed.items():
             click.echo(f"{enclave}: could not be built again: {reason}", err=True)
     return 1 if done.failed else 0
+
+
+@click.command()
+@click.argument("name")
+@click.argument("image", type=click.Path(path_type=Path))
+@click.argument("sigstruct", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--deadline",
+    type=click.FloatRange(min=0, max=86400),
+    default=30.0,
+    show_default=True,
+    help="Seconds that the holders get to leave.",
+)
+@click.option("--force", is_flag=True, help="Revoke what is held at the deadline.")
+@click.option("--lose-state", is_flag=True, help="Also when an image cannot hand its state over.")
+@socket_option
+@json_option
+def upgrade(
+    name: str,
+    image: Path,
+    sigstruct: Path | None,
+    deadline: float,
+    force: bool,
+    lose_state: bool,
+    path: str | None,
+    as_json: bool,
+) -> None:
+    """Replace an enclave by one from another image, with what the old one keeps.
+
+    SIGSTRUCT is IMAGE with the ending .sig unless given. The new enclave is built beside the old one,
+    which is drained and hands its state over, sealed; who attaches meanwhile gets the new one. When
+    holders do not leave in time and --force is not given, nothing is changed.
+
+    A broker that is started anew builds what its policy says: have that name the new image, too.
+    """
+    from .. import connect
+
+    with connect(path, client="teemate upgrade") as broker:
+        done = broker.upgrade(
+            name,
+            image,
+            sigstruct or image.with_suffix(".sig"),
+            deadline=deadline,
+            force=force,
+            lose_state=lose_state,
+        )
+    if as_json:
+        print_json({**done._asdict(), "mrenclave": done.mrenclave.hex()})
+        return
+    click.echo(
+        f"{name}: generation {done.generation}, MRENCLAVE {done.mrenclave.hex()}: {done.entries} entries"
+        f" handed over, {done.revoked} of {done.held} grants revoked"
+    )
 
 
 @click.command()

@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "revoke": ("teemate.cli.revoke:revoke", "Take grants back."),
     "drain": ("teemate.cli.drain:drain", "Give out no new grants, and wait for the old ones to end."),
     "undrain": ("teemate.cli.drain:undrain", "Take drained enclaves into use again."),
+    "upgrade": ("teemate.cli.drain:upgrade", "Replace an enclave by one from another image."),
     "destroy": ("teemate.cli.drain:destroy", "End an enclave."),
     "image": ("teemate.cli.image:image", "Build, sign, verify and look at enclave images."),
     "enclave": ("teemate.cli.enclave:enclave", "Start writing an enclave of your own."),

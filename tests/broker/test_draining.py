@@ -31,7 +31,7 @@ def test_a_drain_tells_the_holders_and_returns_when_they_have_left(
     holder.ok("detach", grant=first, clean=True)
     holder.ok("detach", grant=second, clean=True)
     (told,) = admin.reply(number)["ok"]["enclaves"]
-    assert told == {"enclave": "vault", "held": 2, "revoked": 0, "left": 0, "leaked": 0}
+    assert told == {"enclave": "vault", "held": 2, "revoked": 0, "left": 0, "leaked": 0, "busy": 0}
     assert state_of(admin) == ("draining", 1)
     assert not holder.events, "one event for each connection, however many grants it holds"
 

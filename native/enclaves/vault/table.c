@@ -300,8 +300,11 @@ static size_t scan_bucket(struct entry *entry, const struct place *prefix, bool 
     return length;
 }
 
-int table_scan(const struct place *prefix, bool with_values, uint8_t *out, size_t room, uint64_t cursor,
-               size_t *length, uint32_t *count, uint64_t *next)
+/* Write the records of a bucket, as scan_bucket(); `what` is the caller's. */
+typedef size_t write_bucket(struct entry *entry, const void *what, uint8_t *out, size_t room, uint32_t *count);
+
+static int walk(write_bucket *write, const void *what, uint8_t *out, size_t room, uint64_t cursor, size_t *length,
+                uint32_t *count, uint64_t *next)
 {
     uint64_t buckets = table.buckets * SHARDS;
     int status = 0;
@@ -319,8 +322,7 @@ int table_scan(const struct place *prefix, bool with_values, uint8_t *out, size_
         /* A few at a time: others wait for this lock. */
         for (unsigned n = 0; cursor < end && n < 256; cursor++, n++) {
             uint32_t some = 0;
-            size_t size = scan_bucket(table.heads[cursor], prefix, with_values, out + *length,
-                                      room - *length, &some);
+            size_t size = write(table.heads[cursor], what, out + *length, room - *length, &some);
 
             if (size > room - *length) {
                 full = true;
@@ -339,4 +341,87 @@ int table_scan(const struct place *prefix, bool with_values, uint8_t *out, size_
     }
     *next = cursor < buckets ? cursor : 0;
     return status;
+}
+
+struct scanned {
+    const struct place *prefix;
+    bool with_values;
+};
+
+static size_t scan_one(struct entry *entry, const void *what, uint8_t *out, size_t room, uint32_t *count)
+{
+    const struct scanned *scanned = what;
+
+    return scan_bucket(entry, scanned->prefix, scanned->with_values, out, room, count);
+}
+
+int table_scan(const struct place *prefix, bool with_values, uint8_t *out, size_t room, uint64_t cursor,
+               size_t *length, uint32_t *count, uint64_t *next)
+{
+    struct scanned scanned = {prefix, with_values};
+
+    return walk(scan_one, &scanned, out, room, cursor, length, count, next);
+}
+
+/* ---- everything, for a successor ---------------------------------------------------- */
+
+static size_t dump_one(struct entry *entry, const void *what, uint8_t *out, size_t room, uint32_t *count)
+{
+    size_t length = 0;
+
+    (void)what;
+    for (; entry; entry = entry->next) {
+        struct table_record record = {.expires = entry->expires,
+                                      .value_length = entry->value_length,
+                                      .key_length = entry->key_length,
+                                      .space = entry->space};
+        size_t size = (size_t)entry->key_length + entry->value_length;
+
+        if (is_over(entry))
+            continue;
+        memcpy(record.principal, entry->principal, sizeof(record.principal));
+        if (length + sizeof(record) + size <= room) {
+            memcpy(out + length, &record, sizeof(record));
+            memcpy(out + length + sizeof(record), entry->bytes, size);
+        }
+        length += sizeof(record) + size;
+        ++*count;
+    }
+    return length;
+}
+
+int table_dump(uint8_t *out, size_t room, uint64_t cursor, size_t *length, uint32_t *count, uint64_t *next)
+{
+    return walk(dump_one, NULL, out, room, cursor, length, count, next);
+}
+
+uint64_t table_version(void)
+{
+    uint64_t version = 0;
+
+    for (size_t i = 0; i < SHARDS; i++) {
+        if (table.shards[i].version > version)
+            version = table.shards[i].version;
+    }
+    return version;
+}
+
+int table_raise(uint64_t version)
+{
+    for (size_t i = 0; i < SHARDS; i++) {
+        struct shard *shard = &table.shards[i];
+        int status = shard_lock(shard);
+
+        if (status)
+            return status;
+        if (shard->version < version) {
+            struct tm_txn txn;
+
+            tm_txn_begin(&txn);
+            tm_txn_set(&txn, &shard->version, version);
+            tm_txn_commit(&txn);
+        }
+        tm_unlock(&shard->mutex);
+    }
+    return 0;
 }

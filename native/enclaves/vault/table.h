@@ -56,4 +56,21 @@ int table_delete(const struct place *place);
 int table_scan(const struct place *prefix, bool with_values, uint8_t *out, size_t room, uint64_t cursor,
                size_t *length, uint32_t *count, uint64_t *next);
 
+/* One entry of table_dump(), followed by key and value. */
+struct table_record {
+    uint8_t principal[32];
+    uint64_t expires;
+    uint32_t value_length;
+    uint16_t key_length;
+    uint16_t space;
+};
+_Static_assert(sizeof(struct table_record) == 48, "table_record");
+
+/* As table_scan(), of everybody's entries in both spaces, those that are over left out. */
+int table_dump(uint8_t *out, size_t room, uint64_t cursor, size_t *length, uint32_t *count, uint64_t *next);
+/* The largest version that was given out. */
+uint64_t table_version(void);
+/* Give out only larger ones from now on. */
+int table_raise(uint64_t version);
+
 #endif

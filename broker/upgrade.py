@@ -1,0 +1,153 @@
+"""Taking a new image into use for an enclave that is in use: the operation `upgrade`.
+
+In this order: build the next generation from the new image, beside the old one and at an address of
+its own; drain the old one; hand its state over; let clients attach to the new one.  Who attaches while
+this goes on waits, and gets the new one.  Calls of the old one's holders go on until they leave; they
+are told (`draining`).
+
+What is promised: the hand-over begins when nobody holds a grant on the old enclave any more and every
+slot that was taken back is closed, so no write comes after it, and none is lost.  When holders do not
+leave until the deadline they are revoked with `force`; without it, and whenever a later step fails, the
+new generation is thrown away and the old one goes on as if nothing had been.  So it does when the broker
+ends in the middle: until it has everything the new one is written down as one that has no name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, final
+
+import trio
+
+from teemate import errors
+from teemate._backend import choose_backend
+from teemate.broker.enclaves import Enclave, EnclaveState, measure_image
+from teemate.broker.handover import HandedOver, hand_over
+from teemate.broker.lifecycle import DEADLINE
+from teemate.broker.limits import Resource
+from teemate.broker.policy import CreateRule
+from teemate.broker.requests import Answer, Upgrade
+from teemate.broker.source import ImageSource
+from teemate.broker.warden import WardenError
+
+if TYPE_CHECKING:
+    from teemate.broker.clients import Client
+    from teemate.broker.service import Service
+
+__all__ = ["Upgrades"]
+
+
+@final
+class Upgrades:
+    """The operation `upgrade`."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def upgrade(self, client: Client, args: Upgrade, image_fd: int) -> Awaitable[Answer]:
+        """Replace an enclave by one from another image; `image_fd` is ours."""
+        service = self._service
+        source = ImageSource(image_fd, args.sigstruct, f"sent by uid {client.identity.uid}")
+        try:
+            old = service.lifecycle.owned(client, args.enclave, "upgrade")
+            rules = service.administration.create_rules(client, "upgrade")
+            self._require_quiet(old)
+            done = service.generations.begin(old.name)
+        except BaseException:
+            source.close()
+            raise
+        return self._upgrade(client, args, old, source, rules, done)
+
+    def _require_quiet(self, old: Enclave) -> None:
+        """Refuse while something else is done with the enclave."""
+        if self._service.generations.pending(old.name) is not None:
+            raise errors.Busy(f"the next generation of enclave {old.name!r} is being built already")
+        if old.drained or old.state is not EnclaveState.READY:
+            raise errors.Draining(f"enclave {old.name!r} is {old.state.value}: {old.reason}")
+
+    async def _upgrade(
+        self,
+        client: Client,
+        args: Upgrade,
+        old: Enclave,
+        source: ImageSource,
+        rules: list[CreateRule],
+        done: trio.Event,
+    ) -> Answer:
+        service = self._service
+        answers: list[dict[str, object]] = []
+
+        async def run() -> None:
+            new: Enclave | None = None
+            try:
+                new = await self._build(client, old, source, rules)
+                answers.append(await self._replace(client, args, old, new))
+            except BaseException:
+                if new is not None:
+                    with trio.CancelScope(shield=True):
+                        await service.administration.take_down(new)
+                source.close()
+                service.lifecycle.resume(old)
+                raise
+            finally:
+                service.generations.finish(old.name, done)
+                if old.state in (EnclaveState.LOST, EnclaveState.QUARANTINED):
+                    service.generations.replace(old)
+
+        try:
+            await service.revocation.finish_in_background(run)
+        except WardenError as error:
+            raise errors.ImageError(f"nothing was changed, since a control ECALL failed: {error}") from error
+        return Answer(answers[0])
+
+    async def _build(
+        self, client: Client, old: Enclave, source: ImageSource, rules: list[CreateRule]
+    ) -> Enclave:
+        service, administration = self._service, self._service.administration
+        await trio.to_thread.run_sync(choose_backend, old.backend)
+        facts = await trio.to_thread.run_sync(measure_image, source.fd, source.sigstruct)
+        administration.require_rule(client, "upgrade", rules, facts, debug=old.policy.debug)
+        charge = None
+        if old.payer is not None:  # both are there for a while
+            charge = service.ledger.account(old.payer).charge(Resource.PAGES, facts.pages)
+        new = await administration.build(
+            old.policy, old.backend, source, charge, generation=old.generation + 1, aside=True
+        )
+        new.source = source
+        new.payer, new.maker, new.requested = old.payer, old.maker, True
+        return new
+
+    async def _replace(self, client: Client, args: Upgrade, old: Enclave, new: Enclave) -> dict[str, object]:
+        service, by = self._service, f"uid {client.identity.uid}"
+        deadline = trio.current_time() + (DEADLINE if args.deadline is None else args.deadline)
+        service.lifecycle.begin(old, f"upgraded by {by} to MRENCLAVE {new.built.mrenclave.hex()}")
+        drained = await service.lifecycle.drain_one(old, deadline, args.force, by)
+        if drained["left"] or drained["busy"]:
+            raise errors.Busy(
+                f"{drained['left']} grants on enclave {old.name!r} are held still, and threads are in"
+                f" {drained['busy']} slots: nothing was changed; force revokes them",
+                {"grants": drained["left"], "busy": drained["busy"]},
+            )
+        try:
+            handed = await hand_over(old, new)
+        except errors.Unsupported as error:
+            if not args.lose_state:
+                raise errors.Unsupported(f"{error.message}: lose_state upgrades without it") from error
+            handed = HandedOver(0, 0)
+        if old.state is not EnclaveState.DRAINING or service.enclaves.get(old.name) is not old:
+            raise errors.EnclaveLost(f"enclave {old.name!r} is {old.state.value} meanwhile: {old.reason}")
+        old.drained = ""
+        service.generations.succeed(old, new)
+        service.audit.changed(client.identity, client=client.number, operation="upgrade", enclave=new.name)
+        service.log.info(
+            "upgraded", enclave=new.name, generation=new.generation, entries=handed.entries,
+            sealed_bytes=handed.bytes, revoked=drained["revoked"],
+        )  # fmt: skip
+        return {
+            "generation": new.generation,
+            "mrenclave": new.built.mrenclave,
+            "held": drained["held"],
+            "revoked": drained["revoked"],
+            "entries": handed.entries,
+            "bytes": handed.bytes,
+        }
