@@ -24,6 +24,7 @@ from teemate.broker.enclaves import (
     measure_image,
 )
 from teemate.broker.epc import warn_when_full
+from teemate.broker.image_copy import ImageCopies
 from teemate.broker.limits import Charge, Resource
 from teemate.broker.policy import CreateRule, EnclavePolicy, Rule
 from teemate.broker.programs import warden_program
@@ -48,6 +49,7 @@ class Administration:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._copies = ImageCopies()
         self.building: set[str] = set()
         """Enclaves that are being built, or will be before the broker is ready."""
         self.not_built: set[str] = set()
@@ -90,16 +92,15 @@ class Administration:
         maker = (client.number, client.asking)
         made = self._service.enclaves.get(args.name)
         if made is not None and made.maker == maker:  # and the last broker died before it could say so
-            os.close(image_fd)
+            client.dispose((image_fd,))
             return Answer(made.info())
-        source = ImageSource(image_fd, args.sigstruct, f"sent by uid {client.identity.uid}")
         try:
             policy, rules = self._check_create(client, args)
         except BaseException:
-            source.close()
+            client.dispose((image_fd,))
             raise
         self.building.add(args.name)
-        return self._create(client, args, source, policy, rules, maker)
+        return self._create(client, args, image_fd, policy, rules, maker)
 
     def _check_create(self, client: Client, args: Create) -> tuple[EnclavePolicy, list[CreateRule]]:
         """Who asks, and for what name: what can be refused before the image is looked at."""
@@ -124,14 +125,17 @@ class Administration:
         self,
         client: Client,
         args: Create,
-        source: ImageSource,
+        image_fd: int,
         policy: EnclavePolicy,
         rules: list[CreateRule],
         maker: tuple[int, int],
     ) -> Answer:
         service = self._service
         enclave: Enclave | None = None
+        source: ImageSource | None = None
         try:
+            copy = await self._copies.copy(client, image_fd, max(rule.pages for rule in rules))
+            source = ImageSource(copy, args.sigstruct, f"sent by uid {client.identity.uid}")
             wanted = next(
                 (name for name in (args.backend, policy.backend) if name != "auto"), service.choice.wanted
             )
@@ -147,7 +151,7 @@ class Administration:
             except WardenError as error:
                 raise errors.ImageError(f"the enclave was built but does not start: {error}") from error
         finally:
-            if enclave is None:
+            if enclave is None and source is not None:
                 source.close()
             self.building.discard(args.name)
         service.audit.changed(client.identity, client=client.number, operation="create", enclave=enclave.name)
@@ -293,6 +297,8 @@ class Administration:
 
     async def _destroy(self, client: Client, enclave: Enclave) -> Answer:
         service = self._service
+        if enclave.ending:  # another request was checked before this one began
+            raise errors.Draining(f"enclave {enclave.name!r} is being destroyed already")
         revoked = len(enclave.grants)
         service.state.intend(client, {"enclave": enclave.serial, "revoked": revoked})
         enclave.ending = True

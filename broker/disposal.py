@@ -11,8 +11,9 @@ A client may send any descriptor with any message, wanted or not, and ``close`` 
 So the broker takes every descriptor that comes (wire.py makes room for as many as the kernel
 lets through), closes none of them itself, and closes a connection only when nothing is unread in it.  Sockets
 are handed to a process that ends at once, for which nothing lingers (native/warden/closer.c): that
-always gets on.  Files are closed in threads, at most two per user; when these hang, what the user has
-sent piles up, charged to it, until ``[limits] descriptors_received`` ends its connections unread.
+always gets on.  Files are closed in threads, each at once, since a number whose close hangs is free already
+but one that waits would be flushed again by every process that we start; what hangs is charged to the
+user until ``[limits] descriptors_received`` ends its connections unread.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from teemate.broker.programs import closer_program
 __all__ = ["Disposal", "DisposalStatistics"]
 
 _THREADS = 2
+_FILE_THREADS = 512
 _PENDING_ENOUGH = 64
 """Sockets that may wait for their end before nobody new is accepted."""
 _PATIENCE = 2.0
@@ -113,7 +115,7 @@ class Disposal:
     def close_file(self, account: Account, fd: int) -> None:
         """Close what is no socket."""
         uid, charge = account.uid, account.owe(Resource.DESCRIPTORS_RECEIVED, 1)
-        worker = self._files.setdefault(uid, _Worker(_THREADS))
+        worker = self._files.setdefault(uid, _Worker(_FILE_THREADS))
         self._pending_files += 1
 
         def done() -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "ImageFacts",
     "build_enclave",
     "measure_image",
+    "require_file",
 ]
 
 SIGSTRUCT_SIZE = 1808
@@ -98,7 +99,7 @@ def _image_error(status: int, diag: Any) -> errors.ImageError:
     return errors.ImageError(f"{step}: {text}", detail)
 
 
-def _require_file(image_fd: int) -> None:
+def require_file(image_fd: int) -> None:
     """An image is read several times and from anywhere: only a regular file can be."""
     mode = os.fstat(image_fd).st_mode
     if not stat.S_ISREG(mode):
@@ -119,7 +120,7 @@ def measure_image(image_fd: int, sigstruct: bytes) -> ImageFacts:
         With the step, and the offset of the record or field at fault.
 
     """
-    _require_file(image_fd)
+    require_file(image_fd)
     diag = ffi.new("struct teemate_diag *")
     info = ffi.new("struct teemate_image_info *")
     status = lib.teemate_image_measure(image_fd, info, diag)
@@ -150,7 +151,7 @@ def build_enclave(image_fd: int, sigstruct: bytes, *, backend: str, base: int, d
         The host has no memory or EPC for it.
 
     """
-    _require_file(image_fd)
+    require_file(image_fd)
     number = lib.TEEMATE_SIM if backend == "sim" else lib.TEEMATE_SGX
     diag = ffi.new("struct teemate_diag *")
     handle = ffi.new("struct teemate_enclave **")

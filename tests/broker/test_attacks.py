@@ -15,6 +15,7 @@ from unittest.mock import ANY
 
 import pytest
 from hostile import Lingering, hanging_file, send_with
+from images import Images
 from raw_client import TIMEOUT, RawClient
 from running_broker import RunningBroker
 
@@ -174,6 +175,38 @@ def test_files_whose_file_system_hangs_stop_nobody_and_their_senders_at_a_limit(
     connect(running).ok("attach", enclave="vault")
     with acting_as(ATTACKER + 1):
         connect(running).ok("attach", enclave="vault")
+
+
+def test_images_whose_file_system_hangs_hold_up_their_sender_alone(
+    broker: Broker, vault_policy: Policy, images: Images, connect: Connect, hanging: Callable[[], int]
+) -> None:
+    running = broker(vault_policy(SHARING, '[[create]]\nuid = "*"', attach='uid = "*"'))
+    admin = connect(running)
+    before = descriptors(running)
+    file, sigstruct = hanging(), images.vault.sigstruct.read_bytes()
+    with acting_as(ATTACKER):
+        client, stuck = connect(running), connect(running)
+    for number in range(3):
+        stuck.post("create", (file,), name=f"stuck-{number}", sigstruct=sigstruct)
+    client.ok("attach", enclave="vault")
+    assert {info["name"] for info in admin.ok("enclaves")["enclaves"]} == {"vault"}
+    stuck.close()
+    wait_until(admin, lambda now: now["clients"] == 2)
+    assert descriptors(running) <= before + 3 + 8, "what hangs is still open"
+    connect(running).ok("attach", enclave="vault")
+
+
+def test_an_image_is_copied_only_as_far_as_it_may_be_built(
+    broker: Broker, vault_policy: Policy, connect: Connect, tmp_path: Path
+) -> None:
+    running = broker(vault_policy("", '[[create]]\nuid = "*"\npages = 1'))
+    admin = connect(running)
+    large = tmp_path / "large"
+    with large.open("wb") as file:
+        file.truncate(1 << 30)
+    with large.open("rb") as file:
+        error = admin.fails("create", "limit-reached", (file.fileno(),), name="large", sigstruct=bytes(1808))
+    assert error["detail"] == {"limit": "pages", "maximum": 1, "setting": "[[create]] pages"}
 
 
 # ---- connections that say nothing ---------------------------------------------------

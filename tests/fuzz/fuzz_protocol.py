@@ -315,8 +315,8 @@ async def _rebuild(service: Service, target: Target, corpus: list[dict[str, Any]
         vault = service.enclaves.get("vault")
         if vault is not None and vault.state.value == "ready":
             return
+        target.feed(wire.encode({"id": 1, "op": "undrain", "args": {"all": True}}), ())
         if vault is not None or "vault" in service.administration.building:
-            target.feed(wire.encode({"id": 1, "op": "undrain", "args": {"all": True}}), ())
             target.feed(
                 wire.encode({"id": 2, "op": "destroy", "args": {"enclave": "vault", "force": True}}), ()
             )
@@ -329,7 +329,8 @@ async def _rebuild(service: Service, target: Target, corpus: list[dict[str, Any]
             )
         target.drain()
         await trio.sleep(0.05)
-    raise FuzzingError("no vault can be had any more")
+    state = vault.info() if vault is not None else "there is none"
+    raise FuzzingError(f"no vault can be had any more: {state}, {dict(target.replies)}")
 
 
 # ---- over the socket --------------------------------------------------------------------
