@@ -59,39 +59,39 @@ class Record:
     def __init__(self, words: memoryview) -> None:
         self._words = words  # 8 bytes each: assigning to one is one store
 
-    def get(self, field: int) -> int:
+    def read(self, field: int) -> int:
         """Read a word."""
         value: int = self._words[field]
         return value
 
-    def set(self, field: int, value: int) -> None:
+    def write(self, field: int, value: int) -> None:
         """Write a word."""
         self._words[field] = value
 
     def add(self, field: int, amount: int = 1) -> None:
         """Count."""
-        self.set(field, self.get(field) + amount)
+        self.write(field, self.read(field) + amount)
 
     def serial(self, key: int) -> int:
         """The serial of what the key is known to hold; 0 for nothing."""
-        return self.get(Field.KEYS + key)
+        return self.read(Field.KEYS + key)
 
     def intend(self, key: int, serial: int) -> None:
         """Before a change of a key."""
-        self.set(Field.INTENT_KEY, key)
-        self.set(Field.INTENT_SERIAL, serial)
-        self.set(Field.INTENT, 1)
+        self.write(Field.INTENT_KEY, key)
+        self.write(Field.INTENT_SERIAL, serial)
+        self.write(Field.INTENT, 1)
 
     def done(self, key: int, serial: int) -> None:
         """After it, or once somebody has looked."""
-        self.set(Field.KEYS + key, serial)
-        self.set(Field.INTENT, 0)
+        self.write(Field.KEYS + key, serial)
+        self.write(Field.INTENT, 0)
 
     def allowed(self, key: int) -> set[int]:
         """The serials that the key may hold now."""
         serials = {self.serial(key)}
-        if self.get(Field.INTENT) and self.get(Field.INTENT_KEY) == key:
-            serials.add(self.get(Field.INTENT_SERIAL))
+        if self.read(Field.INTENT) and self.read(Field.INTENT_KEY) == key:
+            serials.add(self.read(Field.INTENT_SERIAL))
         return serials
 
 

@@ -101,8 +101,8 @@ class Programs:
         return [
             program
             for program, pid in self.running.items()
-            if self.journal.records[program].get(Field.READY)
-            and self.journal.records[program].get(Field.PID) == pid
+            if self.journal.records[program].read(Field.READY)
+            and self.journal.records[program].read(Field.PID) == pid
         ]
 
     def wait_for(self, condition: Callable[[], bool], limit: float) -> bool:
@@ -123,7 +123,7 @@ class Programs:
 
     def total(self, field: Field) -> int:
         """A field of all records together."""
-        return sum(record.get(field) for record in self.journal.records)
+        return sum(record.read(field) for record in self.journal.records)
 
     def said(self) -> list[str]:
         """What went wrong, in the programs' words."""

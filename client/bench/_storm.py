@@ -192,7 +192,7 @@ class _Storm:
         if pid in programs.killed:
             return
         programs.killed.add(pid)
-        state = self._observer.kill(pid, record.get(Field.BASE), record.get(Field.SLOT))
+        state = self._observer.kill(pid, record.read(Field.BASE), record.read(Field.SLOT))
         if state is None:
             programs.killed.discard(pid)
             return
@@ -205,7 +205,7 @@ class _Storm:
         time.sleep(chance.uniform(0, 0.1))
         programs.hear()
         before = {
-            program: (programs.running[program], programs.journal.records[program].get(Field.RESUMES))
+            program: (programs.running[program], programs.journal.records[program].read(Field.RESUMES))
             for program in programs.ready()
         }
         for pid in self._broker.workers():
@@ -236,7 +236,7 @@ class _Storm:
                 program
                 for program, (pid, resumes) in before.items()
                 if programs.running.get(program) == pid
-                and programs.journal.records[program].get(Field.RESUMES) <= resumes
+                and programs.journal.records[program].read(Field.RESUMES) <= resumes
             ]
 
         if not programs.wait_for(lambda: not waiting(), _RESUME_LIMIT):

@@ -65,14 +65,14 @@ class Work:
         record = self._record
         for key in range(KEYS):
             self._read(key)
-        record.set(Field.INTENT, 0)
+        record.write(Field.INTENT, 0)
         counter = self._counter()
-        part, counted = counter.parts[self._program], record.get(Field.COUNTED)
-        if record.get(Field.COUNTING) and part == counted + 1:
-            record.set(Field.COUNTED, part)
+        part, counted = counter.parts[self._program], record.read(Field.COUNTED)
+        if record.read(Field.COUNTING) and part == counted + 1:
+            record.write(Field.COUNTED, part)
         elif part != counted:
             self._wrong(f"its increments are {part}, {counted} were done", Field.REPEATED)
-        record.set(Field.COUNTING, 0)
+        record.write(Field.COUNTING, 0)
 
     def step(self, chance: random.Random) -> None:
         """Do one thing at random."""
@@ -97,8 +97,8 @@ class Work:
 
     def _put(self, key: int) -> None:
         record = self._record
-        serial = record.get(Field.SERIAL) + 1
-        record.set(Field.SERIAL, serial)
+        serial = record.read(Field.SERIAL) + 1
+        record.write(Field.SERIAL, serial)
         record.intend(key, serial)
         self._vault.put(key_name(self._program, key), value_of(self._program, key, serial))
         record.done(key, serial)
@@ -116,11 +116,11 @@ class Work:
         entry = self._vault.get(key_name(self._program, key))
         for serial in record.allowed(key):
             if (entry.value if entry else None) == (value_of(self._program, key, serial) if serial else None):
-                record.set(Field.KEYS + key, serial)
+                record.write(Field.KEYS + key, serial)
                 return
         found = "nothing" if entry is None else f"serial {serial_in(entry.value)}, {len(entry.value)} bytes"
         self._wrong(f"key {key} holds {found} instead of serial {sorted(record.allowed(key))}")
-        record.set(Field.KEYS + key, serial_in(entry.value) if entry else 0)
+        record.write(Field.KEYS + key, serial_in(entry.value) if entry else 0)
 
     def _read_other(self, program: int, key: int) -> None:
         """Somebody else's may be any of its values, but has to be a whole one."""
@@ -131,18 +131,18 @@ class Work:
     def increment(self) -> None:
         """Add one to the shared counter."""
         record = self._record
-        record.set(Field.COUNTING, 1)
+        record.write(Field.COUNTING, 1)
         counter = self._counter()
         while True:
-            if counter.parts[self._program] != record.get(Field.COUNTED):
+            if counter.parts[self._program] != record.read(Field.COUNTED):
                 self._wrong("a compare-and-swap that failed was done", Field.REPEATED)
-                record.set(Field.COUNTED, counter.parts[self._program])
+                record.write(Field.COUNTED, counter.parts[self._program])
             result = self._vault.compare_and_swap(COUNTER, counter.version, counter.plus(self._program))
             if not isinstance(result, Changed):
                 break
             counter = Counter(result.entry, self._programs)
-        record.set(Field.COUNTED, counter.parts[self._program] + 1)
-        record.set(Field.COUNTING, 0)
+        record.write(Field.COUNTED, counter.parts[self._program] + 1)
+        record.write(Field.COUNTING, 0)
 
     def _counter(self) -> Counter:
         return Counter(self._vault.get(COUNTER), self._programs)
@@ -161,23 +161,23 @@ def work(options: argparse.Namespace, program: int) -> None:
     """Be a program: attach, settle what the last one left, work until the end."""
     journal = Journal(options.journal, options.programs)
     record = journal.records[program]
-    seed = f"{options.seed} {program} {record.get(Field.SERIAL)}"
+    seed = f"{options.seed} {program} {record.read(Field.SERIAL)}"
     chance = random.Random(seed)  # noqa: S311 - chance, not secrets
     try:
         broker = connect(options.socket, client=f"storm {program}")
         with broker, broker.attach(options.enclave, wait=_ATTACH_WAIT) as enclave:
             with enclave.slot() as slot:
-                record.set(Field.BASE, enclave.base)
-                record.set(Field.SLOT, slot.index)
+                record.write(Field.BASE, enclave.base)
+                record.write(Field.SLOT, slot.index)
                 todo = Work(Vault(slot), record, program, options.programs)
                 todo.settle()
-                record.set(Field.READY, 1)
+                record.write(Field.READY, 1)
                 while not journal.stopping:
                     todo.step(chance)
                     _talk(broker, enclave, chance)
                     resumes = broker._connection.resumes
-                    if resumes != record.get(Field.RESUMES):
-                        record.set(Field.RESUMES, resumes)
+                    if resumes != record.read(Field.RESUMES):
+                        record.write(Field.RESUMES, resumes)
     except _GONE as error:
         record.add(Field.LOST)
         say(program, f"{error.code}: {error.message}")
@@ -187,7 +187,7 @@ def work(options: argparse.Namespace, program: int) -> None:
         say(program, f"{error.code}: {error.message}")
         sys.exit(1)
     finally:
-        record.set(Field.READY, 0)
+        record.write(Field.READY, 0)
 
 
 def _talk(broker: Broker, enclave: GrantedEnclave, chance: random.Random) -> None:
@@ -245,9 +245,9 @@ def _start(options: argparse.Namespace, program: int) -> int:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() == parent:
             record = Journal(options.journal, options.programs).records[program]
-            record.set(Field.PID, os.getpid())
-            record.set(Field.SLOT, 0)  # none of a client's
-            record.set(Field.RESUMES, 0)
+            record.write(Field.PID, os.getpid())
+            record.write(Field.SLOT, 0)  # none of a client's
+            record.write(Field.RESUMES, 0)
             work(options, program)
             status = 0
     except SystemExit as end:

@@ -122,7 +122,7 @@ def program(books: Books, record: Record) -> Work:
 
 
 def wrongs(record: Record) -> tuple[int, int]:
-    return record.get(Field.WRONG), record.get(Field.REPEATED)
+    return record.read(Field.WRONG), record.read(Field.REPEATED)
 
 
 def test_a_change_that_was_under_way_at_the_kill_may_be_done_or_not(record: Record) -> None:
@@ -132,7 +132,7 @@ def test_a_change_that_was_under_way_at_the_kill_may_be_done_or_not(record: Reco
         todo.settle()
         todo._put(1)
         before = books.get(b"storm 0 1")
-        serial = record.get(Field.SERIAL) + 1
+        serial = record.read(Field.SERIAL) + 1
         todo._put(1)
         record.done(1, serial - 1)
         record.intend(1, serial)  # as if killed before the answer was there
@@ -185,8 +185,8 @@ def test_an_increment_under_way_at_the_kill_counts_when_it_was_done(record: Reco
     books = Books()
     todo = program(books, record)
     todo.increment()
-    record.set(Field.COUNTED, 0)
-    record.set(Field.COUNTING, 1)
+    record.write(Field.COUNTED, 0)
+    record.write(Field.COUNTING, 1)
     program(books, record).settle()
     assert wrongs(record) == (0, 0)
-    assert record.get(Field.COUNTED) == 1
+    assert record.read(Field.COUNTED) == 1
