@@ -33,9 +33,8 @@ from teemate.broker.programs import closer_program
 
 __all__ = ["Disposal", "DisposalStatistics"]
 
-_THREADS = 2
 _FILE_THREADS = 512
-_PENDING_ENOUGH = 64
+_PENDING_ENOUGH = 512
 """Sockets that may wait for their end before nobody new is accepted."""
 _PATIENCE = 2.0
 """Seconds until a user's connections end because what it sent hangs."""
@@ -94,7 +93,9 @@ class Disposal:
     """Takes over descriptors of clients, and connections that are over."""
 
     def __init__(self) -> None:
-        self._sockets = _Worker(_THREADS)
+        self._sockets = _Worker(1)
+        self._waiting: list[tuple[list[int], Charge | None]] = []
+        self._dropping = False
         self._files: dict[int, _Worker] = {}
         self._pending_sockets = 0
         self._pending_files = 0
@@ -168,12 +169,25 @@ class Disposal:
 
     def _drop_sockets(self, fds: list[int], charge: Charge | None) -> None:
         self._pending_sockets += len(fds)
+        self._waiting.append((fds, charge))
+        self._start_dropping()
+
+    def _start_dropping(self) -> None:
+        """Drop all that wait with one process: who sends many costs no more than who sends one."""
+        if self._dropping or not self._waiting:
+            return
+        self._dropping = True
+        batch, self._waiting = self._waiting, []
+        fds = [fd for some, _ in batch for fd in some]
 
         def done() -> None:
-            if charge is not None:
-                charge.release()
+            for _, charge in batch:
+                if charge is not None:
+                    charge.release()
+            self._dropping = False
             self._pending_sockets -= len(fds)
             self._got_on(len(fds))
+            self._start_dropping()
 
         self._sockets.add(lambda: self._drop(fds), done)
 

@@ -28,6 +28,7 @@ _RESERVE = 256
 """Descriptors, or an eighth of all if that is fewer, that are kept from new connections."""
 _CONNECTION_COST = 4.0
 """Requests that take as long as finding out who connected."""
+_REFUSED_PER_TURN = 32
 _GONE_ALREADY = {errno.ECONNABORTED, errno.EINTR}
 
 
@@ -111,20 +112,45 @@ class Server:
         Whoever was woken by a client goes on with it at once, so that a cold attach waits for no
         other task to be started; and a flood of connections is one client in a turn of the scheduler.
         """
+        refused = 0
         while True:
             try:
                 sock, _ = listener.accept()
-                break
             except BlockingIOError:
                 await trio.lowlevel.wait_readable(listener)
+                continue
             except OSError as error:
                 if error.errno not in _GONE_ALREADY:
                     self._service.complaints.warning("cannot accept", None, reason=error.strerror)
                     await trio.sleep(_ACCEPT_PAUSE)
+                continue
+            if not self._refused_at_once(sock):
+                break
+            refused += 1
+            if refused % _REFUSED_PER_TURN == 0:
+                await self._service.disposal.caught_up()
+                await trio.lowlevel.checkpoint()
         self._accepted += 1
         await self._service.disposal.caught_up()
         nursery.start_soon(self._accept_one, listener, nursery)
         await self._serve(sock)
+
+    def _refused_at_once(self, sock: socket.socket) -> bool:
+        """Refuse who has too many connections, for as little as possible: others wait behind it.
+
+        The kernel's queue of new connections is one for all users, so it has to be emptied faster
+        than one of them can fill it.
+        """
+        account = self._service.ledger.account(peer_uid(sock))
+        if not account.exhausted(Resource.CONNECTIONS):
+            return False
+        self._accepted += 1
+        try:
+            account.charge(Resource.CONNECTIONS).release()
+        except errors.LimitReached as error:
+            self._refuse(sock, error, account.uid)
+        self._service.disposal.close_connection(sock, None)
+        return True
 
     async def _serve(self, sock: socket.socket) -> None:
         """Serve one client from its identity to its end; no error leaves this function."""

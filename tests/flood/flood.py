@@ -1,0 +1,383 @@
+#!/usr/bin/env python3
+"""Flood a broker as other users, and measure what that costs a victim.
+
+    tests/flood/flood.py [--attack NAME ...] [--seconds S] [--attackers N] [--json]
+
+For root.  Per attack: the victim attaches and detaches over fresh connections while attackers under
+other uids do their worst, then again while they burn as much CPU time without the broker (the control
+run).  Printed are the victim's failures, both p99s and their ratio, and what the broker grew by.
+Attackers are few, end by themselves, and are killed when they do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+for _folder in ("", "broker"):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / _folder))
+
+from hostile import Lingering, send_with  # noqa: E402
+from images import Images  # noqa: E402
+from raw_client import RawClient  # noqa: E402
+from running_broker import RunningBroker, run_broker  # noqa: E402
+
+from teemate import wire  # noqa: E402
+
+VICTIM = 5000
+FIRST_ATTACKER = 6000
+POLICY = """
+[administrators]
+uids = [0]
+[limits]
+connections = 64
+handshakes = 16
+handshake_seconds = 1.0
+requests = 32
+grants = 32
+slots = 4
+descriptors_sent = 64
+requests_per_second = 500.0
+burst = 1000
+[[enclave]]
+name = "vault"
+image = "{image}"
+sigstruct = "{sigstruct}"
+insecure_sim_sharing = true
+slots_per_client = 4
+wait = 5.0
+[[enclave.attach]]
+uid = "*"
+"""
+PING = wire.encode({"id": 1, "op": "ping"})
+HELLO = wire.encode({"id": 0, "op": "hello", "args": {"version": 1}})
+
+Attack = Callable[[str, Callable[[], bool], Counter[str]], None]
+
+
+@dataclass
+class Figures:
+    """One attack; times in seconds, memory in bytes."""
+
+    attack: str
+    attaches: int
+    victim_failures: int
+    p99: float
+    control_p99: float
+    ratio: float
+    attackers_cpu: float
+    refusals: dict[str, int]
+    rss_growth: int
+    descriptors_left: int
+
+
+# ---- what attackers do --------------------------------------------------------------
+
+
+def _connect(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        sock.settimeout(1.0)
+        sock.connect(path)
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _note(sock: socket.socket, seen: Counter[str], most: int = 64) -> None:
+    """Count the limits that the broker names."""
+    with contextlib.suppress(OSError):
+        for _ in range(most):
+            packet = wire.receive(sock)
+            wire.close_all(packet.fds)
+            if not packet.data:
+                return
+            error = wire.decode_trusted(packet.data).get("error")
+            if isinstance(error, dict):
+                detail = error.get("detail") or {}
+                seen[str(detail.get("setting") or detail.get("limit") or error["code"])] += 1
+
+
+def connections(path: str, go_on: Callable[[], bool], seen: Counter[str]) -> None:
+    """Connect, say hello, keep it open."""
+    held: list[socket.socket] = []
+    while go_on():
+        with contextlib.suppress(OSError):
+            sock = _connect(path)
+            held.append(sock)
+            wire.send(sock, HELLO)
+            _note(sock, seen)
+        if len(held) > 100:
+            _note(held[0], seen)
+            held.pop(0).close()
+
+
+def silence(path: str, go_on: Callable[[], bool], seen: Counter[str]) -> None:
+    """Connect and say nothing."""
+    held: list[socket.socket] = []
+    while go_on():
+        with contextlib.suppress(OSError):
+            held.append(_connect(path))
+        if len(held) > 50:
+            _note(held[0], seen)
+            held.pop(0).close()
+
+
+def requests(path: str, go_on: Callable[[], bool], seen: Counter[str]) -> None:
+    """Ask as fast as can be, and read what comes."""
+    sock = _connect(path)
+    wire.send(sock, HELLO)
+    while go_on():
+        with contextlib.suppress(BlockingIOError):
+            wire.send(sock, PING)
+        _note(sock, seen)
+
+
+def deafness(path: str, go_on: Callable[[], bool], seen: Counter[str]) -> None:
+    """Attach without reading a reply."""
+    held: list[socket.socket] = []
+    number = 0
+    while go_on():
+        if len(held) < 8:
+            held.append(_connect(path))
+            wire.send(held[-1], HELLO)
+        for sock in held:
+            number += 1
+            attach = wire.encode({"id": number, "op": "attach", "args": {"enclave": "vault", "slots": 0}})
+            with contextlib.suppress(OSError):
+                wire.send(sock, attach)
+    for sock in held:
+        _note(sock, seen, 4096)
+
+
+def hogging(path: str, go_on: Callable[[], bool], seen: Counter[str]) -> None:
+    """Ask for many slots, wait long, and leave what comes withheld."""
+    held: list[socket.socket] = []
+    while go_on():
+        with contextlib.suppress(OSError):
+            sock = _connect(path)
+            wire.send(sock, HELLO)
+            wire.send(
+                sock,
+                wire.encode({"id": 1, "op": "attach", "args": {"enclave": "vault", "slots": 4, "wait": 5.0}}),
+            )
+            held.append(sock)
+        for sock in held[:-8]:
+            _note(sock, seen)
+            sock.close()
+        del held[:-8]
+
+
+def lingering(path: str, go_on: Callable[[], bool], seen: Counter[str]) -> None:
+    """Send sockets whose close takes an hour."""
+    while go_on():
+        bomb = Lingering()
+        with contextlib.suppress(OSError):
+            sock = _connect(path)
+            wire.send(sock, HELLO)
+            send_with(sock, PING, [bomb.fileno()])
+            bomb.abandon()
+            _note(sock, seen)
+            sock.close()
+        bomb.close()
+
+
+def nonsense(path: str, go_on: Callable[[], bool], seen: Counter[str]) -> None:
+    """Break the protocol, again and again."""
+    while go_on():
+        with contextlib.suppress(OSError):
+            sock = _connect(path)
+            wire.send(sock, b"\xff" * 60000)
+            _note(sock, seen)
+            sock.close()
+
+
+ATTACKS: dict[str, Attack] = {
+    attack.__name__: attack
+    for attack in (connections, silence, requests, deafness, hogging, lingering, nonsense)
+}
+
+# ---- running them -------------------------------------------------------------------
+
+
+def _child(work: Callable[[], dict[str, Any]], uid: int) -> tuple[int, int]:
+    """Run `work` in a process of the user; returns its pid, and where its result can be read."""
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(theirs)
+        return pid, ours
+    try:
+        os.close(ours)
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+        with os.fdopen(theirs, "w") as out:
+            json.dump(work(), out)
+    except BaseException as failure:
+        print(f"attacker: {failure!r}", file=sys.stderr)
+    finally:
+        os._exit(0)
+
+
+def _cpu() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _attacker(attack: Attack, path: str, seconds: float) -> dict[str, Any]:
+    signal.alarm(int(seconds) + 20)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+    end = time.monotonic() + seconds
+    seen: Counter[str] = Counter()
+    before = _cpu()
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            attack(path, lambda: time.monotonic() < end, seen)
+    return {"cpu": _cpu() - before, "seen": seen}
+
+
+def _burner(cpu: float, seconds: float) -> dict[str, Any]:
+    """As much CPU as an attacker had, evenly over the time."""
+    signal.alarm(int(seconds) + 20)
+    started, before = time.monotonic(), _cpu()
+    while (elapsed := time.monotonic() - started) < seconds:
+        if _cpu() - before < cpu * elapsed / seconds:
+            for _ in range(2000):
+                pass
+        else:
+            time.sleep(0.0005)
+    return {"cpu": _cpu() - before, "seen": {}}
+
+
+def _victim(path: str, seconds: float) -> dict[str, Any]:
+    signal.alarm(int(seconds) + 60)
+    end = time.monotonic() + seconds
+    times: list[float] = []
+    failures: list[str] = []
+    while time.monotonic() < end:
+        started = time.perf_counter()
+        try:
+            client = RawClient(path, name="victim", patient=True)
+            reply = client.call("attach", enclave="vault", slots=1)
+            times.append(time.perf_counter() - started)
+            if "ok" in reply:
+                client.ok("detach", grant=reply["ok"]["grant"], clean=True)
+            else:
+                failures.append(str(reply["error"]["message"]))
+            client.close()
+        except (OSError, AssertionError) as failure:
+            failures.append(repr(failure))
+        time.sleep(0.01)
+    return {"times": times, "failures": failures}
+
+
+def _together(running: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    results = []
+    for pid, out in running:
+        with os.fdopen(out) as file:
+            text = file.read()
+        os.waitpid(pid, 0)
+        ended: dict[str, Any] = {"cpu": 0.0, "seen": {}, "times": [], "failures": ["ended"]}
+        results.append(json.loads(text) if text else ended)
+    return results
+
+
+def p99(times: list[float]) -> float:
+    ordered = sorted(times)
+    return ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)] if ordered else float("inf")
+
+
+def rss(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def measure(running: RunningBroker, name: str, seconds: float, attackers: int) -> Figures:
+    """One attack and its control run."""
+    path = running.socket
+    admin = RawClient(path, name="flood")
+    _together([_child(lambda: _victim(path, 0.5), VICTIM)])  # warm
+    before_rss, before_fds = rss(running.pid), len(os.listdir(f"/proc/{running.pid}/fd"))
+    under = [
+        _child(lambda: _attacker(ATTACKS[name], path, seconds), FIRST_ATTACKER + number)
+        for number in range(attackers)
+    ]
+    attacked, *results = _together([_child(lambda: _victim(path, seconds), VICTIM), *under])
+    deadline = time.monotonic() + 30.0
+    while True:  # until what the attackers left is gone
+        stats = admin.ok("stats")["stats"]
+        if stats["clients"] == 1 and not stats["disposal"]["sockets"] and not stats["processes"]["watched"]:
+            break
+        if time.monotonic() > deadline:
+            break
+    grown, left = rss(running.pid) - before_rss, len(os.listdir(f"/proc/{running.pid}/fd")) - before_fds
+    burning = [
+        _child(lambda cpu=result["cpu"]: _burner(cpu, seconds), FIRST_ATTACKER + number)  # type: ignore[misc]
+        for number, result in enumerate(results)
+    ]
+    control, *_ = _together([_child(lambda: _victim(path, seconds), VICTIM), *burning])
+    admin.close()
+    seen: Counter[str] = Counter()
+    for result in results:
+        seen.update(result["seen"])
+    worst, normal = p99(attacked["times"]), p99(control["times"])
+    for failure in attacked["failures"][:3]:
+        print(f"{name}: victim: {failure}", file=sys.stderr)
+    return Figures(
+        name, len(attacked["times"]), len(attacked["failures"]), worst, normal, worst / normal,
+        sum(result["cpu"] for result in results), dict(seen), grown, left,
+    )  # fmt: skip
+
+
+def run(attacks: list[str], seconds: float, attackers: int) -> list[Figures]:
+    """A fresh broker for each attack."""
+    "".encode("idna")  # what a child imports late it may not be allowed to read
+    figures = []
+    with tempfile.TemporaryDirectory() as folder:
+        images = Images(Path(folder))
+        policy = POLICY.format(image=images.vault.sgxs, sigstruct=images.vault.sigstruct)
+        for name in attacks:
+            with run_broker(policy) as running:
+                figures.append(measure(running, name, seconds, attackers))
+    return figures
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--attack", choices=ATTACKS, action="append")
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--attackers", type=int, default=2, choices=range(1, 9))
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(words)
+    figures = run(options.attack or list(ATTACKS), options.seconds, options.attackers)
+    if options.json:
+        print(json.dumps([asdict(each) for each in figures]))
+        return
+    print("attack       attaches failed   p99 ms  control  ratio   MiB  fds  limits met")
+    for each in figures:
+        print(
+            f"{each.attack:12} {each.attaches:8} {each.victim_failures:6} {each.p99 * 1000:8.1f}"
+            f" {each.control_p99 * 1000:8.1f} {each.ratio:6.2f} {each.rss_growth / (1 << 20):5.1f}"
+            f" {each.descriptors_left:4}  {each.refusals}"
+        )
+
+
+if __name__ == "__main__":
+    main()
