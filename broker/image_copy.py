@@ -4,6 +4,9 @@ The file stays the client's: it can change between being measured and being buil
 even asking for its size, takes as long as the client likes.  So it is read once, in a thread, and
 from then on only the copy counts.  At most two files of a user are read at the same time: when these
 hang, its other requests wait, and nobody else's.
+
+Known limit: while a file that hangs is open here, starting a process hangs too, since close-on-exec
+flushes the child's copy.  So who may `create` can hold up the start of wardens.
 """
 
 from __future__ import annotations
