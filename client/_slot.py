@@ -153,7 +153,7 @@ class Slot:
         check: Check | None,
     ) -> bytes:
         if not self._busy.acquire(blocking=False):
-            raise Busy(f"slot {self.index} is used by another thread: take one slot for each thread")
+            raise self._in_use()
         try:
             handle = self._usable()
             deadline = None if timeout is None else _MONOTONIC() + timeout
@@ -226,7 +226,7 @@ class Slot:
         check: Check | None,
     ) -> Exit:
         if not self._busy.acquire(blocking=False):
-            raise Busy(f"slot {self.index} is used by another thread: take one slot for each thread")
+            raise self._in_use()
         try:
             handle = self._usable()
             deadline = None if timeout is None else _MONOTONIC() + timeout
@@ -266,6 +266,11 @@ class Slot:
             self._busy.release()
 
     # ---- between two entries ------------------------------------------------------------
+
+    def _in_use(self) -> Error:
+        """Return why this thread cannot have the slot: it is being closed, or another thread has it."""
+        gone = self._enclave.gone or self.revoked
+        return gone or Busy(f"slot {self.index} is used by another thread: take one slot for each thread")
 
     def _usable(self) -> Any:
         enclave = self._enclave

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import trio
@@ -68,15 +68,24 @@ async def _close(broker: Broker, limiter: trio.CapacityLimiter) -> None:
         if cancelled:
             raise _CancelledError
 
+    failure: Exception | None = None
+
     def close() -> None:
-        with suppress(_CancelledError):
+        nonlocal failure
+        try:
             broker._close(check)
+        except _CancelledError:
+            pass
+        except Exception as error:  # raised outside the nursery, which would wrap it
+            failure = error
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch)
         with trio.CancelScope(shield=True):
             await _in_thread(limiter, close)
         nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
 
 
 async def _in_thread(limiter: trio.CapacityLimiter, function: Callable[[], _Result]) -> _Result:

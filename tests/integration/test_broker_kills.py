@@ -37,7 +37,7 @@ StartBroker = Callable[..., RunningBroker]
 
 @pytest.fixture
 def kill_policy(images: Images) -> str:
-    image = images.build("faults", slots=4 * CLIENTS)
+    image = images.build("faults", slots=3 * CLIENTS + 4)
     uid = os.geteuid()
     return (
         f"[administrators]\nuids = [{uid}]\n"

@@ -100,5 +100,6 @@ async def test_tasks_hear_of_the_keepers_end(broker: StartBroker, policy: str) -
             os.kill(running.pid, signal.SIGKILL)
             with pytest.raises(teemate.ConnectionLost):
                 await for_ever(connection.ping)
+            wait_until(lambda: enclave.sync.gone, "nobody is told")
             with pytest.raises(teemate.EnclaveLost):
                 await for_ever(lambda: slot.call("count", ONE))
