@@ -256,4 +256,6 @@ def _reply(
     slot: ModelledSlot, status: int, *, entered: bool = True, found: ControlResult | None = None
 ) -> WardenReply:
     result = found or _result(slot)
-    return WardenReply(id=0, status=status, entered=entered, vector=None, repaired=0, result=result, text="")
+    return WardenReply(
+        id=0, status=status, entered=entered, vector=None, repaired=0, contended=False, result=result, text=""
+    )
