@@ -67,7 +67,7 @@ uid = {NOBODY}
 
 def attach_as(broker: RunningBroker, uid: int) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", CLIENT, broker.socket, str(uid)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", CLIENT, broker.socket, str(uid)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -200,7 +200,7 @@ def create_alone(image: BuiltImage, *arguments: str) -> str:
         guest=str(here), tests=str(here.parents[1]), sgxs=str(image.sgxs), sig=str(image.sigstruct)
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300, check=True
     )
     return done.stdout.strip()
 

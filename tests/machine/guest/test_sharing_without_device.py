@@ -72,7 +72,7 @@ def try_alone(image: BuiltImage, launcher: tuple[str, ...] = (), uid: int = 0) -
         [*launcher, sys.executable, "-c", TRY, str(image.sgxs), str(image.sigstruct), str(uid)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     device, created = done.stdout.splitlines()
@@ -162,7 +162,7 @@ def attach(broker: RunningBroker, uid: int, launcher: tuple[str, ...] = ()) -> l
         [*launcher, sys.executable, "-c", CLIENT, broker.socket, str(uid)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
