@@ -33,7 +33,6 @@ import signal
 import socket
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 from teemate.broker.kept import CAPACITY, FIRST_FD, MAX_FDS, Kept, Stored, inherited
@@ -237,20 +236,24 @@ class Keeper:
         """Collect what has ended: the worker, and what earlier ones left to us."""
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 return
-            if pid == 0:
+            if ended is None:
                 return
-            if self._successor is not None and pid == self._successor.pid:
-                self._log("warning", "successor ended", pid=pid, status=os.waitstatus_to_exitcode(status))
-                self._successor.sock.close()
-                self._successor = None
+            pid = ended.si_pid
+            code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
             if pid == self._worker:
                 self._read_messages()  # what it still stored counts
                 self._worker, self._kill_at = None, None
-                self._kill_leftovers()
-                self._worker_ended(pid, os.waitstatus_to_exitcode(status))
+                self._kill_leftovers(pid)  # collects it too: until then its number is no other group's
+                self._worker_ended(pid, code)
+                continue
+            os.waitpid(pid, 0)
+            if self._successor is not None and pid == self._successor.pid:
+                self._log("warning", "successor ended", pid=pid, status=code)
+                self._successor.sock.close()
+                self._successor = None
 
     def _worker_ended(self, pid: int, code: int) -> None:
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
@@ -291,36 +294,17 @@ class Keeper:
         )  # fmt: skip
         self._notify_upstream(f"STATUS=no worker runs: {why}")
 
-    def _leftovers(self) -> list[int]:
-        """Children that are not the worker: orphans of earlier workers come to us (a subreaper)."""
-        ours = str(os.getpid())
-        known = {self._worker, self._successor.pid if self._successor is not None else None}
-        found = []
-        for folder in Path("/proc").iterdir():
-            if folder.name.isdecimal():
-                with contextlib.suppress(OSError):
-                    state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-                    if parent == ours and state != "Z" and int(folder.name) not in known:
-                        found.append(int(folder.name))
-        return found
+    def _kill_leftovers(self, group: int) -> None:
+        """Kill and collect what the worker left in its process group, before there is another worker.
 
-    def _kill_leftovers(self) -> None:
-        """Kill and collect them before there is another worker; one that cannot die is told of."""
-        end = time.monotonic() + _PATIENCE
-        while pids := self._leftovers():
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                pidfd = os.pidfd_open(pid)
-                try:
-                    poll = select.poll()
-                    poll.register(pidfd, select.POLLIN)
-                    poll.poll(max(0.0, end - time.monotonic()) * 1000)
-                finally:
-                    os.close(pidfd)
-            if time.monotonic() >= end:
-                self._log("error", "processes of the last worker do not end", pids=pids)
-                break
+        Orphans of it come to us (a subreaper).  Nothing in /proc is looked through: reading about a
+        process can block for as long as that one is stuck.
+        """
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.waitpid(-group, 0)
 
     # -- messages of the worker --------------------------------------------------------
 
@@ -372,6 +356,7 @@ def _become(command: list[str], environment: dict[str, str], fds: list[int]) -> 
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    os.setpgid(0, 0)  # with what it starts, so that the keeper can end that
     if "LISTEN_FDS" in environment:
         environment["LISTEN_PID"] = str(os.getpid())
     os.execvpe(command[0], command, environment)  # noqa: S606 - our own interpreter
