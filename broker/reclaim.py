@@ -27,6 +27,8 @@ from teemate.broker.warden import EnclaveBrokenError, EnclaveGoneError, WardenEr
 __all__ = ["Reclaimer"]
 
 _BUSY_AFTER_DEATH = "its holder has ended, but another process enters it again and again"
+_CLEAR_ATTEMPTS = 3
+"""Of a CLEAR, with two wardens each: a key that stays must not be for one that happened to be killed."""
 _BUSY_BUT_CLEAN = "its holder said that it is clean, but a thread runs in it or no SSA frame is left"
 
 
@@ -109,22 +111,31 @@ class Reclaimer:
     # -- with the warden -----------------------------------------------------------
 
     async def clear(self, enclave: Enclave, index: int, generation: int) -> SlotWord | None:
-        """Take the slot's key away; returns what the slot was doing, None when nobody could tell."""
+        """Take the slot's key away; returns what the slot was doing, None when nobody could tell.
+
+        Where no warden gets it done the enclave is given up: whoever has the key can go on entering it, but
+        nobody new is let in beside him.
+        """
         warden = enclave.warden
         if warden is None or enclave.state is EnclaveState.LOST:
             return None
-        try:
-            reply = await warden.control(ControlOp.CLEAR, index, generation=generation)
-        except EnclaveGoneError as error:
-            self.lose(enclave, str(error))
-            return None
-        except EnclaveBrokenError as error:
-            self.give_up(enclave, str(error))
-            return None
-        except WardenError as error:
-            self._log.warning("slot key not cleared", enclave=enclave.name, slot=index, reason=str(error))
-            return None
-        return SlotWord.of(reply.result.word)
+        reason = ""
+        for _ in range(_CLEAR_ATTEMPTS):
+            try:
+                reply = await warden.control(ControlOp.CLEAR, index, generation=generation)
+            except EnclaveGoneError as error:
+                self.lose(enclave, str(error))
+                return None
+            except EnclaveBrokenError as error:
+                reason = str(error)
+                break
+            except WardenError as error:
+                reason = str(error)
+                self._log.warning("slot key not cleared", enclave=enclave.name, slot=index, reason=reason)
+            else:
+                return SlotWord.of(reply.result.word)
+        self.give_up(enclave, f"the key of slot {index} could not be taken away: {reason}")
+        return None
 
     async def repair_slot(self, enclave: Enclave, index: int, *, holder_dead: bool) -> Repair:
         """Take the slot's key away, undo what was interrupted in it and scrub it; it is not armed.
@@ -160,6 +171,8 @@ class Reclaimer:
                 self.give_up(enclave, str(error))
             elif not isinstance(error, WardenError):
                 self._log.error("internal error", task="recycle", exc_info=error)
+            else:  # it may have failed before the key was gone
+                await self.clear(enclave, index, enclave.slot_keys[index].generation)
             self.quarantine(enclave, index, str(error))
             if grant.outcome is not None:
                 grant.outcome.quarantined += 1

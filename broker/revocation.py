@@ -97,6 +97,14 @@ class Revocation:
             counts.extend(await self.revoke_all(grants, args.grace, by, args.reason or "asked for"))
 
         await self.finish_in_background(run)
+        uncleared = sum(count["uncleared"] for count in counts)
+        if uncleared:  # no count of an answer may hide it
+            raise errors.EnclaveLost(
+                f"the keys of {uncleared} slots could not be taken away, since no warden got it done: their"
+                " enclaves are out of use (`teemate status` says why), but whoever holds them can enter them until"
+                " he ends: end those processes (`teemate status` names them)",
+                {"uncleared": uncleared},
+            )
         total = {key: sum(count[key] for count in counts) for key in _COUNTS}
         return Answer({"grants": count, **total})
 
@@ -133,7 +141,7 @@ class Revocation:
                 [ticket for ticket in enclave.slots.waiting() if ticket.grant == grant.number],
                 errors.Revoked(f"grant {grant.number} was taken back: {why}"),
             )
-        await self._clear_keys(grant)
+        uncleared = await self._clear_keys(grant)
         client.send(
             {"event": "revoked", "grant": grant.number, "slots": grant.slots, "deadline": float(seconds)}
         )
@@ -143,6 +151,8 @@ class Revocation:
             await self._kill(grant, outcome)
         ruined: list[int] = []
         busy = await self._repair_left(grant, ruined)
+        while grant.in_reclaim:  # given back in time, but perhaps their keys are not gone yet
+            await enclave.changed.park()
         leaked = self._put_aside(grant, busy, ruined, why)
         service.state.write_client(client)
         if not leaked and not grant.over and not outcome.finished.is_set():
@@ -154,15 +164,20 @@ class Revocation:
             "quarantined": outcome.quarantined + len(ruined),
             "leaked": leaked,
             "busy": len(busy),
+            "uncleared": 0 if grant.over or enclave.state is EnclaveState.LOST else len(uncleared),
         }
 
-    async def _clear_keys(self, grant: Grant) -> None:
-        """No key of the grant opens anything from here on."""
-        enclave = grant.enclave
+    async def _clear_keys(self, grant: Grant) -> list[int]:
+        """No key of the grant opens anything from here on, but those of the slots that are returned."""
+        enclave, uncleared = grant.enclave, []
         for index in grant.slots:
             if index not in grant.charges:  # given back meanwhile: it may have its next holder's key
                 continue
-            await self._service.reclaimer.clear(enclave, index, enclave.slot_keys[index].generation)
+            generation = enclave.slot_keys[index].generation
+            word = await self._service.reclaimer.clear(enclave, index, generation)
+            if word is None and enclave.warden is not None:
+                uncleared.append(index)
+        return uncleared
 
     async def _kill(self, grant: Grant, outcome: Outcome) -> None:
         """End the process that did not acknowledge, and wait until its slots are back."""
