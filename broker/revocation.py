@@ -101,8 +101,8 @@ class Revocation:
         if uncleared:  # no count of an answer may hide it
             raise errors.EnclaveLost(
                 f"the keys of {uncleared} slots could not be taken away, since no warden got it done: their"
-                " enclaves are out of use (`teemate status` says why), but whoever holds them can enter them until"
-                " he ends: end those processes (`teemate status` names them)",
+                " enclaves are out of use (`teemate status` says why), but their holders can still enter: end"
+                " those processes (`teemate status` names them)",
                 {"uncleared": uncleared},
             )
         total = {key: sum(count[key] for count in counts) for key in _COUNTS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from images import Images
 from raw_client import RawClient
@@ -141,20 +142,41 @@ def test_the_host_is_emptied_and_filled_again(
 
 
 def test_an_image_that_is_gone_when_the_host_is_filled_again_is_said_and_kept_for_another_try(
-    broker: Callable[..., RunningBroker], images: Images, vault_policy: Policy, connect: Connect
+    broker: Callable[..., RunningBroker],
+    images: Images,
+    vault_policy: Policy,
+    connect: Connect,
+    tmp_path: Path,
+) -> None:
+    image = tmp_path / "vault.sgxs"
+    content = images.vault.sgxs.read_bytes()
+    image.write_bytes(content)
+    running = broker(vault_policy().replace(str(images.vault.sgxs), str(image)))
+    admin = connect(running)
+    admin.ok("drain", all=True, deadline=0)
+    image.write_bytes(content[: len(content) // 2])
+    (failed,) = admin.ok("undrain", all=True)["failed"]
+    assert failed["enclave"] == "vault"
+    image.write_bytes(content)
+    assert admin.ok("undrain", all=True) == {"enclaves": ["vault"], "failed": []}
+    assert state_of(admin, "vault") == ("ready", 2)
+
+
+def test_an_image_that_its_sender_changes_later_is_built_again_as_it_was(
+    broker: Callable[..., RunningBroker],
+    images: Images,
+    vault_policy: Policy,
+    connect: Connect,
+    tmp_path: Path,
 ) -> None:
     running = broker(vault_policy(more="[[create]]\nuid = 0\n"))
     admin = connect(running)
-    image = running.folder / "image"
+    image = tmp_path / "image"
     image.write_bytes(images.vault.sgxs.read_bytes())
     with image.open("rb") as file:
         sigstruct = images.vault.sigstruct.read_bytes()
         admin.ok("create", (file.fileno(),), name="mine", sigstruct=sigstruct)
     admin.ok("drain", all=True, deadline=0)
-    content = image.read_bytes()
-    image.write_bytes(content[: len(content) // 2])
-    (failed,) = admin.ok("undrain", all=True)["failed"]
-    assert failed["enclave"] == "mine"
-    image.write_bytes(content)
-    assert admin.ok("undrain", all=True) == {"enclaves": ["mine"], "failed": []}
+    image.write_bytes(b"")
+    assert admin.ok("undrain", all=True)["failed"] == []
     assert state_of(admin, "mine") == ("ready", 2)
