@@ -136,9 +136,9 @@ def test_a_slot_lives_from_arm_to_reset(started: Warden, enclave: Enclave, clien
     assert slot.close() == 1
     cleared = started.control(enclave, wire.CLEAR, slot=SLOT, generation=1)
     assert (cleared.status, cleared.result.word) == (0, 1 << 8 | wire.FREE)
+    assert cleared.result.calls == 1
     probe = started.probe(SLOT)
     assert (probe.entered, probe.status, probe.result.cssa) == (1, 0, 0)
-    assert probe.result.calls == 1
     assert started.control(enclave, wire.RESET, slot=SLOT).status == 0
     other = bytes(range(100, 116))
     arm(started, enclave, generation=2, key=other)
