@@ -51,7 +51,8 @@ for answer in answers:
     if answer == "other id":
         request += 1
     status, entered = answer if isinstance(answer, list) else (0, 1)
-    sock.send(struct.pack("<QiIII512s128s", request, status, entered, 0, 0, bytes(512), b"told by the fake"))
+    rest = (0, 0, 0, 0, bytes(512), b"told by the fake")
+    sock.send(struct.pack("<QiIIIII512s128s", request, status, entered, *rest))
 """
 
 
