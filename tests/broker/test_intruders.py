@@ -82,6 +82,8 @@ def test_who_spins_on_the_wardens_tcss_is_named_and_the_warden_gets_through(
         for _ in range(2000):  # each a few control ECALLs: clear, reset, arm
             grant = admin.ok("attach", enclave="faults", slots=2, wait=60)
             admin.ok("detach", grant=grant["grant"], clean=True)
+            while admin.fds:  # of the enclave and its arena, again with every attach
+                os.close(admin.fds.pop())
             seen = admin.ok("stats")["stats"]["intruders"]["contended"]
             if seen and "1" not in slots:
                 break
