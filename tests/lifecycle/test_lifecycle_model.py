@@ -18,6 +18,7 @@ from teemate.broker.control import ControlKey, SlotKey, SlotWord
 from teemate.broker.grants import Grant
 from teemate.broker.limits import Resource
 from teemate.broker.reclaim import Reclaimer
+from teemate.broker.revocation import Revocation
 from teemate.broker.slots import SlotState, SlotTable
 
 RUNS = int(os.environ.get("TEEMATE_MODEL_RUNS", "0"))
@@ -55,7 +56,11 @@ def _revoking_clears_nothing(patch: pytest.MonkeyPatch) -> None:
     async def clear(*_: object) -> SlotWord:
         return SlotWord.FREE
 
+    async def repair(*_: object) -> list[int]:
+        return []
+
     patch.setattr(Reclaimer, "clear", clear)
+    patch.setattr(Revocation, "_repair_left", repair)
 
 
 def _slot_is_forgotten(patch: pytest.MonkeyPatch) -> None:
