@@ -253,7 +253,7 @@ class Lifecycle(RuleBasedStateMachine):
             process.sock = None
         self.step(process.end)
         if sock is not None:
-            sock.close()
+            self.step(sock.close)  # in a step: else the broker hears of it while the invariants are looked at
 
     # -- events: the administrator --------------------------------------------------------------
 
