@@ -73,8 +73,12 @@ async def _stop_on_signal(
         cancel.cancel()
 
 
-async def _stop_without_keeper(cancel: trio.CancelScope, service: Service, start: _Start) -> None:
-    """What the keeper kept is gone with it, and what it left behind is removed here."""
+async def _stop_without_keeper(service: Service, start: _Start) -> None:
+    """What the keeper kept is gone with it, and what it left behind is removed here.
+
+    At once, as a kill would: an orderly end takes grants back, and the calls that are under way in the
+    enclaves go on (the wardens end with our sockets).
+    """
     assert start.keeper is not None
     await trio.lowlevel.wait_readable(start.keeper)
     start.log.error("stopping", reason="the keeper has ended, and with it what it kept: start it again")
@@ -82,7 +86,8 @@ async def _stop_without_keeper(cancel: trio.CancelScope, service: Service, start
     shutil.rmtree(os.path.dirname(notify_address()), ignore_errors=True)
     if start.bound:
         _unlink(start.listeners[0].getsockname())
-    cancel.cancel()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 async def run(start: _Start) -> None:
@@ -108,7 +113,7 @@ async def run(start: _Start) -> None:
             async with trio.open_nursery() as serving:
                 serving.start_soon(_stop_on_signal, signals, serving.cancel_scope, service, start)
                 if start.keeper is not None:
-                    serving.start_soon(_stop_without_keeper, serving.cancel_scope, service, start)
+                    serving.start_soon(_stop_without_keeper, service, start)
                 serving.start_soon(Server(service).run, start.listeners)
                 await keeping.start(service.run)
                 log.info(
