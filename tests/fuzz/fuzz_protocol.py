@@ -267,11 +267,11 @@ async def in_process(policy: Path, corpus: list[dict[str, Any]], images: Images,
             nursery.cancel_scope.cancel()
         while service.disposal.statistics().files or service.disposal.statistics().sockets:  # noqa: ASYNC110
             await trio.sleep(0.01)
+        await _calm(service)
         used = {resource.value: count for resource, count in service.ledger.account(0).used.items() if count}
         used.pop("pages", None)  # enclaves that were created live on
         gc.collect()
         end = rss()
-        await _calm(service)
         for enclave in [name for name in service.enclaves if name != "vault"]:
             target = Target(service, running)
             target.feed(

@@ -170,7 +170,7 @@ def test_the_grace_is_over_for_grants_as_for_requests(front: FakeBroker) -> None
             wait_until(lambda: enclave.gone, "nobody is told")
             with pytest.raises(teemate.EnclaveLost, match="did not come back"):
                 slot.call("empty")
-        assert not mapped(enclave)
+        wait_until(lambda: not mapped(enclave), "its calls have left, and it is mapped still")
 
 
 # -- events -----------------------------------------------------------------------------------
