@@ -371,7 +371,7 @@ def test_a_warden_that_is_killed_in_a_repair_leaves_it_to_the_next(
     make_warden: Callable[[], Warden], enclave: Enclave, dead: bool
 ) -> None:
     turns = 12 if BACKEND == "sim" else 4
-    killed = 0
+    killed, delay = 0, 0.001
     warden = make_warden()
     assert warden.start(enclave).status == 0
     for turn in range(turns):
@@ -381,10 +381,13 @@ def test_a_warden_that_is_killed_in_a_repair_leaves_it_to_the_next(
             if dead:
                 holder.kill()
             clear(warden, enclave, generation)
-            for part in range(3):
+            for _ in range(3):
                 warden.send(warden.repair_request(SLOT, generation, dead=dead))
-                killed += not warden.answers_within((turn % 12 * 3 + part) * 0.00005)
+                # Sooner when it was ready before, later when it was not: about as long as a repair takes.
+                ready = warden.answers_within(delay)
                 warden.kill()
+                killed += not ready
+                delay *= 0.6 if ready else 1.3
                 warden = make_warden()
                 reply = warden.start(enclave)
                 assert (reply.status, reply.text) == (0, b"")
