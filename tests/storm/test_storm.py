@@ -79,7 +79,8 @@ def test_a_broker_that_forgets_slots_of_the_dead_does_not_pass() -> None:
     figures = run_storm(
         Plan(seed=3, clients=3, seconds=60, client_kills=3, backend="sim", command=broker, patience=1.0)
     )
-    assert figures.slots_lost == 3
+    # The first to be killed had attached; whoever is killed as soon as it starts may hold nothing yet.
+    assert figures.slots_lost >= 1
     assert not figures.good
 
 
