@@ -259,7 +259,7 @@ class Connection:
             known = client.recalled.get(request.id) if method.changes else None
             if known is not None and known[0] == request.operation:
                 client.dispose(fds)
-                result: Result = client.service.repeat(client, *known)
+                result: Result = client.service.granting.repeat(client, *known)
             else:
                 result = method.run(client, request.untrusted_args, fds)
             if isinstance(result, Answer):

@@ -151,67 +151,67 @@ def enclaves(client: Client, _args: Nothing, _fds: tuple[int, ...]) -> Result:
 @method("attach", Attach.parse, changes=True)
 def attach(client: Client, args: Attach, _fds: tuple[int, ...]) -> Result:
     """Give a grant: the enclave's fd, its arena, and slots."""
-    return client.service.attach(client, args)
+    return client.service.granting.attach(client, args)
 
 
 @method("slots.acquire", Acquire.parse, changes=True)
 def slots_acquire(client: Client, args: Acquire, _fds: tuple[int, ...]) -> Result:
     """Give more slots for a grant."""
-    return client.service.acquire(client, args)
+    return client.service.granting.acquire(client, args)
 
 
 @method("slots.release", Release.parse, changes=True)
 def slots_release(client: Client, args: Release, _fds: tuple[int, ...]) -> Result:
     """Take slots of a grant back."""
-    return client.service.release(client, args)
+    return client.service.granting.release(client, args)
 
 
 @method("detach", Detach.parse, changes=True)
 def detach(client: Client, args: Detach, _fds: tuple[int, ...]) -> Result:
     """End a grant."""
-    return client.service.detach(client, args)
+    return client.service.granting.detach(client, args)
 
 
 @method("create", Create.parse, changes=True, fds=1)
 def create(client: Client, args: Create, fds: tuple[int, ...]) -> Result:
     """Build an enclave from the image that came along."""
-    return client.service.create(client, args, fds[0])
+    return client.service.administration.create(client, args, fds[0])
 
 
 @method("destroy", Destroy.parse, changes=True)
 def destroy(client: Client, args: Destroy, _fds: tuple[int, ...]) -> Result:
     """End an enclave; its owner may, and administrators."""
-    return client.service.destroy(client, args)
+    return client.service.administration.destroy(client, args)
 
 
 @method("drain", Drain.parse, changes=True)
 def drain(client: Client, args: Drain, _fds: tuple[int, ...]) -> Result:
     """No new grants, and wait for the old ones; the enclave's owner may, and administrators."""
-    return client.service.drain(client, args)
+    return client.service.lifecycle.drain(client, args)
 
 
 @method("undrain", Undrain.parse, changes=True)
 def undrain(client: Client, args: Undrain, _fds: tuple[int, ...]) -> Result:
     """Take drained enclaves into use again; the enclave's owner may, and administrators."""
-    return client.service.undrain(client, args)
+    return client.service.lifecycle.undrain(client, args)
 
 
 @method("upgrade", Upgrade.parse, fds=1)
 def upgrade(client: Client, args: Upgrade, fds: tuple[int, ...]) -> Result:
     """Replace an enclave by one from another image; its owner may, and administrators."""
-    return client.service.upgrade(client, args, fds[0])
+    return client.service.upgrades.upgrade(client, args, fds[0])
 
 
 @method("revoke", Revoke.parse, changes=True, administrators=True)
 def revoke(client: Client, args: Revoke, _fds: tuple[int, ...]) -> Result:
     """Take grants back."""
-    return client.service.revoke(client, args)
+    return client.service.revocation.revoke(client, args)
 
 
 @method("clients", Clients.parse, administrators=True)
 def clients(client: Client, args: Clients, _fds: tuple[int, ...]) -> Result:
     """List who is connected and what they hold."""
-    return client.service.list_clients(args)
+    return client.service.administration.list_clients(args)
 
 
 @method("stats", Nothing.parse, administrators=True)
