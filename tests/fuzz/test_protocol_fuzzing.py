@@ -10,7 +10,7 @@ import pytest
 
 from teemate import wire
 from teemate.broker.clients import Client
-from teemate.broker.service import Service
+from teemate.broker.granting import Granting
 
 # A campaign that ends with a finding leaves charges behind.
 pytestmark = pytest.mark.filterwarnings(
@@ -35,7 +35,7 @@ def test_a_handler_that_fails_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path
         raise KeyError("a bug")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Service, "release", fails)
+    monkeypatch.setattr(Granting, "release", fails)
     with pytest.raises(fuzz_protocol.FuzzingError, match="a bug"):
         fuzz_protocol.main(["--messages", "30000", "--socket-seconds", "0", "--seed", "7"])
     assert (tmp_path / "crash-message").exists()
