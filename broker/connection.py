@@ -1,14 +1,10 @@
-"""A client's connection: its requests in, its replies and events out.
+"""A client's connection: its requests in; its replies and events out go through outbox.py.
 
 Reading.  One task per connection reads, in this order: wait while replies are still queued,
 ask the user's bucket of tokens, receive one message.  So a client that does not read its
 replies, or asks faster than it may, fills its own socket buffer and nothing here.  A request that
 can be answered at once is answered in this task; one that has to wait gets a task of its own,
 charged to the user as a request in flight.
-
-Writing.  A message goes straight into the socket.  What does not fit is queued, charged to
-the user, and sent by a task when the client reads again; a client that lets events pile up beyond
-the limit is disconnected.
 
 Errors.  A message that breaks the protocol is answered and the connection is closed.  A request
 that fails is answered with its error and the connection lives on, also after a bug of ours:
@@ -17,22 +13,17 @@ that one is logged with its traceback, and the client is told only that it happe
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
 import socket
-import struct
-import termios
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, final
 
 import trio
 
 from teemate import errors, wire
 from teemate.broker.limits import Charge, Resource
 from teemate.broker.operations import Method, changes_something, find_method
+from teemate.broker.outbox import Outbox
 from teemate.broker.requests import Answer, Request, Result, parse_request
 
 if TYPE_CHECKING:
@@ -46,9 +37,6 @@ _MESSAGES_AT_FIRST = 2
 """hello, and what came along with it."""
 _MESSAGES_PER_TURN = 16
 """Requests of one client that are answered before other tasks get their turn."""
-_GONE = {errno.EPIPE, errno.ECONNRESET}
-_SMALLEST_SKB = 768
-"""A packet takes at least so much of a socket's send buffer: struct sk_buff and skb_shared_info."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,19 +50,6 @@ class ConnectionStatistics:
     queued_bytes: int
 
 
-class _Queued(NamedTuple):
-    data: bytes
-    fds: tuple[int, ...]  # duplicates, ours: the enclave may be gone before the client reads
-    charge: Charge
-
-
-def _no_descriptors(what: str, error: OSError) -> errors.LimitReached:
-    return errors.LimitReached(
-        f"{what} ({error.strerror}): RLIMIT_NOFILE (LimitNOFILE= in its unit) sets how many it may have",
-        {"limit": "RLIMIT_NOFILE"},
-    )
-
-
 @final
 class Connection:
     """The socket of a client, with what is queued for it; the socket stays its maker's."""
@@ -83,19 +58,18 @@ class Connection:
         self.client = client
         client.connection = self
         self.greeted = False
-        self.closing = False
         self._sock = sock
+        self.outbox = Outbox(client, sock, self._start_soon, self.close)
         self._nursery: trio.Nursery | None = None
         self._unstarted: list[tuple[Any, ...]] = []
         self._waiting = 0
-        self._queue: deque[_Queued] = deque()
-        self._queued_bytes = 0
-        self._drained = trio.Event()
-        self._patient: bytes | None = None
         self._greeting = trio.Event()
         self._silent: errors.LimitReached | None = None
-        self._unread: deque[Charge] = deque()
-        """Of messages with descriptors that the client may not have received yet."""
+
+    @property
+    def closing(self) -> bool:
+        """Whether it is over, or about to be."""
+        return self.outbox.closed
 
     # -- reading ---------------------------------------------------------------
 
@@ -128,12 +102,8 @@ class Connection:
             if self._silent is not None:
                 why = f"refused: {self._silent.message}"
         finally:
-            self.closing = True
             self._nursery = None
-            while self._queue:
-                self._discard(self._queue.popleft())
-            while self._unread:
-                self._unread.popleft().release()
+            self.outbox.discard()
         return why
 
     def _answer_first(self) -> Exception | None:
@@ -152,7 +122,7 @@ class Connection:
                     break  # the end is there to be read again
                 self._handle(packet)
         except BlockingIOError:
-            self._send_patient()
+            self.outbox.send_held()
         except (errors.ProtocolError, errors.LimitReached, OSError) as error:
             return error
         return None
@@ -183,22 +153,21 @@ class Connection:
         bucket = self.client.account.bucket
         answered = 0
         while True:
-            if self._queue:
-                await self._drained.wait()
+            await self.outbox.drained()
             delay = bucket.take()
             if delay:
-                self._send_patient()
+                self.outbox.send_held()
                 await trio.sleep(delay)
             while True:
                 if self.client.account.exhausted(Resource.DESCRIPTORS_RECEIVED):
-                    self._send_patient()
+                    self.outbox.send_held()
                     await self.client.service.disposal.room_for(self.client.account)
                 try:
                     packet = self._receive()
                     break
                 except BlockingIOError:
                     answered = 0
-                    self._send_patient()
+                    self.outbox.send_held()
                     await trio.lowlevel.wait_readable(self._sock)
             if not packet.data:
                 self.client.dispose(packet.fds)
@@ -287,7 +256,7 @@ class Connection:
             finally:
                 self._waiting -= 1
 
-    # -- writing ---------------------------------------------------------------
+    # -- answering ---------------------------------------------------------------
 
     def _reply(self, request: Request, answer: Answer) -> None:
         number = request.id
@@ -295,8 +264,7 @@ class Connection:
             outcome = answer.ok if answer.outcome is None else answer.outcome
             self.client.service.state.answered(self.client, number, request.operation, outcome)
         if answer.patient:
-            self._send_patient()
-            self._patient = wire.encode({"id": number, "ok": answer.ok})
+            self.outbox.hold({"id": number, "ok": answer.ok})
         else:
             try:
                 self.send({"id": number, "ok": answer.ok}, answer.fds)
@@ -332,135 +300,13 @@ class Connection:
             Descriptors cannot be sent now; nothing was.
 
         """
-        if self.closing:
-            return
-        data = wire.encode(message)
-        self._send_patient()
-        self._transmit(data, fds)
-
-    def _send_patient(self) -> None:
-        """Send the reply that waited for another one.
-
-        A client that says hello and attach at once is woken when both are answered, not twice.
-        """
-        data, self._patient = self._patient, None
-        if data is not None:
-            self._transmit(data)
-
-    def _transmit(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
-        if self.closing:
-            return
-        on_the_way = self._charge_descriptors(len(fds)) if fds else None
-        try:
-            if self._queue:
-                self._enqueue(data, fds)
-            else:
-                self._send_or_enqueue(data, fds)
-        except errors.LimitReached:
-            if on_the_way is not None:
-                on_the_way.release()
-            raise
-        if on_the_way is not None:
-            self._unread.append(on_the_way)
-
-    def _send_or_enqueue(self, data: bytes, fds: tuple[int, ...]) -> None:
-        try:
-            wire.send(self._sock, data, fds)
-        except BlockingIOError:
-            self._enqueue(data, fds)
-        except OSError as error:
-            if error.errno == errno.ETOOMANYREFS:
-                raise _no_descriptors("too many descriptors are on their way to clients", error) from error
-            # Gone: the reader finds out by itself, after what the client sent before it left.
-            if error.errno not in _GONE:
-                self._give_up_writing(error)
-
-    def _charge_descriptors(self, count: int) -> Charge:
-        """Charge descriptors on their way; who does not read holds them open, and the kernel counts them."""
-        account = self.client.account
-        self.settle_descriptors()
-        if account.exhausted(Resource.DESCRIPTORS_SENT, count):
-            for client in self.client.service.clients.values():
-                if client.account is account and client.connection is not None:
-                    client.connection.settle_descriptors()
-        return account.charge(Resource.DESCRIPTORS_SENT, count)
-
-    def settle_descriptors(self) -> None:
-        """Release the charges of descriptors that the client has received.
-
-        What it has not takes room in our socket's send buffer (SIOCOUTQ), so that there cannot be
-        more of them than messages of the smallest size would fit into that.
-        """
-        if not self._unread:
-            return
-        unread = struct.unpack("i", fcntl.ioctl(self._sock, termios.TIOCOUTQ, bytes(4)))[0]
-        most = -(-unread // _SMALLEST_SKB) + len(self._queue)
-        while len(self._unread) > most:
-            self._unread.popleft().release()
-
-    def _enqueue(self, data: bytes, fds: tuple[int, ...]) -> None:
-        try:
-            charge = self.client.account.charge(Resource.QUEUED_BYTES, len(data))
-        except errors.LimitReached as error:
-            self.client.service.complaints.warning(
-                "client does not read",
-                self.client.identity.uid,
-                client=self.client.number,
-                reason=error.message,
-            )
-            self.close()
-            return
-        first = not self._queue
-        copies: list[int] = []
-        try:
-            for fd in fds:
-                copies.append(os.dup(fd))
-        except OSError as error:
-            wire.close_all(copies)
-            charge.release()
-            raise _no_descriptors("the broker has none left to keep for who does not read", error) from error
-        self._queue.append(_Queued(data, tuple(copies), charge))
-        self._queued_bytes += len(data)
-        if first:
-            self._drained = trio.Event()
-            self._start_soon(self._write_queue)
-
-    def _give_up_writing(self, error: OSError) -> None:
-        """End the connection, else the client would wait for ever for what could not be sent."""
-        self.client.service.log.warning("cannot send", client=self.client.number, reason=error.strerror)
-        self.close()
-
-    async def _write_queue(self) -> None:
-        while self._queue:
-            head = self._queue[0]
-            try:
-                wire.send(self._sock, head.data, head.fds)
-            except BlockingIOError:
-                await trio.lowlevel.wait_writable(self._sock)
-                continue
-            except OSError:  # gone: nobody will read the rest
-                self.close()
-                break
-            self._discard(self._queue.popleft())
-        self._drained.set()
-
-    def _discard(self, queued: _Queued) -> None:
-        self._queued_bytes -= len(queued.data)
-        wire.close_all(queued.fds)
-        queued.charge.release()
-
-    def everything_was_read(self) -> bool:
-        """Whether the client has received all that was sent to it."""
-        if self._queue or self.closing:
-            return False
-        unread = fcntl.ioctl(self._sock, termios.TIOCOUTQ, bytes(4))  # SIOCOUTQ, unix(7)
-        return not any(unread)
+        self.outbox.send(message, fds)
 
     # -- ending ----------------------------------------------------------------
 
     def close(self) -> None:
         """End the connection; its task notices and cleans up."""
-        self.closing = True
+        self.outbox.closed = True
         if self._nursery is not None:
             self._nursery.cancel_scope.cancel()
 
@@ -470,6 +316,6 @@ class Connection:
             client=self.client.number,
             requests=self.client.requests,
             waiting=self._waiting,
-            queued_messages=len(self._queue),
-            queued_bytes=self._queued_bytes,
+            queued_messages=self.outbox.queued_messages,
+            queued_bytes=self.outbox.queued_bytes,
         )

@@ -137,7 +137,7 @@ class State:
             return
         self.write_enclaves()
         client.intents.pop(request, None)
-        if client.connection is not None and client.connection.everything_was_read():
+        if client.connection is not None and client.connection.outbox.everything_was_read():
             for known in client.replied:
                 client.outcomes.pop(known, None)
             client.replied.clear()

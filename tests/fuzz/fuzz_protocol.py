@@ -183,18 +183,14 @@ class Target:
             self._connection._handle(wire.Packet(data, fds))
         except errors.ProtocolError:
             self.breaches += 1
-            self._connection.closing = True
+            self._connection.outbox.closed = True
         if self._connection.closing:
             self._end()
             self._connect()
 
     def _end(self) -> None:
         """What serve() does at its end."""
-        self._connection.closing = True
-        while self._connection._queue:
-            self._connection._discard(self._connection._queue.popleft())
-        while self._connection._unread:
-            self._connection._unread.popleft().release()
+        self._connection.outbox.discard()
 
     def drain(self) -> None:
         """Read the replies."""
