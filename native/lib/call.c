@@ -34,8 +34,14 @@
 #define PRINT_LIMIT 2048u
 /* Pauses of an entry that the gate refuses at once: it cannot begin, or the gate is none. */
 #define PROBE_LIMIT 20
-/* EENTERs of a TCS that is busy: the warden looks at it, who takes a microsecond, or a thief runs there. */
-#define BUSY_LIMIT 50
+/*
+ * EENTERs of a TCS that is busy.  The warden looks at it, who takes a microsecond; but on the sim a TCS stays
+ * busy while whoever is in it has no processor, so what is busy after the yields is given a second.  Who
+ * is in there for longer runs there, and is a thief.
+ */
+#define BUSY_YIELDS 50
+#define BUSY_PAUSES 500
+#define BUSY_PAUSE_NS 2000000
 
 /* What came from the enclave cannot be: it is given up, as after a fault. */
 static int slot_nonsense(struct teemate_slot *slot)
@@ -185,6 +191,13 @@ static int slot_ocall(struct teemate_slot *slot, uint64_t kind, uint64_t length,
 
 /* ---- calls --------------------------------------------------------------------- */
 
+static void busy_pause(void)
+{
+    static const struct timespec pause = {.tv_nsec = BUSY_PAUSE_NS};
+
+    nanosleep(&pause, NULL);
+}
+
 static int slot_done(struct teemate_slot *slot, const struct teemate_regs *regs, struct teemate_call *call)
 {
     int64_t status = (int64_t)regs->rsi;
@@ -235,7 +248,7 @@ static enum teemate_call_outcome slot_unresumed(struct teemate_slot *slot)
     struct sgx_enclave_run run = {0};
     uint32_t function = SGX_EENTER;
 
-    for (int tries = 0; tries < BUSY_LIMIT; tries++) {
+    for (int tries = 0; tries < BUSY_YIELDS + BUSY_PAUSES; tries++) {
         struct teemate_regs regs = {
             .rdi = TM_SEL_BIND, /* harmless: the same again */
             .rsi = (uintptr_t)&slot->bind,
@@ -253,8 +266,12 @@ static enum teemate_call_outcome slot_unresumed(struct teemate_slot *slot)
         if (result < 0 || (result == TEEMATE_LEFT && run.exception_vector != SGX_VECTOR_GP))
             return TEEMATE_CALL_FAULT;
         function = result == TEEMATE_PAUSED ? run.function : SGX_EENTER;
-        if (result == TEEMATE_LEFT)
+        if (result == TEEMATE_PAUSED)
+            continue;
+        if (tries < BUSY_YIELDS)
             sched_yield();
+        else
+            busy_pause();
     }
     return TEEMATE_CALL_STOLEN;
 }
@@ -328,11 +345,19 @@ static int slot_run(struct teemate_slot *slot, uint64_t pause_after_ns, struct t
             call->outcome = TEEMATE_CALL_REVOKED;
             return 0;
         }
-        if (call->run.function == SGX_EENTER && call->run.exception_vector == SGX_VECTOR_GP &&
-            ++busy < BUSY_LIMIT) {
-            sched_yield();
-            continue;
+        if (call->run.function == SGX_EENTER && call->run.exception_vector == SGX_VECTOR_GP) {
+            if (++busy < BUSY_YIELDS) {
+                sched_yield();
+                continue;
+            }
+            if (slot->busy_pauses++ < BUSY_PAUSES) { /* the caller may have a deadline, or a signal to handle */
+                busy_pause();
+                slot->state = SLOT_PAUSED;
+                call->outcome = TEEMATE_CALL_PAUSED;
+                return 0;
+            }
         }
+        slot->busy_pauses = 0;
         if (call->run.function != SGX_EEXIT) {
             slot_faulted(slot, call);
             return 0;
@@ -415,6 +440,7 @@ int teemate_slot_call(struct teemate_slot *slot, const char *name, size_t name_l
     };
     slot->entry = (struct slot_entry){.rdi = TM_SEL_ECALL, .rsi = (uintptr_t)&slot->request};
     slot->function = SGX_EENTER;
+    slot->busy_pauses = 0;
     result = slot_run(slot, pause_after_ns, call);
     slot_give(slot);
     return result;

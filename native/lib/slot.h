@@ -46,6 +46,7 @@ struct teemate_slot {
     bool revoked;               /* the gate refused our key: it will not open again */
     enum slot_state state;
     uint32_t function;          /* PAUSED: EENTER when the enclave has not begun with `entry` yet */
+    uint32_t busy_pauses;       /* in a row, since somebody else is in the TCS */
     struct slot_entry entry;
     uint64_t nonce;             /* of the OCALL that is outstanding */
     struct tm_ocall_wait wait;  /* PAUSED in one: it goes on before `entry` does */

@@ -366,6 +366,72 @@ def test_a_living_holder_s_slot_without_a_free_frame_is_busy(started: Warden, en
     works_as_new(started, enclave)
 
 
+@contextmanager
+def another_process() -> Iterator[int]:
+    """The number of one that lives meanwhile."""
+    process = subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE)
+    try:
+        yield process.pid
+    finally:
+        process.communicate()
+
+
+@sim_only("on a processor whoever gets no time is not inside")
+def test_a_call_waits_for_who_is_in_its_slot_and_gets_no_time_and_not_for_ever(
+    started: Warden, enclave: Enclave, client: Client
+) -> None:
+    """So the warden is when it looks at the slot on a busy host; who stays is a thief."""
+    arm(started, enclave)
+    slot = client.slot(index=SLOT, generation=1, key=KEY)
+    assert slot.call("echo", b"before").out == b"before"
+    with another_process() as pid:
+        enclave.set_tcs_word(SLOT, pid << 32 | 1)
+        assert slot.begin("echo", b"after") == 0
+        for _ in range(3):
+            assert slot.last.outcome == lib.TEEMATE_CALL_PAUSED
+            assert lib.teemate_slot_resume(slot.handle, 0, slot.last) == 0
+        enclave.set_tcs_word(SLOT, 0)
+        assert slot.finish().out == b"after"
+        enclave.set_tcs_word(SLOT, pid << 32 | 1)
+        result = slot.call("echo")
+    assert (result.outcome, result.vector, result.function) == (lib.TEEMATE_CALL_FAULT, 13, 2)
+    enclave.set_tcs_word(SLOT, 0)
+
+
+def sleeps(thread: threading.Thread) -> int:
+    """How often it has waited of its own will; large when it has ended."""
+    try:
+        status = Path(f"/proc/self/task/{thread.native_id}/status").read_text()
+    except OSError:
+        return 1 << 30
+    return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+
+@sim_only("on a processor whoever gets no time is not inside")
+def test_a_call_that_was_undone_by_a_warden_that_gets_no_time_is_revoked_and_not_stolen(
+    started: Warden, enclave: Enclave, client: Client
+) -> None:
+    arm(started, enclave)
+    slot = client.slot(index=SLOT, generation=1, key=KEY)
+    assert slot.begin("spin", pause_ns=1) == 0
+    assert slot.last.outcome == lib.TEEMATE_CALL_PAUSED
+    clear(started, enclave)
+    interrupted = enclave.tcs_word(SLOT)
+    with another_process() as pid:
+        enclave.set_tcs_word(SLOT, interrupted & 0xFFFFFFFF | pid << 32 | 1)
+        thread = threading.Thread(target=slot.finish)
+        thread.start()
+        before = sleeps(thread)
+        while sleeps(thread) < before + 20:
+            os.sched_yield()
+        enclave.set_tcs_word(SLOT, interrupted)
+    reply = started.repair(SLOT, 1, dead=False)
+    assert (reply.entered, reply.status) == (1, 0)
+    thread.join()
+    assert slot.last.outcome == lib.TEEMATE_CALL_REVOKED
+    assert started.control(enclave, wire.RESET, slot=SLOT).status == 0
+
+
 @pytest.mark.parametrize("dead", [True, False], ids=["dead", "alive"])
 def test_a_warden_that_is_killed_in_a_repair_leaves_it_to_the_next(
     make_warden: Callable[[], Warden], enclave: Enclave, dead: bool
