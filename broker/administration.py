@@ -52,6 +52,8 @@ class Administration:
         self._copies = ImageCopies()
         self.building: set[str] = set()
         """Enclaves that are being built, or will be before the broker is ready."""
+        self._destroying: dict[int, Enclave] = {}
+        """By serial, those that are being taken down, which have no name any more or will have none."""
         self.not_built: set[str] = set()
         """Enclaves of the policy that failed to start with the broker."""
 
@@ -68,6 +70,8 @@ class Administration:
             for policy in service.policy.enclaves
             if policy.start == "boot"
             and policy.name not in service.enclaves
+            and policy.name not in self.building
+            and not service.lifecycle.stored(policy.name)
             and not service.lifecycle.emptied
         ]
         self.building.update(policy.name for policy in wanted)
@@ -251,6 +255,7 @@ class Administration:
                 await enclave.warden.start()
             for index in enclave.slots.slots:
                 await service.reclaimer.arm(enclave, index)
+            await service.restoration.tidied.wait()  # the store may have no room beside what is left over
             await service.state.keep_enclave(enclave, source)
         except BaseException:
             await self.take_down(enclave)
@@ -279,10 +284,14 @@ class Administration:
         service = self._service
         enclave = service.enclaves.get(args.enclave)
         intent = client.intents.get(client.asking)
-        if intent is not None and (enclave is None or enclave.serial != intent["enclave"]):
-            return Answer({"revoked": intent["revoked"]})  # it was done when the last broker died
-        if intent is not None and enclave is not None and enclave.ending:
-            return self._destroyed(enclave, intent)
+        if intent is not None:
+            serial = intent["enclave"]
+            assert isinstance(serial, int)
+            begun = self._destroying.get(serial, enclave)
+            if begun is None or begun.serial != serial:
+                return self._destroyed(service.restoration.tidied, intent)
+            if begun.ending:
+                return self._destroyed(begun.destroyed, intent)
         if enclave is None or enclave.policy.owner != client.identity.uid:
             service.require_administrator(client, "destroy")
         enclave = service.enclave(args.enclave)
@@ -321,6 +330,7 @@ class Administration:
     async def finish_destroying(self, enclave: Enclave, by: str = "the broker") -> None:
         """Revoke what is held of it and take it down."""
         service = self._service
+        self._destroying[enclave.serial] = enclave
         await service.revocation.revoke_all(
             [service.grants[number] for number in enclave.grants],
             None,
@@ -330,11 +340,12 @@ class Administration:
         service.tell_lost(enclave)  # who has not given it up by now only keeps the memory
         del service.enclaves[enclave.name]
         await self.take_down(enclave)
+        del self._destroying[enclave.serial]
         enclave.destroyed.set()
 
-    async def _destroyed(self, enclave: Enclave, intent: dict[str, object]) -> Answer:
-        """Wait for what goes on since a restart."""
-        await enclave.destroyed.wait()
+    async def _destroyed(self, done: trio.Event, intent: dict[str, object]) -> Answer:
+        """Answer what the last broker had begun when it died, when nothing of it is left to do."""
+        await done.wait()
         return Answer({"revoked": intent["revoked"]})
 
     async def take_down(self, enclave: Enclave) -> None:
@@ -344,7 +355,12 @@ class Administration:
             with trio.CancelScope(shield=True):
                 await enclave.warden.close()
         with trio.CancelScope(shield=True):
-            await self._service.state.drop_enclave(enclave)
+            confirmed = await self._service.state.drop_enclave(enclave)
+        if not confirmed:
+            self._service.log.warning(
+                "enclave perhaps kept", enclave=enclave.name, generation=enclave.generation,
+                reason="the service manager did not confirm in time that it closed the enclave's descriptors",
+            )  # fmt: skip
         enclave.close()
         with contextlib.suppress(KeyError):
             self._service.addresses.release(enclave.built.base)

@@ -104,6 +104,8 @@ class Restoration:
         self._ended: list[int] = []
         self._ending: set[int] = set()
         """Enclaves whose destruction the last broker had begun."""
+        self.tidied = trio.Event()
+        """Set when nothing is left of what it was making or taking down."""
 
     # -- in its place ------------------------------------------------------------------
 
@@ -271,10 +273,11 @@ class Restoration:
             os.close(fd)
         serials = {int(name.rpartition("-")[2]) for name in self._found.descriptors}
         for serial in serials.union(self._dropped):
-            self._service.log.info("leftover of the last broker dropped", serial=serial)
-            await state.drop_descriptors(serial)
+            confirmed = await state.drop_descriptors(serial)
+            self._service.log.info("leftover of the last broker dropped", serial=serial, confirmed=confirmed)
             state.erase("enclave", serial)
             state.erase("stored", serial)
+        self.tidied.set()
 
     async def _recover_enclave(self, enclave: Enclave) -> None:
         service = self._service

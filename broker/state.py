@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, final
 
 import trio
 
+from teemate import errors
 from teemate.broker.descriptor_store import DescriptorStore
 from teemate.broker.identity import start_time
 from teemate.broker.kept import LISTENER
@@ -197,26 +198,34 @@ class State:
                     await self._store.remove(name)
             await self._store.confirm()
 
-    async def drop_enclave(self, enclave: Enclave) -> None:
-        """Forget an enclave, and have the store close its descriptors; those of the broker stay open."""
+    async def drop_enclave(self, enclave: Enclave) -> bool:
+        """Forget an enclave, as :meth:`drop_descriptors`; those of the broker stay open."""
         enclave.on_change = lambda _enclave: None
         self._changed.discard(enclave)
         if self._snapshot is None:
-            return
-        await self.drop_descriptors(enclave.serial)
+            return True
+        confirmed = await self.drop_descriptors(enclave.serial)
         self._snapshot.erase(Name("enclave", enclave.serial))
+        return confirmed
 
-    async def drop_descriptors(self, serial: int) -> None:
-        """Have the store close what it has of an enclave, confirmed."""
+    async def drop_descriptors(self, serial: int) -> bool:
+        """Have the store close what it has of an enclave; returns whether that was confirmed.
+
+        What was asked for and not confirmed is done later, or by the next broker, to which it is a leftover.
+        """
         if self._store is None:
-            return
+            return True
+        made = (enclave_name(serial), arena_name(serial), image_name(serial))
+        names = [name for name in made if name in self._store]
         with contextlib.suppress(OSError):  # the manager has ended, and its store with it
-            made = (enclave_name(serial), arena_name(serial), image_name(serial))
-            names = [name for name in made if name in self._store]
-            for name in names:
-                await self._store.remove(name)
-            if names:
-                await self._store.confirm()
+            try:
+                for name in names:
+                    await self._store.remove(name)
+                if names:
+                    await self._store.confirm()
+            except errors.Busy:
+                return False
+        return True
 
     def _note(self, enclave: Enclave) -> None:
         self._changed.add(enclave)
