@@ -12,6 +12,9 @@
  * makes is close-on-exec.  All functions are thread safe unless they say
  * otherwise; one slot is for one thread at a time.
  *
+ * This is the lower half: images, mappings, entries.  teemate_client.h has the verbs of a program
+ * that shares an enclave through the broker: connect, attach, call, detach.
+ *
  * The lines between the cffi marks are read by native/binding/build_binding.py as well:
  * only declarations that cffi understands may stand there.
  */
@@ -26,6 +29,7 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+#pragma GCC visibility push(default)
 
 /* cffi: begin */
 
@@ -374,6 +378,7 @@ const char *teemate_test_build(void);
 
 /* cffi: end */
 
+#pragma GCC visibility pop
 #ifdef __cplusplus
 }
 #endif
