@@ -17,8 +17,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from backends import PATIENCE
+
 from teemate.wire import close_all, decode, encode, receive, send  # by name: what a test records is not ours
 
+DEADLINE = 60.0 * PATIENCE
+"""Seconds after which what another thread or process has to do hangs."""
 HELLO = {"version": 1, "broker": "fake", "max_message": 65536}
 MUTATING = {"attach", "slots.acquire", "slots.release", "detach", "create", "destroy", "revoke"}
 
@@ -292,7 +296,7 @@ def running(broker: FakeBroker) -> Iterator[FakeBroker]:
         yield broker
     finally:
         broker.stop()
-        thread.join(10)
+        thread.join(DEADLINE)
         assert not thread.is_alive()
     if broker.failure is not None:
         raise broker.failure
@@ -313,7 +317,7 @@ def once(point: str, op: str) -> Callable[[str, str], bool]:
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
     """Wait for something that another thread does."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + DEADLINE
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.005)

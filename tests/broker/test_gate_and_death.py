@@ -189,7 +189,8 @@ def test_a_client_that_hears_of_a_revocation_gives_its_call_up_and_the_slot_is_a
 ) -> None:
     admin = connect(faults_broker)
     with holder(faults_broker, how) as inside:
-        number = admin.post("revoke", enclave="faults", grace=20 * PATIENCE)
+        # Half of it a call has to end by itself.
+        number = admin.post("revoke", enclave="faults", grace=6 * PATIENCE)
         if how == "park":  # its OCALL handler comes back in its own time
             assert inside.process.stdin is not None
             inside.process.stdin.close()

@@ -32,7 +32,7 @@ def upgrade_policy(images: Images) -> str:
     uid = os.geteuid()
     return (
         f"[administrators]\nuids = [{uid}]\n[[create]]\nuid = {uid}\n"
-        + enclave_policy("vault", images.vault, "revoke_grace = 0.5")
+        + enclave_policy("vault", images.vault, "revoke_grace = 20.0")
         + enclave_policy("faults", images.faults, "")
     )
 

@@ -13,7 +13,6 @@ from warden_harness import Client, Enclave, Warden
 
 KEY = bytes(range(1, 17))
 SLOT = 2
-DEADLINE = 0.02
 
 
 def usable(warden: Warden, enclave: Enclave, generation: int = 1) -> None:
@@ -47,11 +46,11 @@ def test_a_hundred_hanging_control_ecalls_leave_the_enclave_usable(
         assert (reply.status, reply.text) == (0, b"")
         repaired += reply.repaired
         warden.send_author(enclave, "hang")
-        assert not warden.answers_within(DEADLINE)
+        enclave.await_hang(warden)
         warden.kill()
     warden = make_warden()
     assert warden.start(enclave).status == 0
-    assert repaired > 50
+    assert repaired >= 99, "each but the first found what the one before had left"
     usable(warden, enclave)
 
 
@@ -63,7 +62,7 @@ def test_a_repair_can_be_killed_at_any_point_and_done_again(
         reply = warden.start(enclave)
         assert (reply.status, reply.text) == (0, b"")
         warden.send_author(enclave, "hang")
-        assert not warden.answers_within(DEADLINE)
+        enclave.await_hang(warden)
         warden.kill()
         for part in range(3):
             warden = make_warden()
