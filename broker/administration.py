@@ -75,6 +75,7 @@ class Administration:
             and not service.lifecycle.emptied
         ]
         self.building.update(policy.name for policy in wanted)
+        self.not_built.clear()
         for policy in wanted:
             assert policy.image is not None  # the policy's reader wants one for "boot"
             assert policy.sigstruct is not None
@@ -271,7 +272,8 @@ class Administration:
         """Return what starts the enclave's wardens."""
         settings, built = self._service.policy.broker, enclave.built
         warden = Warden(
-            warden_program(), enclave.geometry, enclave.key, (built.fd, built.arena), self._service.log,
+            warden_program(), enclave.geometry, enclave.key, (built.fd, built.arena),
+            self._service.log.bind(enclave=enclave.name),
             deadline=settings.warden_deadline, failures=settings.warden_failures,
         )  # fmt: skip
         warden.on_contended = lambda count: self._service.intruders.contended(enclave, count)

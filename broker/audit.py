@@ -15,14 +15,24 @@ import structlog
 from structlog.typing import FilteringBoundLogger, Processor
 
 from teemate.broker.identity import Identity
+from teemate.broker.journal import Journal, is_journal, render
 from teemate.broker.limits import TokenBucket
 
 __all__ = ["Audit", "Complaints", "configure_log"]
 
 
-def configure_log(style: str, file: TextIO | None = None) -> FilteringBoundLogger:
-    """Return the logger; `style` is "json" or "text"."""
+def configure_log(
+    style: str, file: TextIO | None = None, journal: Journal | None = None
+) -> FilteringBoundLogger:
+    """Return the logger; `style` is "json", "text", "journal", or "auto": the last where there is one."""
     out = file or sys.stderr
+    if style == "auto":
+        style = "journal" if file is None and is_journal(out.fileno()) else "text"
+    if style == "journal":
+        return _wrap(
+            journal or Journal(),
+            [structlog.processors.add_log_level, structlog.processors.format_exc_info, render],
+        )
     renderer: Processor
     if style == "json":
         renderer = structlog.processors.JSONRenderer()
@@ -38,8 +48,12 @@ def configure_log(style: str, file: TextIO | None = None) -> FilteringBoundLogge
         else structlog.processors.format_exc_info,
         renderer,
     ]
+    return _wrap(structlog.WriteLogger(out), processors)
+
+
+def _wrap(sink: object, processors: list[Processor]) -> FilteringBoundLogger:
     logger: FilteringBoundLogger = structlog.wrap_logger(
-        structlog.WriteLogger(out),
+        sink,
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(20),
         context_class=dict,

@@ -13,7 +13,7 @@ host is empty no enclave is created.
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, final
 
 import trio
@@ -21,7 +21,7 @@ import trio
 from teemate import errors
 from teemate.broker.enclaves import Enclave, EnclaveState
 from teemate.broker.limits import Charge
-from teemate.broker.policy import EnclavePolicy
+from teemate.broker.policy import EnclavePolicy, Policy
 from teemate.broker.requests import Answer, Drain, Undrain
 from teemate.broker.source import ImageSource
 from teemate.broker.warden import WardenError
@@ -273,6 +273,12 @@ class Lifecycle:
         service.state.write_enclaves()
         await service.state.drop_stored(stored.serial)
         return ""
+
+    def adopt(self, policy: Policy) -> None:
+        """Bring enclaves back as `policy` has them, not as it was when they were taken down."""
+        for name, stored in self._stored.items():
+            found = policy.entry_for(stored.policy, requested=stored.payer is not None)
+            self._stored[name] = replace(stored, policy=found or stored.policy)
 
     def restore(self, stored: StoredEnclave) -> None:
         """Keep what the last broker kept of an enclave that it had taken down."""

@@ -251,6 +251,13 @@ class Ledger:
             account = self._accounts[uid] = Account(self, uid)
         return account
 
+    def adopt(self, limits: Limits) -> None:
+        """Bound everybody by `limits` from now on; who holds more than that keeps it, and gets no more."""
+        self.limits = limits
+        self.bounds = {resource: getattr(limits, resource.value) for resource in Resource}
+        for account in self._accounts.values():
+            account.bucket.rate, account.bucket.burst = limits.requests_per_second, limits.burst
+
     def forget_unused(self) -> None:
         """Close the accounts of users that left; a handful at most are looked at per call."""
         for uid in [uid for uid, account in self._accounts.items() if account.unused]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import os
 import resource
@@ -10,7 +11,7 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
@@ -21,10 +22,13 @@ from structlog.typing import FilteringBoundLogger
 
 from teemate import errors
 from teemate.broker.audit import configure_log
+from teemate.broker.check import DEFAULT_CONFIG, check_config, read_policy
 from teemate.broker.descriptor_store import DescriptorStore
+from teemate.broker.heartbeat import beat, status_text
+from teemate.broker.install import install
 from teemate.broker.keeper import KEEPER_FD_NAME, REFUSED
 from teemate.broker.kept import FIRST_FD, LISTENER
-from teemate.broker.policy import Policy, PolicyError, load_policy
+from teemate.broker.policy import Policy, PolicyError
 from teemate.broker.restoration import Found, read_found
 from teemate.broker.server import Server, bind, listens
 from teemate.broker.service import Service
@@ -39,8 +43,6 @@ from teemate.broker.snapshot import SnapshotError
 
 __all__ = ["main"]
 
-_DEFAULT_CONFIG = Path("/etc/teemate/broker.toml")
-
 
 @final
 @dataclass(slots=True)
@@ -48,6 +50,8 @@ class _Start:
     """What this broker was started with."""
 
     policy: Policy
+    load: Callable[[], Policy]
+    """Reads the policy again."""
     log: FilteringBoundLogger
     listeners: list[socket.socket]
     bound: bool
@@ -61,16 +65,24 @@ class _Start:
     """Whether that is to be thrown away."""
 
 
-async def _stop_on_signal(
-    signals: AsyncIterator[int], cancel: trio.CancelScope, service: Service, start: _Start
+async def _reload(service: Service) -> None:
+    with contextlib.suppress(errors.Unsupported):  # its log has said why
+        await service.reloading.reload()
+
+
+async def _heed_signals(
+    signals: AsyncIterator[int], nursery: trio.Nursery, service: Service, start: _Start
 ) -> None:
     async for number in signals:
+        if number == signal.SIGHUP:
+            nursery.start_soon(_reload, service)
+            continue
         # With a store SIGTERM makes way for the next broker, which goes on with everything.
         service.leaving = start.store is not None and number == signal.SIGTERM
         if not service.leaving:
             service.say_farewell("the broker was told to end, and keeps nothing")
         start.log.info("stopping", signal=signal.Signals(number).name, kept=service.leaving)
-        cancel.cancel()
+        nursery.cancel_scope.cancel()
 
 
 async def _stop_without_keeper(service: Service, start: _Start) -> None:
@@ -91,11 +103,12 @@ async def _stop_without_keeper(service: Service, start: _Start) -> None:
 
 
 async def run(start: _Start) -> None:
-    """Run the broker until SIGTERM or SIGINT."""
+    """Run the broker until SIGTERM or SIGINT; SIGHUP has it read its policy again."""
     policy, log = start.policy, start.log
     # Outside of the nursery: a second signal must not end us while wardens are being ended.
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         service = Service(policy, log, start.store, start.found)
+        service.reloading.load = start.load
         if service.choice.wanted == "auto":
             why = {"why_not_sgx": service.choice.reason} if service.choice.reason else {}
             log.info("backend chosen by auto", backend=service.backend, **why)
@@ -111,7 +124,7 @@ async def run(start: _Start) -> None:
         await service.state.begin()
         async with trio.open_nursery() as keeping:
             async with trio.open_nursery() as serving:
-                serving.start_soon(_stop_on_signal, signals, serving.cancel_scope, service, start)
+                serving.start_soon(_heed_signals, signals, serving, service, start)
                 if start.keeper is not None:
                     serving.start_soon(_stop_without_keeper, service, start)
                 serving.start_soon(Server(service).run, start.listeners)
@@ -121,22 +134,30 @@ async def run(start: _Start) -> None:
                     sockets=[str(listener.getsockname()) for listener in start.listeners],
                 )  # fmt: skip
                 gc.freeze()  # modules and enclaves stay: collections need not look at them again and again
-                notify("READY=1")
+                notify(f"READY=1\nSTATUS={status_text(service)}")
+                serving.start_soon(beat, service)
             # Only now: clients that leave give their slots back to what is kept.
             with contextlib.suppress(OSError):  # the keeper may be what ended
                 notify("STOPPING=1")
             keeping.cancel_scope.cancel()
 
 
-@click.command()
-@click.option("--config", type=click.Path(path_type=Path), help=f"Policy file [default: {_DEFAULT_CONFIG}].")
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="teemate", prog_name="teemate-broker")
+@click.option("--config", type=click.Path(path_type=Path), help=f"Policy file [default: {DEFAULT_CONFIG}].")
 @click.option("--socket", "socket_path", help="Where to listen, instead of the policy's socket.")
 @click.option(
     "--backend",
     type=click.Choice(["auto", "sim", "sgx"]),
     help="How enclaves are made, instead of the policy's.",
 )
-@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option(
+    "--log-format",
+    type=click.Choice(["auto", "text", "json", "journal"]),
+    default="auto",
+    show_default=True,
+    help="auto: with fields where standard error is systemd's journal, else text.",
+)
 @click.option(
     "--keeper",
     is_flag=True,
@@ -148,7 +169,9 @@ async def run(start: _Start) -> None:
     help="Begin anew: throw away what an earlier broker left in the descriptor store.",
 )
 @click.option("--successor", is_flag=True, hidden=True)
+@click.pass_context
 def main(
+    context: click.Context,
     config: Path | None,
     socket_path: str | None,
     backend: str | None,
@@ -158,11 +181,15 @@ def main(
     successor: bool,
 ) -> None:
     """Own enclaves and lend them to the processes that connect."""
+    if context.invoked_subcommand is not None:
+        return
     if keeper:
         arguments = [argument for argument in sys.argv[1:] if argument != "--keeper"]
         os.execv(  # noqa: S606 - our own interpreter, which has to get rid of this program's modules
             sys.executable, [sys.executable, "-m", "teemate.broker.keeper", *arguments]
         )
+    # Where it was when the watchdog or a fault ended it: function names, nothing of its memory.
+    faulthandler.enable()
     log = configure_log(log_format)
     if successor:  # everything is loaded; nothing of the host is looked at before it is our turn
         with socket.socket(fileno=FIRST_FD) as keepers:
@@ -172,23 +199,26 @@ def main(
             sys.exit(0)
     else:
         inherited = inherited_descriptors()
+
+    def load() -> Policy:
+        policy = read_policy(config)
+        settings = policy.broker
+        settings = replace(
+            settings, socket=socket_path or settings.socket, backend=backend or settings.backend
+        )
+        return replace(policy, broker=settings)
+
     try:
-        if config is None and not _DEFAULT_CONFIG.exists():
-            policy = Policy()
-        else:
-            policy = load_policy(config or _DEFAULT_CONFIG, default_owner=os.geteuid())
+        policy = load()
     except PolicyError as error:
         raise click.ClickException(str(error)) from error
-    settings = policy.broker
-    settings = replace(settings, socket=socket_path or settings.socket, backend=backend or settings.backend)
-    policy = replace(policy, broker=settings)
 
     # Every client costs two descriptors, its socket and its pidfd.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
     with contextlib.ExitStack() as cleanup:
-        start = _take_over(policy, log, inherited, cleanup, discard_state)
+        start = _take_over(policy, load, log, inherited, cleanup, discard_state)
         for number in (signal.SIGTERM, signal.SIGINT):  # what holds again when trio's receiver is gone
             signal.signal(number, signal.SIG_IGN)
         try:
@@ -198,8 +228,13 @@ def main(
     sys.exit(0)
 
 
+main.add_command(check_config)
+main.add_command(install)
+
+
 def _take_over(
     policy: Policy,
+    load: Callable[[], Policy],
     log: FilteringBoundLogger,
     inherited: list[Inherited],
     cleanup: contextlib.ExitStack,
@@ -234,7 +269,7 @@ def _take_over(
         listeners.append(cleanup.enter_context(listener))
         if store is None:  # else the next broker goes on listening
             cleanup.callback(_unlink, settings.socket)
-    return _Start(policy, log, listeners, bound, store, keeper, found, discard)
+    return _Start(policy, load, log, listeners, bound, store, keeper, found, discard)
 
 
 def _read_found(kept: list[Inherited], log: FilteringBoundLogger) -> Found:

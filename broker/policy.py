@@ -7,7 +7,7 @@ missing, for the log; the client hears only that it may not.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import final
 
@@ -154,6 +154,16 @@ class Policy:
     enclaves: tuple[EnclavePolicy, ...] = ()
     create: tuple[CreateRule, ...] = ()
     administrators: Administrators = field(default_factory=Administrators)
+
+    def entry_for(self, old: EnclavePolicy, *, requested: bool) -> EnclavePolicy | None:
+        """What the file says now of an enclave that is there already; None when it says nothing any more.
+
+        What a client had made (`requested`) keeps what only the client said.
+        """
+        for policy in self.enclaves:
+            if policy.name == old.name:
+                return replace(policy, debug=old.debug, require_sdk=False) if requested else policy
+        return None
 
 
 def _broker(table: Table) -> BrokerSettings:

@@ -10,7 +10,7 @@ had begun to make or to destroy when it died is undone, or finished.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, final
 
 import trio
@@ -177,18 +177,11 @@ class Restoration:
         service.lifecycle.restore(stored)
 
     def _policy(self, record: EnclaveRecord) -> EnclavePolicy:
-        """What the policy's file says now; what a client had made keeps what only the client said."""
-        for policy in self._service.policy.enclaves:
-            if policy.name == record.policy.name:
-                if record.requested:
-                    return replace(policy, debug=record.policy.debug, require_sdk=False)
-                return policy
-        if not record.requested:
-            self._service.log.warning(
-                "enclave kept", enclave=record.policy.name,
-                reason="the policy has no entry for it any more: its old one goes on until it is destroyed",
-            )  # fmt: skip
-        return record.policy
+        """What the policy's file says now, else what it said when the enclave was made."""
+        found = self._service.policy.entry_for(record.policy, requested=record.requested)
+        if found is None and not record.requested:
+            self._service.reloading.warn_of_missing(record.policy.name)
+        return found or record.policy
 
     def _place_client(self, number: int, record: ClientRecord) -> None:
         service = self._service

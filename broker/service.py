@@ -25,9 +25,10 @@ from teemate.broker.grants import Grant
 from teemate.broker.intruders import Intruders
 from teemate.broker.lifecycle import Lifecycle
 from teemate.broker.limits import Ledger
-from teemate.broker.policy import EnclavePolicy, Policy
+from teemate.broker.policy import Policy
 from teemate.broker.processes import Processes
 from teemate.broker.reclaim import Reclaimer
+from teemate.broker.reloading import Reloading, demand_backends
 from teemate.broker.requests import Answer
 from teemate.broker.restoration import Found, Restoration
 from teemate.broker.resumption import Resumption
@@ -48,14 +49,6 @@ class ServerStatistics:
     accepted: int
     refused: int
     breaches: int
-
-
-def _demand(enclave: EnclavePolicy) -> None:
-    """Refuse to start without a backend that an enclave is to have."""
-    try:
-        choose_backend(enclave.backend)
-    except errors.Unsupported as error:
-        raise errors.Unsupported(f"enclave {enclave.name}: {error.message}", error.detail) from None
 
 
 class Service:
@@ -81,9 +74,7 @@ class Service:
         self.state = State(store, found.snapshot)
         self.choice = choose_backend(policy.broker.backend)
         self.backend = self.choice.backend
-        for enclave in policy.enclaves:
-            if enclave.backend != "auto":
-                _demand(enclave)
+        demand_backends(policy)
         self.audit = Audit(log)
         self.complaints = Complaints(log)
         self.ledger = Ledger(policy.limits)
@@ -100,6 +91,7 @@ class Service:
         self.upgrades = Upgrades(self)
         self.revocation = Revocation(self)
         self.resumption = Resumption(self)
+        self.reloading = Reloading(self)
         self.clients: dict[int, Client] = {}
         self.enclaves: dict[str, Enclave] = {}
         self.grants: dict[int, Grant] = {}
@@ -229,6 +221,7 @@ class Service:
             "generations": asdict(self.generations.statistics()),
             "intruders": asdict(self.intruders.statistics()),
             "lifecycle": asdict(self.lifecycle.statistics()),
+            "reloading": asdict(self.reloading.statistics()),
         }
         return Answer({"stats": parts})
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from teemate.broker.kept import FIRST_FD, MAX_FDS
 
-__all__ = ["Inherited", "await_turn", "inherited_descriptors", "notify", "notify_address"]
+__all__ = ["Inherited", "await_turn", "inherited_descriptors", "notify", "notify_address", "notify_soon"]
 
 
 class Inherited(NamedTuple):
@@ -72,4 +72,18 @@ def notify(state: str) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
         sock.connect(address)
         sock.sendall(state.encode())
+    return True
+
+
+def notify_soon(state: str) -> bool:
+    """Send `state` without waiting; False when there is no manager, or it has too much to read just now."""
+    address = notify_address()
+    if not address:
+        return False
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            sock.connect(address)
+            sock.send(state.encode(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+    except OSError:
+        return False
     return True
