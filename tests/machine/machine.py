@@ -66,6 +66,8 @@ class Machine:
     processor: tuple[str, ...] = ()
     """Properties of the processor: ``sgx2=off``, ``sgxlc=off`` (no flexible launch control), ``sgx=off``."""
     kernel_arguments: str = ""
+    systemd: bool = False
+    """The host's systemd is process 1 in there, and the command one of its services."""
     verbose: bool = False
     """Copy the kernel's messages to standard error."""
 
@@ -149,7 +151,7 @@ def _cpio(files: Mapping[str, tuple[int, bytes]]) -> bytes:
     return bytes(archive)
 
 
-def _initramfs(command: Command, qemu: Path, kernel: Path) -> bytes:
+def _initramfs(command: Command, qemu: Path, kernel: Path, *, systemd: bool) -> bytes:
     """busybox, the modules, init, and the command as shell text for it."""
     path = os.environ.get("PATH", os.defpath)
     environment = {
@@ -167,6 +169,7 @@ def _initramfs(command: Command, qemu: Path, kernel: Path) -> bytes:
     settings = [
         f"loaders={shlex.quote(' '.join(map(str, loaders)))}",
         f"user={shlex.quote(command.user)}",
+        f"systemd={'yes' if systemd else ''}",
         f"modules={shlex.quote(' '.join(MODULES))}",
         f"shares={shlex.quote(chr(10).join(map(str, command.shares)))}",
     ]
@@ -180,6 +183,7 @@ def _initramfs(command: Command, qemu: Path, kernel: Path) -> bytes:
         "bin": (0o040755, b""),
         "bin/busybox": (0o100755, (qemu / "busybox").read_bytes()),
         "init": (0o100755, (HERE / "guest" / "init").read_bytes()),
+        "systemd": (0o100644, (HERE / "guest" / "systemd").read_bytes()),
         "settings": (0o100644, "\n".join(settings).encode() + b"\n"),
         "command": (0o100644, "\n".join(script).encode() + b"\n"),
     }
@@ -208,7 +212,8 @@ def _qemu(
         line += ["-machine", "q35,sgx-epc.0.memdev=epc,sgx-epc.0.node=0"]
         line += ["-object", f"memory-backend-epc,id=epc,size={machine.epc}"]
     line += ["-kernel", str(kernel / "vmlinuz"), "-initrd", str(files / "initramfs")]
-    line += ["-append", f"{KERNEL_ARGUMENTS} {machine.kernel_arguments}"]
+    systemd = "systemd.show_status=false" if machine.systemd else ""
+    line += ["-append", f"{KERNEL_ARGUMENTS} {systemd} {machine.kernel_arguments}"]
     line += ["-add-fd", f"fd={output},set=1", "-chardev", "file,id=output,path=/dev/fdset/1,append=on"]
     if errors != output:
         line += ["-add-fd", f"fd={errors},set=2"]
@@ -302,7 +307,7 @@ def boot(command: Command, machine: Machine, *, timeout: float, output: BinaryIO
     qemu, kernel = build()
     with tempfile.TemporaryDirectory(prefix="teemate-machine-") as folder:
         files = Path(folder)
-        (files / "initramfs").write_bytes(_initramfs(command, qemu, kernel))
+        (files / "initramfs").write_bytes(_initramfs(command, qemu, kernel, systemd=machine.systemd))
         console, status = files / "console", files / "status"
         console.touch()
         with contextlib.ExitStack() as stack:
