@@ -349,6 +349,16 @@ TM_ECALL(echo)
     return tm_reply(rq, rq->in, rq->in_len);
 }
 
+/* The request goes out to the OCALL "echo", what comes back is the reply. */
+TM_ECALL(ocall)
+{
+    uint8_t back[256];
+    size_t length = 0;
+    int status = tm_ocall("echo", rq->in, rq->in_len, back, sizeof(back), &length);
+
+    return status ? status : tm_reply(rq, back, length);
+}
+
 TM_ECALL(add)
 {
     uint64_t numbers[2];
