@@ -1,4 +1,4 @@
-"""The storm's broker: under a keeper, on a socket of its own, with a log that is read afterwards."""
+"""A broker for one campaign: on a socket of its own, with a log that is read afterwards."""
 
 from __future__ import annotations
 
@@ -18,14 +18,19 @@ from teemate.demo._memory import children
 from teemate.demo._prepare import ENCLAVE, DemoImage
 from teemate.errors import InternalError
 
-__all__ = ["StormBroker"]
+__all__ = ["UNKEPT", "BenchBroker"]
 
 START_TIMEOUT = 120.0
 _END_TIMEOUT = 30.0
 
 
-class StormBroker:
-    """A keeper and its workers; a context manager that ends them."""
+UNKEPT = (sys.executable, "-m", "teemate.broker.main")
+"""Starts a broker without a keeper, as the README has it."""
+_KEPT = (*UNKEPT, "--keeper")
+
+
+class BenchBroker:
+    """A broker, or a keeper and its workers; a context manager that ends them."""
 
     def __init__(
         self,
@@ -35,16 +40,37 @@ class StormBroker:
         backend: str,
         programs: int,
         command: tuple[str, ...] = (),
+        slots_per_client: int = 4,
+        copies: int = 1,
         resume_grace: float = 60.0,
     ) -> None:
-        """`command` starts another keeper than ours, for tests."""
+        """Have room for `programs`; `command` starts something else than our keeper.
+
+        Of `copies` enclaves from the image the first has the image's name.
+        """
         self.socket = str(folder / "broker.sock")
         self._folder = folder
         self._log = folder / "broker.log"
-        self._command = command or (sys.executable, "-m", "teemate.broker.main", "--keeper")
+        self._command = command or _KEPT
         self._policy = folder / "broker.toml"
         self._process: subprocess.Popen[bytes] | None = None
         uid = os.geteuid()
+        self.enclaves = [ENCLAVE if not number else f"{ENCLAVE}-{number}" for number in range(copies)]
+        shared = "".join(
+            f"""
+[[enclave]]
+name = "{name}"
+image = "{image.sgxs}"
+sigstruct = "{image.sigstruct}"
+slots_per_client = {slots_per_client}
+clients_per_uid = {4 * programs + 32}
+wait = 120.0
+
+[[enclave.attach]]
+uid = {uid}
+"""
+            for name in self.enclaves
+        )
         self._policy.write_text(
             f"""
 [broker]
@@ -58,18 +84,9 @@ uids = [{uid}]
 connections = {4 * programs + 32}
 grants = {4 * programs + 32}
 slots = {4 * programs + 32}
-requests_per_second = 100000
-
-[[enclave]]
-name = "{ENCLAVE}"
-image = "{image.sgxs.name}"
-sigstruct = "{image.sigstruct.name}"
-slots_per_client = 4
-wait = 120.0
-
-[[enclave.attach]]
-uid = {uid}
-"""
+handshakes = {programs + 32}
+requests_per_second = 1000000
+{shared}"""
         )
 
     def __enter__(self) -> Self:
@@ -125,7 +142,7 @@ uid = {uid}
 
     @property
     def keeper(self) -> int:
-        """Pid of the keeper."""
+        """Pid of the keeper; of the broker, when there is none."""
         assert self._process is not None
         return self._process.pid
 

@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol
 
 from teemate._backend import choose_backend
 from teemate._broker import connect
-from teemate.bench._broker import StormBroker
+from teemate.bench._broker import BenchBroker
 from teemate.bench._figures import StormFigures
 from teemate.bench._journal import Field
 from teemate.bench._programs import LOST_STATUS, Programs
@@ -137,9 +137,9 @@ class _Storm:
             )
         return figures
 
-    def _start_broker(self, image: DemoImage, programs: int) -> StormBroker:
+    def _start_broker(self, image: DemoImage, programs: int) -> BenchBroker:
         plan = self._plan
-        return StormBroker(
+        return BenchBroker(
             self._folder, image, backend=self._backend, programs=programs, command=plan.command
         )
 
@@ -335,7 +335,7 @@ class _Storm:
         finally:
             broker.__exit__()
 
-    def _kill_one_keeper(self, broker: StormBroker, programs: Programs) -> None:
+    def _kill_one_keeper(self, broker: BenchBroker, programs: Programs) -> None:
         left = [os.pidfd_open(pid) for pid in broker.workers()]
         broker.kill_keeper()
         for pidfd in left:

@@ -41,6 +41,8 @@ class DemoImage(NamedTuple):
     pages: int
     measured: int
     """Bytes that are hashed."""
+    size: int
+    """Bytes of ELRANGE."""
 
 
 def prepare_image(folder: Path, *, heap: int, clients: int, elf: Path | None = None) -> DemoImage:
@@ -67,7 +69,7 @@ def prepare_image(folder: Path, *, heap: int, clients: int, elf: Path | None = N
     signed = sign_with_key(SigParams(debug_allowed=header.debug).unsigned(built.mrenclave), generate_key())
     sigstruct.write_bytes(signed.to_bytes())
     info = inspect(built.sgxs)
-    return DemoImage(built.sgxs, sigstruct, info.mrenclave, info.pages, info.measured)
+    return DemoImage(built.sgxs, sigstruct, info.mrenclave, info.pages, info.measured, info.size)
 
 
 class DemoBroker(NamedTuple):

@@ -1,29 +1,53 @@
+"""`teemate-floor` does the least that it claims to do, and says when it cannot."""
+
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
 
 import pytest
-from create_floor import build_floor, floor_ms
+from backends import BACKEND
+
+from teemate.bench._measured import Measured
+from teemate.bench._setting import FLOOR
+from teemate.errors import InternalError
+from teemate.image import shipped
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_floor(tmp_path_factory.mktemp("floor"))
+def answers(words: list[str], what: str, count: int) -> list[int]:
+    with Measured("floor", [str(FLOOR), *words]) as floor:
+        return floor.ask(what, count)
 
 
-def test_the_floor_tells_the_time_of_each_round(program: Path) -> None:
-    rounds = floor_ms(program, pages=4096, measured=1 << 20, repeat=3)
+def test_each_round_of_creating_is_timed() -> None:
+    rounds = answers(["create", "4096", str(1 << 20)], "create", 3)
     assert len(rounds) == 3
-    assert all(ms > 0 for ms in rounds)
+    assert all(ns > 0 for ns in rounds)
 
 
-def test_more_memory_than_the_machine_has_is_refused_before_it_is_taken(program: Path) -> None:
-    command = [str(program), str(1 << 40), "0"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "more than" in done.stderr
+def test_attaching_is_timed_with_and_without_connecting(tmp_path: Path) -> None:
+    with Measured("floor", [str(FLOOR), "attach", str(tmp_path / "socket"), str(1 << 20)]) as floor:
+        assert [len(floor.ask(what, 5, pause)) for what in ("warm", "cold") for pause in (0, 10)] == [5] * 4
 
 
-def test_missing_arguments_are_told(program: Path) -> None:
-    assert subprocess.run([str(program)], check=False, capture_output=True).returncode == 2
+def test_a_call_is_timed_beside_what_it_is_compared_with() -> None:
+    bare, vault = shipped("bare"), shipped("vault")
+    words = ["call", str(bare.sgxs), str(bare.sigstruct), str(vault.sgxs), str(vault.sigstruct), BACKEND]
+    with Measured("floor", [str(FLOOR), *words]) as floor:
+        for what in ("getppid", "bare", "empty"):
+            assert all(ns > 0 for ns in floor.ask(what, 3))
+
+
+def test_more_memory_than_the_machine_has_is_refused_before_it_is_taken() -> None:
+    with pytest.raises(InternalError, match="more than half"):
+        answers(["create", str(1 << 40), "0"], "create", 1)
+
+
+def test_what_a_floor_cannot_do_ends_it() -> None:
+    with pytest.raises(InternalError, match="status 1"):
+        answers(["hash"], "create", 1)
+
+
+@pytest.mark.parametrize("words", [[], ["nothing"], ["create"], ["attach", "x"], ["call"], ["hash", "x"]])
+def test_wrong_words_are_told(words: list[str]) -> None:
+    assert subprocess.run([str(FLOOR), *words], check=False, capture_output=True).returncode == 2
