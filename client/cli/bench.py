@@ -1,9 +1,10 @@
-"""`teemate bench`: campaigns to run on one's own host."""
+"""`teemate bench`: figures, and campaigns, to run on one's own host."""
 
 from __future__ import annotations
 
 import secrets
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -16,10 +17,70 @@ if TYPE_CHECKING:
 
 __all__ = ["bench"]
 
+_MEASURED = {
+    "floor": "The least that each thing can cost here: what the others are compared with.",
+    "attach": "How long until the first reply from inside, for several sizes of heap.",
+    "call": "What calls cost above entering and leaving, and how they add up over cores.",
+    "memory": "What 1 to 64 clients cost together, sharing an enclave and with one each.",
+    "scale": "What up to 1,024 clients, and 4,096 attaches a second, cost the broker.",
+    "churn": "Clients that come, call once and leave for a minute: what do they leave behind?",
+    "all": "All of these; with --quick what has targets, in a minute.",
+}
+
 
 @click.group()
 def bench() -> None:
-    """Try what a shared enclave stands, on this host."""
+    """Measure on this host, and try what a shared enclave stands.
+
+    Everything is compared with its like in the same run, by turns, so look at the ratios: what else the
+    machine does hits both sides. Each starts a broker of its own on a temporary socket.
+    """
+
+
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(["auto", "sim", "sgx"]),
+    default="auto",
+    show_default=True,
+    help="sgx needs a CPU with SGX.",
+)
+
+
+def _measuring(name: str, text: str) -> click.Command:
+    """Return the command that runs one benchmark."""
+
+    @click.command(name, help=text)
+    @click.option("--quick", is_flag=True, help="Fewer repetitions, and only what has targets.")
+    @click.option(
+        "--plot",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="Draw the result into this file (.svg, .png); needs teemate[plot].",
+    )
+    @backend_option
+    @json_option
+    def command(quick: bool, plot: Path | None, backend: str, as_json: bool) -> None:
+        from rich.console import Console
+
+        from ..bench._plot import draw, require_plotting
+        from ..bench._run import run_bench
+        from .figures import show_report
+
+        if plot is not None:
+            require_plotting()  # said before anything is measured
+        with Display(Console(stderr=True)) as display:
+            report = run_bench(name, display, backend=backend, quick=quick)
+        if plot is not None:
+            draw(report, plot)
+        if as_json:
+            print_json(report.as_json())
+        else:
+            show_report(report)
+
+    return command
+
+
+for _name, _text in _MEASURED.items():
+    bench.add_command(_measuring(_name, _text))
 
 
 @bench.command()
@@ -32,13 +93,7 @@ def bench() -> None:
 @click.option(
     "--clients", type=click.IntRange(1, 256), default=8, show_default=True, help="Programs at work."
 )
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "sim", "sgx"]),
-    default="auto",
-    show_default=True,
-    help="sgx needs a CPU with SGX.",
-)
+@backend_option
 @click.option(
     "--client-kills", type=click.IntRange(0), help="Programs to kill [default: while there is time]."
 )

@@ -23,7 +23,7 @@ __all__ = ["COMMANDS", "cli", "main"]
 # Name -> where the click command is, and its line in `teemate --help`, which must import none of them.
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("teemate.cli.demo:demo", "One shared enclave against one for each program, measured."),
-    "bench": ("teemate.cli.bench:bench", "Kill programs and broker at random, and see that nothing is lost."),
+    "bench": ("teemate.cli.bench:bench", "Measure how fast and how small, and try what it stands."),
     "doctor": ("teemate.cli.doctor:doctor", "Check this host, and say what to do."),
     "status": ("teemate.cli.status:status", "Show the broker's enclaves, their slots and clients."),
     "call": ("teemate.cli.call:call", "Do one call into an enclave."),

@@ -1,0 +1,33 @@
+"""A broker that keeps something of every client that leaves: what `churn` is there to find."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from teemate.broker.main import main
+from teemate.broker.reclaim import Reclaimer
+from teemate.broker.service import Service
+
+_client_left = Service.client_left
+_recycle = Reclaimer._recycle
+_kept: list[bytes] = []
+_FORGOTTEN = 7
+"""The slot that nobody gets again."""
+
+
+def _leave_something(self: Service, client: object, why: str) -> None:
+    _kept.append(os.urandom(8192))
+    os.dup(client.pidfd)  # type: ignore[attr-defined]
+    _client_left(self, client, why)  # type: ignore[arg-type]
+
+
+async def _forget_one(self: Reclaimer, grant: object, index: int, dead: bool) -> None:
+    if index != _FORGOTTEN:
+        await _recycle(self, grant, index, dead)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    Service.client_left = _leave_something  # type: ignore[method-assign, assignment]
+    Reclaimer._recycle = _forget_one  # type: ignore[method-assign, assignment]
+    sys.exit(main())
