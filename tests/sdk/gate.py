@@ -13,6 +13,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,9 @@ OK, ARGUMENT, UNKNOWN, UNBOUND, MAC, STATE = 0, -1, -2, -3, -4, -5
 SPACE, NOTREADY = -7, -11
 
 SET_KEY, ARM, CLEAR, PROBE, RESET, SSA, REWRITE, REINIT, TIME, AUTHOR, REPORT = range(1, 12)
+
+RUN_NS = 1_000_000
+"""What it takes at most to come to where a call loops."""
 
 _HEADER = struct.Struct("<QIIIIIIQQQQQQQQQQQQ")
 _CONTROL = struct.Struct("<IIQQQ16sQQ32s256s")
@@ -251,6 +255,18 @@ class Gate:
             regs.r8,
             regs.r9,
         )
+
+    def interrupt(self, slot: int, key: bytes, rdi: int = 0, rsi: int = 0, *, function: int = EENTER) -> Left:
+        """Enter, and stay out at an interrupt once the thread has run for a while.
+
+        It may have lost its processor as soon as it was in: so what counts is its own time.
+        """
+        begin = time.thread_time_ns()
+        while True:
+            left = self.enter(slot, key, rdi, rsi, function=function, pause_after_ns=RUN_NS, finish=False)
+            if left.outcome != PAUSED or time.thread_time_ns() - begin > RUN_NS:
+                return left
+            function = left.function
 
     # ---- as the warden -----------------------------------------------------------------
 

@@ -232,7 +232,7 @@ def test_where_a_slot_faulted_is_told(holder: Holder, images: Images) -> None:
 def interrupt(gate: Gate, name: bytes, tcs: int) -> None:
     """Leave a control ECALL hanging: the warden is killed there."""
     raw = ffi.new("uint8_t[]", bytes(gate.request(AUTHOR, data=name.ljust(64, b"\0"))))
-    left = gate.enter(tcs, gate.key, CONTROL, address(raw), pause_after_ns=1_000_000, finish=False)
+    left = gate.interrupt(tcs, gate.key, CONTROL, address(raw))
     assert left.outcome == PAUSED or left.function == ERESUME
 
 
@@ -304,7 +304,7 @@ def test_a_warden_that_died_in_a_reset_leaves_it_to_be_done_again(holder: Holder
     assert gate.control(CLEAR, holder.slot, generation=1).status == OK
     assert gate.author(b"reset_hangs", struct.pack("<Q", 1)).status == OK
     raw = ffi.new("uint8_t[]", bytes(gate.request(RESET, holder.slot)))
-    left = gate.enter(0, gate.key, CONTROL, address(raw), pause_after_ns=1_000_000, finish=False)
+    left = gate.interrupt(0, gate.key, CONTROL, address(raw))
     assert left.outcome == PAUSED
     assert gate.control(ARM, holder.slot, tcs=1, generation=2, key=os.urandom(16)).status == STATE
     assert gate.author(b"reset_hangs", struct.pack("<Q", 0), tcs=1).status == OK

@@ -295,7 +295,7 @@ def test_a_cleared_slot_does_not_come_back_from_its_ocall(holder: Holder) -> Non
 def test_an_interrupted_slot_takes_the_control_key_only(holder: Holder) -> None:
     gate = holder.gate
     call = Call(b"loop")
-    left = gate.enter(holder.slot, holder.key, ECALL, call.address, pause_after_ns=1_000_000, finish=False)
+    left = gate.interrupt(holder.slot, holder.key, ECALL, call.address)
     assert left.outcome == PAUSED
     assert holder.start(Call(b"empty")).landed
     probe = gate.control(PROBE, 0, tcs=holder.slot)

@@ -44,7 +44,7 @@ def hold(gate: Gate) -> Call:
     """Leave slot 2 interrupted with the lock in its hands."""
     holder = gate.assign(2)
     call = Call(b"loop_locked")
-    left = gate.enter(2, holder.key, ECALL, call.address, pause_after_ns=1_000_000, finish=False)
+    left = gate.interrupt(2, holder.key, ECALL, call.address)
     assert left.outcome == PAUSED
     return call
 
@@ -93,8 +93,8 @@ def test_a_control_ecall_does_not_wait_for_a_clients_lock(faults: Gate) -> None:
 def test_an_interrupted_holder_that_is_resumed_goes_on(faults: Gate) -> None:
     holder = faults.assign(2)
     call = Call(b"loop_locked")
-    left = faults.enter(2, holder.key, ECALL, call.address, pause_after_ns=1_000_000, finish=False)
+    left = faults.interrupt(2, holder.key, ECALL, call.address)
     for _ in range(3):
         assert left.outcome == PAUSED
-        left = faults.enter(2, holder.key, function=ERESUME, pause_after_ns=1_000_000, finish=False)
+        left = faults.interrupt(2, holder.key, function=ERESUME)
     assert left.outcome == PAUSED

@@ -48,9 +48,7 @@ def unwind(gate: Gate, slot: int, generation: int = 0) -> tuple[int, int, int]:
 def interrupt(holder: Holder, name: bytes = b"loop") -> Call:
     """Leave a call in the slot, interrupted."""
     call = Call(name)
-    left = holder.gate.enter(
-        holder.slot, holder.key, ECALL, call.address, pause_after_ns=1_000_000, finish=False
-    )
+    left = holder.gate.interrupt(holder.slot, holder.key, ECALL, call.address)
     assert left.outcome == PAUSED
     return call
 

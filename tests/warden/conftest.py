@@ -13,7 +13,7 @@ from crash_world import World, populate
 from elves import compile_elf
 from images import Images, layout_options, sources
 from stepping import build_stepping
-from warden_harness import Client, Enclave, Slot, Warden, check
+from warden_harness import HANGS_WORD, Client, Enclave, Slot, Warden, check
 
 from teemate._native import ffi, lib
 from teemate.image import LayoutOptions, SigParams, layout_image, sign_with_key
@@ -116,6 +116,14 @@ class Private:
         args = ffi.new("struct teemate_slot_args *")
         check(lib.teemate_private_slot(self.handle, n, args))
         return Slot(self.handle, args)
+
+    def hangs(self) -> bool:
+        """Whether somebody has come to where it hangs since this was last asked."""
+        info = ffi.new("struct teemate_enclave_info *")
+        check(lib.teemate_enclave_describe(self.handle, info))
+        word = ffi.cast("uint32_t *", info.base + info.size + 4096 + HANGS_WORD)
+        said, word[0] = word[0], 0
+        return bool(said)
 
     def close(self) -> None:
         """Give the enclave up."""

@@ -11,11 +11,16 @@ static volatile uint32_t released;
 static uint64_t reset_hangs;
 static volatile uint64_t starts;
 
-static void hang(void)
+static void say_that_it_hangs(void)
 {
     uint32_t *arena = (void *)TM_ARENA((uint64_t)tm_enclave_base(), header()->size);
 
     __atomic_store_n(&arena[HANGS_WORD], 1, __ATOMIC_RELEASE);
+}
+
+static void hang(void)
+{
+    say_that_it_hangs();
     for (;;)
         __asm__ volatile("pause");
 }
@@ -99,6 +104,7 @@ TM_ECALL(hold)
         tm_mutex_consistent(&lock);
     else if (status < 0)
         return status;
+    say_that_it_hangs();
     while (!released)
         __asm__ volatile("pause");
     tm_unlock(&lock);

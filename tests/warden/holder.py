@@ -11,7 +11,7 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
-from warden_harness import Client
+from warden_harness import Client, hangs
 
 from teemate._native import ffi, lib
 
@@ -42,8 +42,11 @@ def main() -> None:
     )  # fmt: skip
     client = Client(enclave)
     slot = client.slot(index=order["slot"], generation=order["generation"], key=bytes.fromhex(order["key"]))
-    pause_ns = 1 if order["how"] == "paused" else 0
-    error = slot.begin(order["call"], bytes.fromhex(order["data"]), pause_ns=pause_ns)
+    error = 0
+    if order["how"] == "paused":
+        slot.stand(order["call"], lambda: hangs(order["arena"]))
+    else:
+        error = slot.begin(order["call"], bytes.fromhex(order["data"]))
     while True:
         if not error and order["how"] != "paused":
             slot.go_on()  # on sgx ticks pause a call without a reason of ours

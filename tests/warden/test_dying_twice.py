@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import subprocess
 
 import warden_wire as wire
 from backends import sim_only
@@ -14,6 +13,8 @@ from stepping import Child, Stepper, walk
 
 BUSY = -8
 NEXT_KEY = b"another key here"
+NOBODY = 1 << 23
+"""A number that no process has: PID_MAX_LIMIT is half of it."""
 OF_A_WARDEN = 0x80000000
 """In the holder of a TCS's word (SIM_WARDEN, native/lib/sim.h)."""
 
@@ -35,8 +36,6 @@ def test_a_warden_killed_at_any_instruction_of_reset_is_replaced_by_one_that_end
     stride = 1 if FULL else 4
     offset = random.randrange(stride)
 
-    gone = subprocess.Popen(["/bin/true"])
-    gone.wait()
 
     def die(instruction: int) -> bool:
         nonlocal examined, number
@@ -44,7 +43,7 @@ def test_a_warden_killed_at_any_instruction_of_reset_is_replaced_by_one_that_end
         if number % stride == offset:
             examined += 1
             world.take_over()
-            world.enclave.set_tcs_word(0, world.enclave.tcs_word(0) & 0xFFFFFFFF | gone.pid << 32)
+            world.enclave.set_tcs_word(0, world.enclave.tcs_word(0) & 0xFFFFFFFF | NOBODY << 32)
             world.renew_warden()
             world.control(wire.RESET, VICTIM)
             if (state := world.look()) != stepper.states[1]:
@@ -77,8 +76,6 @@ def test_a_warden_killed_at_any_instruction_of_undoing_a_call_is_replaced_by_one
     interrupted, wrong, examined, number = world.save(), [], 0, 0
     stride = 4 if FULL else 32
     offset = random.randrange(stride)
-    gone = subprocess.Popen(["/bin/true"])
-    gone.wait()
     alive = itertools.cycle([False, True])
 
     def die(instruction: int) -> bool:
@@ -89,7 +86,7 @@ def test_a_warden_killed_at_any_instruction_of_undoing_a_call_is_replaced_by_one
             world.take_over()
             word = world.enclave.tcs_word(VICTIM) & 0xFFFFFFFF
             assert word == 1 << 8 | 1, "the warden is inside, above the frame of the client"
-            world.enclave.set_tcs_word(VICTIM, word | (OF_A_WARDEN | gone.pid) << 32)
+            world.enclave.set_tcs_word(VICTIM, word | (OF_A_WARDEN | NOBODY) << 32)
             reply = world.warden.repair(VICTIM, GENERATION, dead=not next(alive))
             if (reply.entered, reply.status, reply.result.cssa) != (1, 0, 2):
                 wrong.append(f"instruction {instruction}: {reply.status} {reply.text!r}")
@@ -142,8 +139,6 @@ def test_what_the_next_holder_owns_is_not_taken_for_what_the_one_before_gave_up(
     cleared, between, taken, refused, wrong, number = world.save(), 0, 0, 0, [], 0
     stride = 2 if FULL else 12
     offset = random.randrange(stride)
-    gone = subprocess.Popen(["/bin/true"])
-    gone.wait()
 
     def die(instruction: int) -> bool:
         nonlocal between, taken, refused, number
@@ -151,7 +146,7 @@ def test_what_the_next_holder_owns_is_not_taken_for_what_the_one_before_gave_up(
         between += (searched := world.heap_is_to_be_searched())
         if searched or number % stride == offset:
             world.take_over()
-            world.enclave.set_tcs_word(0, world.enclave.tcs_word(0) & 0xFFFFFFFF | gone.pid << 32)
+            world.enclave.set_tcs_word(0, world.enclave.tcs_word(0) & 0xFFFFFFFF | NOBODY << 32)
             holder = world.client.slot(index=VICTIM, generation=GENERATION + 1, key=NEXT_KEY)
             status = holder.call("take", numbers(48, 100)).status
             taken, refused = taken + (status == 0), refused + (status == BUSY)

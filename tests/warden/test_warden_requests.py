@@ -191,8 +191,7 @@ def test_a_slot_that_a_thread_runs_in_is_seen_by_its_probe(started: Warden, encl
 def test_an_interrupted_slot_is_seen_by_its_probe(started: Warden, enclave: Enclave, client: Client) -> None:
     arm(started, enclave)
     slot = client.slot(index=SLOT, generation=1, key=KEY)
-    assert slot.begin("spin", pause_ns=1) == 0
-    assert slot.last.outcome == lib.TEEMATE_CALL_PAUSED
+    slot.stand("spin", enclave.hangs)
     slot.abandon()
     assert slot.begin("empty") == -errno.ESTALE
     assert slot.close() == 0

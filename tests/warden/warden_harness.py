@@ -19,7 +19,8 @@ from backends import NUMBER, PATIENCE
 
 from teemate._native import ffi, lib
 
-_HANGS_WORD = 4096 - 4
+HANGS_WORD = 4096 - 4
+"""Offset in the arena of what an enclave says that hangs (enclave.c)."""
 
 
 def warden_program() -> Path:
@@ -33,6 +34,14 @@ def check(result: int, diag: Any = None) -> int:
         text = ffi.string(diag.text).decode() if diag is not None else ""
         raise OSError(-result, f"{os.strerror(-result)}: {text}")
     return result
+
+
+def hangs(arena: int) -> bool:
+    """Whether somebody has come to where the enclave with this arena hangs since this was last asked."""
+    if os.pread(arena, 4, HANGS_WORD) == bytes(4):
+        return False
+    os.pwrite(arena, bytes(4), HANGS_WORD)
+    return True
 
 
 class Enclave:
@@ -68,9 +77,12 @@ class Enclave:
 
     def await_hang(self, warden: Warden) -> None:
         """Return when `warden` hangs in tests/warden/enclave.c, which says so in the arena's last word."""
-        while os.pread(self.arena, 4, _HANGS_WORD) == bytes(4):
+        while not self.hangs():
             assert not warden.answers_within(0.001)
-        os.pwrite(self.arena, bytes(4), _HANGS_WORD)
+
+    def hangs(self) -> bool:
+        """Whether somebody has come to where it hangs since this was last asked."""
+        return hangs(self.arena)
 
     def sequence(self) -> int:
         """Return the number of the next request with a MAC."""
@@ -326,6 +338,14 @@ class Slot:
                 self.handle, text, len(name), source, len(data), out, capacity, pause_ns, self.last
             )
         )
+
+    def stand(self, name: str, hangs: Callable[[], bool]) -> None:
+        """Begin a call that hangs, and leave it paused there: not where it was let in."""
+        check(self.begin(name, pause_ns=1))
+        while not hangs():
+            assert self.last.outcome == lib.TEEMATE_CALL_PAUSED
+            check(lib.teemate_slot_resume(self.handle, 1, self.last))
+        assert self.last.outcome == lib.TEEMATE_CALL_PAUSED
 
     def go_on(self) -> None:
         """Resume while the call is paused: on sgx ticks pause it without a reason of ours."""
