@@ -79,6 +79,10 @@ class Board:
         goal = {place: count + more for place, count in self.attempts().items()}
         self._wait(lambda: all(count >= goal[place] for place, count in self.attempts().items()))
 
+    def wait_for_entries(self) -> None:
+        """Return when every attacker has been let in; at first others may be in their way."""
+        self._wait(lambda: all(self.counts(place).entries for place in PLACES))
+
     def _wait(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 300 * PATIENCE
         while not condition():

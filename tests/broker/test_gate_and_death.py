@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from backends import BACKEND, NUMBER, PATIENCE
 from images import Images
+from processes import wait_for_cpu
 from raw_client import RawClient
 from running_broker import RunningBroker
 
@@ -72,31 +73,24 @@ uid = 0
 class Holder:
     """A client program that stands in the enclave in a chosen way."""
 
-    def __init__(self, broker: RunningBroker, how: str) -> None:
+    def __init__(self, broker: RunningBroker, how: str, tick: str | None = None) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-c", CLIENT, broker.socket, how],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # it ends with whatever its call raises
-            # On a busy host the sim's ticks, of the processor's time, are much rarer than interrupts.
-            env={**os.environ, "TEEMATE_TICK": "20us-200us"} if how == "deaf" else None,
+            env={**os.environ, "TEEMATE_TICK": tick} if tick else None,
         )
         self.expect("ready")
         if how == "park":
             self.expect("parked")
         if how in ("loop", "deaf"):
             # The loop is all that it still spends time on: seeing it run means that it is inside.
-            begin = self.cpu_ticks()
-            while self.cpu_ticks() < begin + 10:
-                os.sched_yield()
+            wait_for_cpu(self.process.pid)
 
     def expect(self, word: str) -> None:
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == word.encode() + b"\n"
-
-    def cpu_ticks(self) -> int:
-        with open(f"/proc/{self.process.pid}/stat") as file:
-            return int(file.read().rsplit(")", 1)[1].split()[11])
 
     def kill(self) -> None:
         self.process.kill()
@@ -107,8 +101,8 @@ class Holder:
 
 
 @contextmanager
-def holder(broker: RunningBroker, how: str) -> Iterator[Holder]:
-    found = Holder(broker, how)
+def holder(broker: RunningBroker, how: str, tick: str | None = None) -> Iterator[Holder]:
+    found = Holder(broker, how, tick)
     try:
         yield found
     finally:
@@ -160,8 +154,10 @@ def test_a_slot_that_is_revoked_while_its_holder_is_stopped_inside_comes_back_wi
     faults_broker: RunningBroker, connect: Connect
 ) -> None:
     admin = connect(faults_broker)
-    with holder(faults_broker, "loop") as inside:
+    # Ticks are rare, lest it be stopped at one.
+    with holder(faults_broker, "loop", "1000000us-1000000us") as inside:
         inside.process.send_signal(signal.SIGSTOP)
+        os.waitpid(inside.process.pid, os.WUNTRACED)
         ok = admin.ok("revoke", enclave="faults", grace=0)
         # A processor leaves the enclave to stop a thread; on the sim it stands still inside.
         busy = int(BACKEND == "sim")
@@ -175,7 +171,8 @@ def test_a_revoked_call_that_loops_without_end_is_repaired_under_its_holder(
     faults_broker: RunningBroker, connect: Connect
 ) -> None:
     admin = connect(faults_broker)
-    with holder(faults_broker, "deaf") as inside:
+    # On a busy host the sim's ticks, of the processor's time, are much rarer than interrupts.
+    with holder(faults_broker, "deaf", "20us-200us") as inside:
         ok = admin.ok("revoke", enclave="faults", grace=0)
         # Its library acknowledges when the call has left, which may be before this is counted.
         assert (ok["leaked"] + ok["cleared"], ok["quarantined"]) == (1, 0)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 from images import Images
+from processes import DEADLINE
 from raw_client import RawClient
 from running_broker import RunningBroker
+
+from teemate.broker.intruders import _QUIET as QUIET
 
 Connect = Callable[..., RawClient]
 
@@ -79,16 +84,18 @@ def test_who_spins_on_the_wardens_tcss_is_named_and_the_warden_gets_through(
 ) -> None:
     admin = connect(running)
     with spinner(running, slots) as process:
-        for _ in range(2000):  # each a few control ECALLs: clear, reset, arm
+        begun = time.monotonic()
+        for turn in itertools.count():  # each a few control ECALLs: clear, reset, arm
             grant = admin.ok("attach", enclave="faults", slots=2, wait=60)
             admin.ok("detach", grant=grant["grant"], clean=True)
             while admin.fds:  # of the enclave and its arena, again with every attach
                 os.close(admin.fds.pop())
             seen = admin.ok("stats")["stats"]["intruders"]["contended"]
-            if seen and "1" not in slots:
+            if slots == "1" and turn == 300:
                 break
-            if seen > 20:
+            if seen > (20 if slots == "0,1" else 0):
                 break
+            assert time.monotonic() < begun + DEADLINE, "the warden never met who is there all the time"
         (enclave,) = admin.ok("enclaves")["enclaves"]
         assert (enclave["state"], enclave["slots"]["quarantined"]) == ("ready", 0)
         if slots == "1":  # which it uses only when the other is busy
@@ -97,7 +104,7 @@ def test_who_spins_on_the_wardens_tcss_is_named_and_the_warden_gets_through(
         assert seen
     records = [record for record in running.log() if record["event"] == "warden's TCS entered"]
     assert records
-    assert len(records) <= 2, "not one for each entry"
+    assert len(records) <= 2 + (time.monotonic() - begun) / QUIET, "not one for each entry"
     # The administrator's connection held grants of its own at times: one process, or one of two.
     named = {record.get("culprit") for record in records}
     for record in records:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import pytest
 from images import Images
 from old_keys import ATTACK, PLACES, hostile
+from processes import wait_for_cpu
 from raw_client import RawClient
 from running_broker import RunningBroker
 from test_gate_and_death import until
@@ -56,8 +57,7 @@ def test_no_old_key_opens_anything_from_the_moment_revoke_returns(
     with hostile(running.socket) as attacker:
         board = attacker.board
         board.wait_for(200)
-        before = {place: board.counts(place) for place in PLACES}
-        assert all(counts.entries for counts in before.values()), f"these keys do open the gate: {before}"
+        board.wait_for_entries()  # these keys do open the gate
         ok = admin.ok("revoke", grant=attacker.grant, grace=0)
         returned = {place: board.counts(place) for place in PLACES}
         assert (ok["leaked"], ok["quarantined"]) == (len(PLACES), 0)
@@ -103,8 +103,7 @@ def test_the_next_holder_of_a_slot_is_not_hurt_by_old_keys_and_gets_right_answer
     admin = connect(running)
     with hostile(running.socket) as attacker:
         board = attacker.board
-        board.wait_for(200)
-        assert all(board.counts(place).entries for place in PLACES)
+        board.wait_for_entries()
         admin.ok("revoke", grant=attacker.grant, grace=0)
         board.rest()  # a slot in which others are all the time would not be repaired
         attacker.acknowledge()  # a lie: all three have the slots mapped
@@ -202,15 +201,3 @@ def test_a_call_that_is_stopped_and_continued_after_the_revocation_never_complet
         client.stdin.flush()
         assert client.stdout.readline() == (b"ended\n" if revoked else b"completed\n")
     assert until(admin, used=0, withheld=0)["quarantined"] == 0
-
-
-def wait_for_cpu(pid: int) -> None:
-    """Spinning is all that it still spends time on: seeing it run means that it is inside."""
-
-    def ticks() -> int:
-        with open(f"/proc/{pid}/stat") as file:
-            return int(file.read().rsplit(")", 1)[1].split()[11])
-
-    begin = ticks()
-    while ticks() < begin + 10:
-        os.sched_yield()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import struct
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import IO, NamedTuple
 
 import pytest
 from images import Images
+from processes import wait_for_cpu
 from raw_client import RawClient
 from running_broker import RunningBroker
 
@@ -31,8 +33,8 @@ with teemate.connect(socket) as broker, broker.attach("faults", slots=1) as encl
         if how == "parked":
             slot.call("hold_secrets", struct.pack("<Q", 1), ocalls={"echo": park})
         try:
-            slot.call("hold_secrets", timeout=0.1)
-        except teemate.CallTimeout:
+            slot.call("hold_secrets")
+        except KeyboardInterrupt:
             print("interrupted", flush=True)
             sys.stdin.read()
 """
@@ -102,12 +104,19 @@ def read_line(stream: IO[bytes] | None) -> str:
 
 
 @contextmanager
-def secret_holder(running: RunningBroker, how: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def secret_holder(
+    running: RunningBroker, observer: Observer, how: str
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """A client whose call stands in the enclave with the secret: its process and slot."""
     command = [sys.executable, "-c", CLIENT, running.socket, how]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
             index = int(read_line(process.stdout))
+            if how == "interrupted":
+                while observer.sees(index).thread_data < 128:
+                    assert process.poll() is None
+                wait_for_cpu(process.pid)  # until the secret is in registers too
+                process.send_signal(signal.SIGINT)
             assert read_line(process.stdout) == how
             yield process, index
         finally:
@@ -135,7 +144,7 @@ def test_nothing_of_a_call_is_left_in_its_slot_for_the_next_holder(
     how: str,
     end: Callable[[subprocess.Popen[bytes], RawClient], None],
 ) -> None:
-    with secret_holder(running, how) as (process, index):
+    with secret_holder(running, observer, how) as (process, index):
         planted = observer.sees(index)
         assert planted.stack >= 1024
         assert planted.thread_data >= 128

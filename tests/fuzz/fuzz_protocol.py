@@ -254,13 +254,15 @@ async def in_process(policy: Path, corpus: list[dict[str, Any]], images: Images,
                     WardenReply.parse(os.urandom(REPLY_SIZE))  # any bytes of the right length are a reply
                     target.again()
                     await _rebuild(service, target, corpus, images)
-                if not warm and done >= options.messages // 4:
+                elapsed = time.monotonic() - started
+                if not warm and (done >= options.messages // 4 or 0 < options.seconds / 4 < elapsed):
                     gc.collect()
                     warm = rss()
                     if options.verbose:
                         print(f"warm after {done}: {warm >> 20} MiB", file=sys.stderr)
             target.leave()
             nursery.cancel_scope.cancel()
+        warm = warm or rss()
         while service.disposal.statistics().files or service.disposal.statistics().sockets:  # noqa: ASYNC110
             await trio.sleep(0.01)
         await _calm(service)
@@ -453,6 +455,7 @@ def over_the_socket(running: RunningBroker, corpus: list[dict[str, Any]], option
                 attacker.turn(3)
             if not warm and elapsed > options.socket_seconds / 4:
                 warm = rss(running.pid)
+        warm = warm or rss(running.pid)
     finally:
         for attacker in attackers:
             attacker.close()

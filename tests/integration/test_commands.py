@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from backends import BACKEND, PATIENCE
 from other_client import OtherClient
+from processes import wait_for_end
 from running_broker import RunningBroker
 
 StartBroker = Callable[..., RunningBroker]
@@ -134,7 +135,7 @@ def test_ctrl_c_ends_the_demo_and_everything_that_it_started(phase: str, process
         assert said.endswith("interrupted\n")
         assert "Traceback" not in said
     assert len(started) >= processes  # broker and warden, then two programs
-    assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
+    wait_for_end(started)  # a warden hears of it by the end of its socket
 
 
 def descendants(pid: int) -> list[int]:

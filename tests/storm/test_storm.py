@@ -48,7 +48,8 @@ def storm(*options: str) -> dict[str, Any]:
         capture_output=True,
         timeout=280 * PATIENCE,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
+    print(done.stdout.decode(), done.stderr.decode())  # shown when the test fails
+    assert done.returncode == 0
     figures: dict[str, Any] = json.loads(done.stdout)
     return figures
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 from backends import BACKEND
 from images import Images
+from processes import wait_for_cpu
 
 from teemate.bench._where import Observer, State
 
@@ -75,6 +76,7 @@ def test_the_state_is_told_and_the_process_is_dead(
     base, slot = map(int, process.stdout.readline().split())
     if what.startswith("loop"):
         wait_until_inside(observer, process.pid, base, slot)
+        wait_for_cpu(process.pid)  # and has come to where it loops
     assert observer.kill(process.pid, base, slot) in states
     with pytest.raises(ProcessLookupError):
         os.kill(process.pid, 0)

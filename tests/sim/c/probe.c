@@ -70,6 +70,17 @@ void probe_stop(void)
     board_set(enclave, STOP, 1);
 }
 
+/* Has a thread come to where OP_SPIN loops since probe_forget()? */
+int probe_spins(void)
+{
+    return board_get(enclave, ROUNDS) != 0;
+}
+
+void probe_forget(void)
+{
+    board_set(enclave, ROUNDS, 0);
+}
+
 __attribute__((constructor)) static void probe(void)
 {
     const char *rounds = getenv("PROBE_ROUNDS");

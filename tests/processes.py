@@ -1,0 +1,49 @@
+"""What tests see of other processes, and how they wait for it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from backends import PATIENCE
+
+DEADLINE = 60.0 * PATIENCE
+"""Seconds after which what has to come does not."""
+_STATE, _USER_TICKS = 0, 11
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat from the state on, proc(5); empty when there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return text.rpartition(")")[2].split()
+
+
+def cpu_ticks(pid: int) -> int:
+    """Hundredths of a second that the process has computed."""
+    return int(_stat(pid)[_USER_TICKS])
+
+
+def wait_for_cpu(pid: int, ticks: int = 10) -> None:
+    """Return when it has computed for so long: a loop that is all it still has to do has begun by then."""
+    begin = cpu_ticks(pid)
+    while cpu_ticks(pid) < begin + ticks:
+        os.sched_yield()
+
+
+def has_ended(pid: int) -> bool:
+    """Whether it is no more, or waits only for its parent to hear of its end."""
+    stat = _stat(pid)
+    return not stat or stat[_STATE] in "ZX"
+
+
+def wait_for_end(pids: Iterable[int]) -> None:
+    """Return when all of them have ended."""
+    left, deadline = list(pids), time.monotonic() + DEADLINE
+    while left := [pid for pid in left if not has_ended(pid)]:
+        assert time.monotonic() < deadline, f"processes {left} do not end"
+        time.sleep(0.001)
