@@ -10,8 +10,9 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from functools import partial
 
-from teemate.bench._measured import PAUSE_US, by_turns
+from teemate.bench._measured import PAUSE_US, Side, by_turns
 from teemate.bench._rows import Result, Row, Sample, Series, compared, measured, plain
 from teemate.bench._setting import HEAP, MIB, Setting
 from teemate.demo._prepare import DemoImage
@@ -65,17 +66,25 @@ def _ways(setting: Setting, image: DemoImage, heap: int) -> dict[str, Sample]:
         builder = stack.enter_context(setting.builder(image))
         floor = setting.attach_floor(stack, image)
         creation = setting.creation_floor(stack, image)
-        sharer.ask("warm", 20, PAUSE_US)
-        sharer.ask("cold", 20, PAUSE_US)
+        sides: dict[str, Side] = {
+            "warm": lambda: sharer.ask("warm", _BATCH, PAUSE_US),
+            "warm floor": lambda: floor.ask("warm", _BATCH, PAUSE_US),
+            "cold": lambda: sharer.ask("cold", _BATCH, PAUSE_US),
+            "cold floor": lambda: floor.ask("cold", _BATCH, PAUSE_US),
+            "private": lambda: builder.ask("private", 1, PAUSE_US),
+            "create": lambda: creation.ask("create", 1, PAUSE_US),
+        }
+        programs = [sharer]
+        in_c = setting.c_sharer(broker)
+        if in_c is not None:
+            programs.append(stack.enter_context(in_c))
+            sides["warm C"] = partial(in_c.ask, "warm", _BATCH, PAUSE_US)
+            sides["cold C"] = partial(in_c.ask, "cold", _BATCH, PAUSE_US)
+        for program in programs:
+            program.ask("warm", 20, PAUSE_US)
+            program.ask("cold", 20, PAUSE_US)
         return by_turns(
-            {
-                "warm": lambda: sharer.ask("warm", _BATCH, PAUSE_US),
-                "warm floor": lambda: floor.ask("warm", _BATCH, PAUSE_US),
-                "cold": lambda: sharer.ask("cold", _BATCH, PAUSE_US),
-                "cold floor": lambda: floor.ask("cold", _BATCH, PAUSE_US),
-                "private": lambda: builder.ask("private", 1, PAUSE_US),
-                "create": lambda: creation.ask("create", 1, PAUSE_US),
-            },
+            sides,
             setting.times(100 if heap <= HEAP // MIB else 20, 40),
             setting.listener,
             f"coming in, with {heap} MiB of heap",
@@ -85,11 +94,18 @@ def _ways(setting: Setting, image: DemoImage, heap: int) -> dict[str, Sample]:
 def _rows_at_home(found: dict[str, Sample]) -> list[Row]:
     conventional, cold = found["private"], found["cold"]
     ratio = conventional.p50 / cold.p50
+    in_c = []
+    if "warm C" in found:
+        in_c = [
+            compared("warm_attach_c", found["warm C"], found["warm floor"], "floor_warm"),
+            compared("cold_attach_c", found["cold C"], found["cold floor"], "floor_cold"),
+        ]
     return [
         measured("floor_warm", found["warm floor"]),
-        compared("warm_attach", found["warm"], found["warm floor"], "floor_warm"),
         measured("floor_cold", found["cold floor"]),
+        compared("warm_attach", found["warm"], found["warm floor"], "floor_warm"),
         compared("cold_attach", cold, found["cold floor"], "floor_cold"),
+        *in_c,
         measured("floor_creation", found["create"], unit="ms"),
         compared("conventional", conventional, found["create"], "floor_creation", unit="ms"),
         plain(
@@ -106,19 +122,23 @@ def _rows_at_home(found: dict[str, Sample]) -> list[Row]:
 def _new_programs(setting: Setting) -> list[Row]:
     image = setting.image()
     with setting.broker(image) as broker:
-        found = by_turns(
-            {
-                "shared": lambda: [_first_reply([*setting.attaching(broker), "--first", "cold"])],
-                "private": lambda: [_first_reply([*setting.building(image), "--first", "private"])],
-            },
-            setting.times(15, 5),
-            setting.listener,
-            "programs that start",
-        )
-    return [
+        sides: dict[str, Side] = {
+            "shared": lambda: [_first_reply([*setting.attaching(broker), "--first", "cold"])],
+            "private": lambda: [_first_reply([*setting.building(image), "--first", "private"])],
+        }
+        in_c = setting.c_attaching(broker)
+        if in_c is not None:
+            sides["shared, C"] = lambda: [_first_reply([*in_c, "--first"])]
+        found = by_turns(sides, setting.times(15, 5), setting.listener, "programs that start")
+    rows = [
         measured("new_conventional", found["private"], unit="ms"),
         compared("new_attach", found["shared"], found["private"], "new_conventional", unit="ms"),
     ]
+    if "shared, C" in found:
+        rows.append(
+            compared("new_attach_c", found["shared, C"], found["private"], "new_conventional", unit="ms")
+        )
+    return rows
 
 
 def _first_reply(command: list[str]) -> float:

@@ -18,7 +18,7 @@ from typing import Protocol, Self
 from teemate.bench._rows import Sample
 from teemate.errors import CallTimeout, InternalError
 
-__all__ = ["PAUSE_US", "Listener", "Measured", "by_turns"]
+__all__ = ["PAUSE_US", "Listener", "Measured", "Side", "by_turns"]
 
 PAUSE_US = 1000
 """Rest before each thing that is measured, on both sides alike: so nobody pays for what the last one
@@ -127,6 +127,7 @@ class Measured:
 
 
 Side = Callable[[], Sequence[float]]
+"""Measures one side of a comparison; returns nanoseconds."""
 
 
 def by_turns(sides: Mapping[str, Side], rounds: int, listener: Listener, what: str) -> dict[str, Sample]:

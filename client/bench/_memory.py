@@ -36,7 +36,7 @@ class _Step(NamedTuple):
 
 def bench_memory(setting: Setting) -> Result:
     """Let clients come, and look at memory when they are 1, 2, 4, ..."""
-    image = setting.image()
+    image = setting.image(slots=_CLIENTS[-1])
     at = setting.times(_AT, _AT)
     steps = (1, at) if setting.quick else _CLIENTS
     with setting.broker(image, clients=steps[-1]) as broker, ExitStack() as stack:

@@ -15,12 +15,16 @@ from teemate.demo._prepare import ENCLAVE, DemoImage, prepare_image
 from teemate.errors import Unsupported
 from teemate.image import shipped
 
-__all__ = ["FLOOR", "HEAP", "MIB", "Setting"]
+__all__ = ["C_SUBJECT", "FLOOR", "HEAP", "MIB", "Setting"]
 
 MIB = 1 << 20
+SLOTS = 32
 HEAP = 64 * MIB
-"""Of the enclave, where nothing else is said: that of the vault as it is shipped."""
-FLOOR = Path(__file__).resolve().parents[1] / "libexec" / "teemate-floor"
+"""Of the enclave, where nothing else is said: those of the vault as it is shipped."""
+_LIBEXEC = Path(__file__).resolve().parents[1] / "libexec"
+FLOOR = _LIBEXEC / "teemate-floor"
+C_SUBJECT = _LIBEXEC / "teemate-subject"
+"""There when the C library was built."""
 
 
 @final
@@ -60,7 +64,7 @@ class Setting:
         """Make a folder that goes when all is over."""
         return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self._folder))
 
-    def image(self, *, heap: int = HEAP, slots: int = 64) -> DemoImage:
+    def image(self, *, heap: int = HEAP, slots: int = SLOTS) -> DemoImage:
         """Lay the vault out, once for each size."""
         key = (heap, slots)
         if key not in self._images:
@@ -80,6 +84,11 @@ class Setting:
         """Return a program that attaches, to be entered."""
         return Measured("a program that attaches", self.attaching(broker, *options))
 
+    def c_sharer(self, broker: BenchBroker) -> Measured | None:
+        """Return a C program that attaches, to be entered; None where there is no C client."""
+        command = self.c_attaching(broker)
+        return None if command is None else Measured("a C program that attaches", command)
+
     def builder(self, image: DemoImage, *options: str) -> Measured:
         """Return a program that builds its own enclave, to be entered."""
         return Measured("a program that builds", self.building(image, *options))
@@ -88,6 +97,13 @@ class Setting:
     def attaching(broker: BenchBroker, *options: str) -> list[str]:
         """Return the command of :meth:`sharer`."""
         return [*_SUBJECT, "--socket", broker.socket, "--enclave", ENCLAVE, *options]
+
+    def c_attaching(self, broker: BenchBroker) -> list[str] | None:
+        """Return the command of :meth:`c_sharer`."""
+        if not C_SUBJECT.is_file():
+            self.listener.phase("the C client's figures are left out: it was not built (libcbor is missing)")
+            return None
+        return [str(C_SUBJECT), broker.socket, ENCLAVE]
 
     def building(self, image: DemoImage, *options: str) -> list[str]:
         """Return the command of :meth:`builder`."""

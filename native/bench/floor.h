@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * teemate-floor: the least that something can cost, for `teemate bench` to compare with.
+ * Programs that `teemate bench` measures, or compares with.
  *
- * One program, one word for each kind of floor.  Once it is set up it prints "ready"; then every line
+ * teemate-floor does the least that something can cost, one word for each kind of floor;
+ * teemate-subject attaches through the C library.  Once one is set up it prints "ready"; then every line
  * that it reads ("WHAT COUNT PAUSE", PAUSE in microseconds) makes it do WHAT so often, with a rest between
  * two, and print one line: the nanoseconds of each.  So whoever measures has floor and product take turns
  * in the same run, and whatever else the machine does hits both alike.
