@@ -1,4 +1,4 @@
-"""Making and destroying enclaves, and looking at who is connected."""
+"""Making enclaves and taking them down, and looking at who is connected."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from teemate.broker.image_copy import ImageCopies
 from teemate.broker.limits import Charge, Resource
 from teemate.broker.policy import CreateRule, EnclavePolicy, Rule
 from teemate.broker.programs import warden_program
-from teemate.broker.requests import Answer, Clients, Create, Destroy, Result
+from teemate.broker.requests import Answer, Clients, Create, Result
 from teemate.broker.source import ImageSource
 from teemate.broker.warden import Warden, WardenError
 from teemate.broker.warden_protocol import SEGMENTS
@@ -51,9 +51,8 @@ class Administration:
         self._service = service
         self._copies = ImageCopies()
         self.building: set[str] = set()
-        """Enclaves that are being built, or will be before the broker is ready."""
-        self._destroying: dict[int, Enclave] = {}
-        """By serial, those that are being taken down, which have no name any more or will have none."""
+        """Names of enclaves that are being built, or will be before the broker is ready."""
+        self._not_building = trio.lowlevel.ParkingLot()
         self.not_built: set[str] = set()
         """Enclaves of the policy that failed to start with the broker."""
 
@@ -71,7 +70,7 @@ class Administration:
             if policy.start == "boot"
             and policy.name not in service.enclaves
             and policy.name not in self.building
-            and not service.lifecycle.stored(policy.name)
+            and service.lifecycle.stored(policy.name) is None
             and not service.lifecycle.emptied
         ]
         self.building.update(policy.name for policy in wanted)
@@ -80,6 +79,7 @@ class Administration:
             assert policy.image is not None  # the policy's reader wants one for "boot"
             assert policy.sigstruct is not None
             try:
+                self._require_filled()
                 sigstruct = _read_sigstruct(policy.sigstruct)
                 fd = os.open(policy.image, os.O_RDONLY | os.O_CLOEXEC)
                 backend = policy.backend if policy.backend != "auto" else service.backend
@@ -90,7 +90,22 @@ class Administration:
                     "enclave not built", enclave=policy.name, image=str(policy.image), reason=str(error)
                 )
             finally:
-                self.building.discard(policy.name)
+                self.end_building(policy.name)
+
+    def end_building(self, name: str) -> None:
+        """It is built or not: others may use the name."""
+        self.building.discard(name)
+        self._not_building.unpark_all()
+
+    async def wait_built(self) -> None:
+        """Return when nothing is being built."""
+        while self.building:
+            await self._not_building.park()
+
+    def _require_filled(self) -> None:
+        """Raise Draining when the host is being emptied, or is empty."""
+        if self._service.lifecycle.emptied:
+            raise errors.Draining(f"{self._service.lifecycle.emptied}: `teemate undrain --all` ends that")
 
     def create(self, client: Client, args: Create, image_fd: int) -> Result:
         """Build an enclave from the image that came; `image_fd` is ours."""
@@ -118,12 +133,16 @@ class Administration:
         if policy.owner != identity.uid and not service.policy.administrators.includes(identity):
             rule = f"[[enclave]] {args.name} belongs to uid {policy.owner}, not to {identity.uid}"
             raise service.denied(client, "create", rule)
-        if service.lifecycle.emptied:
-            raise errors.Draining(f"{service.lifecycle.emptied}: `teemate undrain --all` ends that")
+        self._require_filled()
         if args.name in self.building:
             raise errors.Busy(f"enclave {args.name!r} is being built")
         if args.name in service.enclaves:
             raise errors.Busy(f"there is an enclave {args.name!r} already: destroy it first")
+        if service.lifecycle.stored(args.name) is not None:
+            raise errors.Busy(
+                f"enclave {args.name!r} was taken down to empty the host: undrain brings it back, destroy"
+                " gives it up"
+            )
         return policy, rules
 
     async def _create(
@@ -158,7 +177,7 @@ class Administration:
         finally:
             if enclave is None and source is not None:
                 source.close()
-            self.building.discard(args.name)
+            self.end_building(args.name)
         service.audit.changed(client.identity, client=client.number, operation="create", enclave=enclave.name)
         return Answer(enclave.info())
 
@@ -203,14 +222,29 @@ class Administration:
             raise
         enclave.source = source
         enclave.maker, enclave.payer, enclave.requested = maker, payer, payer is not None
+        try:
+            self._require_filled()  # an administrator may have begun to empty it meanwhile
+        except errors.Draining:
+            await self.take_down(enclave)
+            raise
         self.open(enclave)
         return enclave
 
-    def open(self, enclave: Enclave) -> None:
-        """Let clients attach, unless it is drained: from now on it is the enclave of its name."""
+    def open(self, enclave: Enclave, instead_of: Enclave | None = None) -> None:
+        """Let clients attach, unless it is drained: from now on it is the enclave of its name.
+
+        Nobody else has that name (`building`, and what was stored, keep others away from it), but
+        `instead_of`, which the caller retires.
+        """
+        assert self._service.enclaves.get(enclave.name) is instead_of
         enclave.state = EnclaveState.DRAINING if enclave.drained else EnclaveState.READY
         enclave.reason = enclave.drained
         self._service.enclaves[enclave.name] = enclave
+
+    def close_name(self, enclave: Enclave) -> None:
+        """Nobody finds it any more; what has its name by now keeps that."""
+        if self._service.enclaves.get(enclave.name) is enclave:
+            del self._service.enclaves[enclave.name]
 
     async def build(
         self,
@@ -279,76 +313,7 @@ class Administration:
         warden.on_contended = lambda count: self._service.intruders.contended(enclave, count)
         return warden
 
-    # -- destroying --------------------------------------------------------------
-
-    def destroy(self, client: Client, args: Destroy) -> Result:
-        """End an enclave: with `force` what is attached is revoked first, without it that is an error."""
-        service = self._service
-        enclave = service.enclaves.get(args.enclave)
-        intent = client.intents.get(client.asking)
-        if intent is not None:
-            serial = intent["enclave"]
-            assert isinstance(serial, int)
-            begun = self._destroying.get(serial, enclave)
-            if begun is None or begun.serial != serial:
-                return self._destroyed(service.restoration.tidied, intent)
-            if begun.ending:
-                return self._destroyed(begun.destroyed, intent)
-        if enclave is None or enclave.policy.owner != client.identity.uid:
-            service.require_administrator(client, "destroy")
-        enclave = service.enclave(args.enclave)
-        if enclave.grants and not args.force:
-            raise errors.Busy(
-                f"{len(enclave.grants)} grants on enclave {enclave.name!r} are held: force revokes them",
-                {"grants": len(enclave.grants)},
-            )
-        if enclave.ending:
-            raise errors.Draining(f"enclave {enclave.name!r} is being destroyed already")
-        return self._destroy(client, enclave)
-
-    async def _destroy(self, client: Client, enclave: Enclave) -> Answer:
-        service = self._service
-        if enclave.ending:  # another request was checked before this one began
-            raise errors.Draining(f"enclave {enclave.name!r} is being destroyed already")
-        revoked = len(enclave.grants)
-        service.state.intend(client, {"enclave": enclave.serial, "revoked": revoked})
-        enclave.ending = True
-        enclave.state = EnclaveState.DRAINING
-        enclave.reason = "being destroyed"
-        service.state.write_enclaves()  # from here on it is destroyed, whatever happens to us
-        service.reclaimer.refuse(
-            enclave.slots.waiting(), errors.Draining(f"enclave {enclave.name!r} is being destroyed")
-        )
-
-        async def run() -> None:
-            await self.finish_destroying(enclave, f"uid {client.identity.uid}")
-            service.audit.changed(
-                client.identity, client=client.number, operation="destroy", enclave=enclave.name
-            )
-
-        await service.revocation.finish_in_background(run)
-        return Answer({"revoked": revoked})
-
-    async def finish_destroying(self, enclave: Enclave, by: str = "the broker") -> None:
-        """Revoke what is held of it and take it down."""
-        service = self._service
-        self._destroying[enclave.serial] = enclave
-        await service.revocation.revoke_all(
-            [service.grants[number] for number in enclave.grants],
-            None,
-            by,
-            f"enclave {enclave.name} is destroyed",
-        )
-        service.tell_lost(enclave)  # who has not given it up by now only keeps the memory
-        del service.enclaves[enclave.name]
-        await self.take_down(enclave)
-        del self._destroying[enclave.serial]
-        enclave.destroyed.set()
-
-    async def _destroyed(self, done: trio.Event, intent: dict[str, object]) -> Answer:
-        """Answer what the last broker had begun when it died, when nothing of it is left to do."""
-        await done.wait()
-        return Answer({"revoked": intent["revoked"]})
+    # -- taking down -----------------------------------------------------------
 
     async def take_down(self, enclave: Enclave) -> None:
         """End the warden and close what the broker has of the enclave."""

@@ -47,7 +47,7 @@ class Generations:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._pending: dict[str, trio.Event] = {}
+        self._pending: dict[Enclave, trio.Event] = {}
         self._builds: dict[str, deque[float]] = {}
         self.retired: set[Enclave] = set()
         """Enclaves without a name that somebody still holds something of."""
@@ -55,37 +55,34 @@ class Generations:
         self._failed = 0
         self._given_up = 0
 
-    def pending(self, name: str) -> trio.Event | None:
-        """Return what is set when the next generation is there or was given up; None when none is due."""
-        return self._pending.get(name)
+    def pending(self, enclave: Enclave) -> trio.Event | None:
+        """Return what is set when its next generation is there or was given up; None when none is due."""
+        return self._pending.get(enclave)
 
-    def begin(self, name: str) -> trio.Event:
+    def begin(self, enclave: Enclave) -> trio.Event:
         """Have attaches wait while an upgrade builds the next generation; :meth:`finish` ends that."""
-        self._pending[name] = done = trio.Event()
+        self._pending[enclave] = done = trio.Event()
         return done
 
-    def finish(self, name: str, done: trio.Event) -> None:
+    def finish(self, enclave: Enclave, done: trio.Event) -> None:
         """The upgrade is over: those that wait attach to what there is."""
-        del self._pending[name]
+        del self._pending[enclave]
         done.set()
 
     def replace(self, enclave: Enclave) -> None:
         """Have the next generation built; the enclave's `reason` says why it has to be."""
-        name = enclave.name
-        current = self._service.enclaves.get(name) is enclave
-        if not current or enclave.ending or name in self._pending:
+        if not self._wanted(enclave) or enclave in self._pending:
             return
-        self._pending[name] = trio.Event()
+        self._pending[enclave] = trio.Event()
         self._service.reclaimer.spawn(self._replace, enclave)
 
     async def _replace(self, enclave: Enclave) -> None:
-        name = enclave.name
         try:
             while self._allowed(enclave):
                 if await self._build_next(enclave):
                     break
         finally:
-            self._pending.pop(name).set()
+            self._pending.pop(enclave).set()
 
     def _allowed(self, enclave: Enclave) -> bool:
         """Count one more build, unless the policy allows none; logs why not."""
@@ -116,7 +113,8 @@ class Generations:
         service, policy = self._service, enclave.policy
         tries = len(self._builds[enclave.name])
         if tries > 1:
-            await trio.sleep(min(policy.rebuild_pause * 2 ** (tries - 2), _LONGEST_PAUSE))
+            with trio.move_on_after(min(policy.rebuild_pause * 2 ** (tries - 2), _LONGEST_PAUSE)):
+                await enclave.destroyed.wait()
         if not self._wanted(enclave):
             return True
         source = enclave.source
@@ -156,7 +154,7 @@ class Generations:
             self._service.state.write_enclaves()
         if new.source is None:
             new.source, old.source = old.source, None
-        self._service.administration.open(new)
+        self._service.administration.open(new, instead_of=old)
         self._service.log.info(
             "next generation", enclave=new.name, generation=new.generation, reason=old.reason,
             mrenclave=new.built.mrenclave.hex(),

@@ -42,7 +42,7 @@ class Granting:
         missing = self._service.missing_rule(client, enclave)
         if missing is not None:
             raise self._service.denied(client, "attach", missing)
-        rebuilt = self._service.generations.pending(enclave.name)
+        rebuilt = self._service.generations.pending(enclave)
         if rebuilt is not None:
             return self._attach_when_rebuilt(client, args, enclave, rebuilt)
         self._require_ready(enclave)

@@ -69,9 +69,9 @@ class Lifecycle:
         self.emptied = ""
         """Why no enclave is made: the host is being emptied, or is empty."""
 
-    def stored(self, name: str) -> bool:
-        """Whether an enclave of that name comes back when the host is filled again."""
-        return name in self._stored
+    def stored(self, name: str) -> StoredEnclave | None:
+        """Return what comes back under that name when the host is filled again."""
+        return self._stored.get(name)
 
     # -- draining ------------------------------------------------------------------
 
@@ -119,6 +119,9 @@ class Lifecycle:
             async with trio.open_nursery() as nursery:
                 for enclave in enclaves:
                     nursery.start_soon(one, enclave, deadline)
+            if args.enclave is None:  # what is being made is taken down again
+                with trio.move_on_at(deadline):
+                    await service.administration.wait_built()
 
         await service.revocation.finish_in_background(run)
         return Answer({"enclaves": sorted(told, key=lambda info: str(info["enclave"]))})
@@ -183,7 +186,7 @@ class Lifecycle:
             source=source, charge=charge, generation=enclave.generation, payer=enclave.payer,
             maker=enclave.maker,
         )  # fmt: skip
-        del service.enclaves[name]
+        service.administration.close_name(enclave)
         await service.state.keep_stored(stored)
         await service.administration.take_down(enclave)
         service.log.info(
@@ -252,20 +255,23 @@ class Lifecycle:
         service = self._service
         stored = self._stored.get(name)
         if stored is None:
-            return "it is being built already"
+            return "it is being built already, or was destroyed"
         del self._stored[name]
         service.administration.building.add(name)
         try:
             enclave = await service.administration.build(
                 stored.policy, stored.backend, stored.source, None, generation=stored.generation + 1
             )
+            if self.emptied:  # again
+                await service.administration.take_down(enclave)
+                raise errors.Draining(self.emptied)
         except (OSError, errors.Error, WardenError) as error:
             self._stored[name] = stored
             image = stored.source.origin
             service.log.warning("enclave not built", enclave=name, image=image, reason=str(error))
             return str(error)
         finally:
-            service.administration.building.discard(name)
+            service.administration.end_building(name)
         enclave.source, enclave.charge = stored.source, stored.charge
         enclave.payer, enclave.maker = stored.payer, stored.maker
         enclave.requested = stored.payer is not None
@@ -280,6 +286,16 @@ class Lifecycle:
             found = policy.entry_for(stored.policy, requested=stored.payer is not None)
             self._stored[name] = replace(stored, policy=found or stored.policy)
 
+    async def forget(self, stored: StoredEnclave) -> bool:
+        """Give up what was kept of an enclave; False when it is being built again."""
+        found = self._stored.get(stored.policy.name)
+        if found is None or found.serial != stored.serial:
+            return False
+        del self._stored[stored.policy.name]
+        _close(found)
+        await self._service.state.drop_stored(stored.serial)
+        return True
+
     def restore(self, stored: StoredEnclave) -> None:
         """Keep what the last broker kept of an enclave that it had taken down."""
         self._stored[stored.policy.name] = stored
@@ -287,12 +303,16 @@ class Lifecycle:
     def close(self) -> None:
         """The broker ends: close what is kept of enclaves that were taken down."""
         for stored in self._stored.values():
-            stored.source.close()
-            if stored.charge is not None:
-                stored.charge.release()
+            _close(stored)
         self._stored.clear()
 
     def statistics(self) -> LifecycleStatistics:
         """What is drained and what was taken down."""
         draining = sum(bool(enclave.drained) for enclave in self._service.enclaves.values())
         return LifecycleStatistics(draining=draining, stored=len(self._stored))
+
+
+def _close(stored: StoredEnclave) -> None:
+    stored.source.close()
+    if stored.charge is not None:
+        stored.charge.release()

@@ -181,7 +181,7 @@ def create(client: Client, args: Create, fds: tuple[int, ...]) -> Result:
 @method("destroy", Destroy.parse, changes=True)
 def destroy(client: Client, args: Destroy, _fds: tuple[int, ...]) -> Result:
     """End an enclave; its owner may, and administrators."""
-    return client.service.administration.destroy(client, args)
+    return client.service.destruction.destroy(client, args)
 
 
 @method("drain", Drain.parse, changes=True)

@@ -280,7 +280,7 @@ class Restoration:
         finally:
             enclave.recovered.set()
         if enclave.serial in self._ending:
-            service.reclaimer.spawn(service.administration.finish_destroying, enclave)
+            service.reclaimer.spawn(service.destruction.finish, enclave)
             return
         if enclave.retired:
             service.generations.retire(enclave)

@@ -17,6 +17,7 @@ from teemate.broker.administration import Administration
 from teemate.broker.audit import Audit, Complaints
 from teemate.broker.cgroups import find_tree
 from teemate.broker.descriptor_store import DescriptorStore
+from teemate.broker.destruction import Destruction
 from teemate.broker.disposal import Disposal
 from teemate.broker.enclaves import Enclave, EnclaveState
 from teemate.broker.generations import Generations
@@ -86,6 +87,7 @@ class Service:
         self.granting = Granting(self)
         self.administration = Administration(self)
         self.generations = Generations(self)
+        self.destruction = Destruction(self)
         self.lifecycle = Lifecycle(self)
         self.intruders = Intruders(self)
         self.upgrades = Upgrades(self)
@@ -158,7 +160,7 @@ class Service:
         enclave = self.enclaves.get(name)
         if enclave is None and name in self.administration.building:
             raise errors.Busy(f"enclave {name!r} is still being built: try again")
-        if enclave is None and self.lifecycle.stored(name):
+        if enclave is None and self.lifecycle.stored(name) is not None:
             raise errors.Draining(
                 f"enclave {name!r} was taken down to empty the host: `teemate undrain --all` brings it back"
             )

@@ -52,7 +52,7 @@ class Upgrades:
             old = service.lifecycle.owned(client, args.enclave, "upgrade")
             rules = service.administration.create_rules(client, "upgrade")
             self._require_quiet(old)
-            done = service.generations.begin(old.name)
+            done = service.generations.begin(old)
         except BaseException:
             source.close()
             raise
@@ -60,7 +60,7 @@ class Upgrades:
 
     def _require_quiet(self, old: Enclave) -> None:
         """Refuse while something else is done with the enclave."""
-        if self._service.generations.pending(old.name) is not None:
+        if self._service.generations.pending(old) is not None:
             raise errors.Busy(f"the next generation of enclave {old.name!r} is being built already")
         if old.drained or old.state is not EnclaveState.READY:
             raise errors.Draining(f"enclave {old.name!r} is {old.state.value}: {old.reason}")
@@ -90,7 +90,7 @@ class Upgrades:
                 service.lifecycle.resume(old)
                 raise
             finally:
-                service.generations.finish(old.name, done)
+                service.generations.finish(old, done)
                 if old.state in (EnclaveState.LOST, EnclaveState.QUARANTINED):
                     service.generations.replace(old)
 
@@ -134,7 +134,8 @@ class Upgrades:
             if not args.lose_state:
                 raise errors.Unsupported(f"{error.message}: lose_state upgrades without it") from error
             handed = HandedOver(0, 0)
-        if old.state is not EnclaveState.DRAINING or service.enclaves.get(old.name) is not old:
+        current = service.enclaves.get(old.name) is old and not old.ending
+        if old.state is not EnclaveState.DRAINING or not current:
             raise errors.EnclaveLost(f"enclave {old.name!r} is {old.state.value} meanwhile: {old.reason}")
         old.drained = ""
         service.generations.succeed(old, new)

@@ -26,7 +26,8 @@ VALUES: tuple[Callable[[random.Random], Any], ...] = (
     lambda rng: _nested(rng.randrange(1, 10)),
 )
 OPERATIONS = ("hello", "ping", "enclaves", "attach", "slots.acquire", "slots.release", "detach", "create",
-              "destroy", "drain", "undrain", "revoke", "clients", "stats", "slots.steal", "")  # fmt: skip
+              "destroy", "drain", "undrain", "upgrade", "revoke", "clients", "stats", "slots.steal",
+              "")  # fmt: skip
 KEYS = ("id", "op", "args", "grant", "client", "enclave", "slots", "count", "wait", "clean", "stolen", "name",
         "sigstruct", "backend", "debug", "owner", "force", "all", "deadline", "reason", "grace", "after",
         "resume", "version", "unknown")  # fmt: skip
@@ -69,6 +70,11 @@ def record(path: str, image: str, sigstruct: bytes) -> list[dict[str, Any]]:
         client.ok("drain", enclave="other", deadline=0.1, force=True, reason="recorded")
         client.ok("undrain", enclave="other")
         client.ok("revoke", enclave="other", grace=0.1, reason="recorded")
+        fd = os.open(image, os.O_RDONLY)
+        client.ok("upgrade", (fd,), enclave="other", sigstruct=sigstruct, deadline=0.1, force=True)
+        os.close(fd)
+        client.ok("drain", all=True, deadline=0.1, force=True, reason="recorded")
+        client.ok("undrain", all=True)
         client.ok("destroy", enclave="other", force=True)
         return client.requests
     finally:
@@ -81,7 +87,7 @@ class Mutator:
     def __init__(self, seed: int, corpus: list[dict[str, Any]]) -> None:
         self._rng = random.Random(seed)
         # Those that end or build enclaves are rarer, else there is mostly nothing to attach to.
-        rare = ("create", "destroy", "drain", "revoke")
+        rare = ("create", "destroy", "drain", "revoke", "upgrade")
         self._corpus = [message for message in corpus for _ in range(1 if message["op"] in rare else 25)]
         self._encoded = [cbor2.dumps(message) for message in self._corpus]
         self.grants: list[int] = [1]
@@ -90,11 +96,14 @@ class Mutator:
         os.write(self._files[1], b"ECREATE\0" + bytes(4096))
         self.image: int | None = None
         self._number = 0
+        self._with_image = False
+        """Whether the last message is made of one that an image comes with."""
 
     def data(self) -> bytes:
         """The next message."""
         rng = self._rng
         index = int(rng.random() * len(self._corpus))
+        self._with_image = self._corpus[index]["op"] in ("create", "upgrade")
         how = rng.random()
         if how < 0.45:
             return self._bytes(self._encoded[index])
@@ -112,6 +121,8 @@ class Mutator:
     def descriptors(self) -> tuple[int, ...]:
         """Descriptors for the next message, mostly none; they stay the mutator's."""
         rng = self._rng
+        if self._with_image and self.image is not None and rng.random() < 0.5:
+            return (self.image,)
         if rng.random() > 0.02:
             return ()
         if self.image is not None and rng.random() < 0.03:
