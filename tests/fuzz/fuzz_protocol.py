@@ -137,6 +137,9 @@ class Complaints:
 
     warning = debug = info
 
+    def bind(self, **_about: object) -> Complaints:
+        return self
+
     def error(self, event: str, **about: Any) -> None:
         failure = about.get("exc_info")
         if isinstance(failure, BaseException):
