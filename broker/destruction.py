@@ -63,10 +63,9 @@ class Destruction:
             raise errors.Draining(f"enclave {enclave.name!r} is being destroyed already")
         return self._destroy(client, enclave)
 
-    async def _destroy(self, client: Client, enclave: Enclave) -> Answer:
+    def _destroy(self, client: Client, enclave: Enclave) -> Awaitable[Answer]:
+        """Begin at once: whoever comes next, with whatever, finds an enclave that is being destroyed."""
         service = self._service
-        if enclave.ending:  # another request was checked before this one began
-            raise errors.Draining(f"enclave {enclave.name!r} is being destroyed already")
         revoked = len(enclave.grants)
         service.state.intend(client, {"enclave": enclave.serial, "revoked": revoked})
         enclave.ending = True
@@ -76,6 +75,10 @@ class Destruction:
         service.reclaimer.refuse(
             enclave.slots.waiting(), errors.Draining(f"enclave {enclave.name!r} is being destroyed")
         )
+        return self._finish_for(client, enclave, revoked)
+
+    async def _finish_for(self, client: Client, enclave: Enclave, revoked: int) -> Answer:
+        service = self._service
 
         async def run() -> None:
             await self.finish(enclave, f"uid {client.identity.uid}")

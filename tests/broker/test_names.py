@@ -128,6 +128,21 @@ def test_what_was_coming_back_when_the_host_is_emptied_again_stays_away(
     assert enclaves(client) == {"vault": 2}
 
 
+def test_an_enclave_that_is_destroyed_while_the_host_is_emptied_is_taken_down_once(
+    running: RunningBroker, images: Images, connect: Connect
+) -> None:
+    client = connect(running)
+    for ops in (("drain", "destroy"), ("destroy", "drain")):
+        assert "ok" in create(client, images.vault, "mine")
+        drain, destroy = {"all": True}, {"enclave": "mine", "force": True}
+        numbers = [client.post(op, **(drain if op == "drain" else destroy)) for op in ops]
+        replies = {message["id"]: message for message in (client.receive(), client.receive()) if message}
+        assert all("ok" in replies[number] for number in numbers), replies
+        assert enclaves(client) == {}
+        client.ok("undrain", all=True)
+        assert list(enclaves(client)) == ["vault"]
+
+
 def test_an_enclave_that_is_destroyed_while_it_is_upgraded_ends_with_both_generations(
     running: RunningBroker, images: Images, connect: Connect
 ) -> None:

@@ -36,7 +36,6 @@ def test_a_warden_killed_at_any_instruction_of_reset_is_replaced_by_one_that_end
     stride = 1 if FULL else 4
     offset = random.randrange(stride)
 
-
     def die(instruction: int) -> bool:
         nonlocal examined, number
         number += 1
