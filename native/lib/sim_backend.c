@@ -11,10 +11,7 @@
 
 static int available(struct teemate_diag *diag)
 {
-    uint32_t a = 1, b, c = 0, d;
-
-    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    if (!(c & 1u << 27)) /* OSXSAVE: SSA frames hold XSAVE areas */
+    if (!sim_xcr0()) /* SSA frames hold XSAVE areas */
         return diag_set(diag, -ENODEV, TEEMATE_STEP_ECREATE, 0, 0, "the sim needs a processor and kernel with XSAVE");
     return 0;
 }
@@ -77,6 +74,7 @@ static int map_tcs(struct teemate_enclave *enclave, uint64_t offset, struct teem
         return diag_set(diag, index, TEEMATE_STEP_MAP, 0, offset, "there is no TCS at offset %#llx",
                         (unsigned long long)offset);
     atomic_store(&enclave->sim->tcs_mapped[index], 1);
+    sim_fetch_for(enclave, &enclave->sim->tcs[index]);
     return 0;
 }
 

@@ -10,7 +10,6 @@
  */
 #include "sim.h"
 
-#include <cpuid.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
@@ -33,17 +32,6 @@
 #define SIM_SIZE_MAX (1ull << 36)
 #define SIM_ATTRIBUTES \
     (SGX_ATTR_DEBUG | SGX_ATTR_MODE64BIT | SGX_ATTR_PROVISIONKEY | SGX_ATTR_EINITTOKENKEY | SGX_ATTR_KSS)
-
-/* What the operating system lets us save and restore: XCR0. */
-static uint64_t xcr0(void)
-{
-    unsigned eax, ebx, ecx, edx;
-
-    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & bit_OSXSAVE))
-        return SGX_XFRM_LEGACY;
-    __asm__("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
-    return (uint64_t)edx << 32 | eax;
-}
 
 static int map_tables(struct teemate_enclave *enclave, struct teemate_diag *diag)
 {
@@ -77,7 +65,7 @@ static const char *check_secs(const struct create_params *params)
     const struct secs_limits limits = {
         .size_max = SIM_SIZE_MAX,
         .attributes = SIM_ATTRIBUTES,
-        .xfrm = xcr0(),
+        .xfrm = sim_xcr0() ? sim_xcr0() : SGX_XFRM_LEGACY,
         .miscselect = SGX_MISC_EXINFO,
     };
 

@@ -55,23 +55,38 @@ bool sim_tcs_is_mapped(const struct teemate_enclave *enclave, uint64_t offset, u
     return index < SIM_TCS_MAX && atomic_load(&enclave->sim->tcs_mapped[index]);
 }
 
+/*
+ * Whether one of the segment's pages is.  This is what mapping costs for every page, so it decides nothing
+ * page by page and compilers take several at a time: hence no atomic loads.  The words are aligned, and one
+ * that changes meanwhile has changed before or after.
+ */
+static bool any_too_wide(const struct teemate_enclave *enclave, const struct teemate_segment *segment)
+{
+    const uint64_t *words = (const uint64_t *)enclave->sim->epcm + segment->offset / SGX_PAGE;
+    uint64_t count = segment->size / SGX_PAGE, lacking = 0;
+
+    if (segment->type == SGX_PT_TCS) /* mapped by sim_backend.c's map_tcs, if at all */
+        return false;
+    for (uint64_t i = 0; i < count; i++)
+        lacking |= ~words[i] & -(words[i] & SIM_EPCM_VALID);
+    return segment->prot & SIM_EPCM_MAX(lacking);
+}
+
 int sim_may_map(const struct teemate_enclave *enclave, struct teemate_diag *diag)
 {
     if (SIM_CHECK("MAP.PERSONALITY", personality(0xffffffff) & READ_IMPLIES_EXEC))
         return diag_set(diag, -EACCES, TEEMATE_STEP_MAP, 0, 0, ALL_EXECUTABLE);
     for (size_t i = 0; i < enclave->segment_count; i++) {
         const struct teemate_segment *segment = &enclave->segments[i];
-        uint64_t end = segment->offset + segment->size;
+        uint64_t at = segment->offset, last = segment->offset + segment->size - SGX_PAGE;
 
-        /* TCSs are mapped by sim_backend.c's map_tcs, if at all. */
-        for (uint64_t at = segment->offset; segment->type != SGX_PT_TCS && at < end; at += SGX_PAGE) {
-            uint64_t word = atomic_load_explicit(&enclave->sim->epcm[at / SGX_PAGE], memory_order_relaxed);
-
-            if (SIM_CHECK("MAP.PROT", too_wide(segment, word)))
-                return diag_set(diag, -EACCES, TEEMATE_STEP_MAP, 0, at,
-                                "the page at offset %#llx was added with fewer permissions than its segment has",
-                                (unsigned long long)at);
-        }
+        if (!SIM_CHECK("MAP.PROT", any_too_wide(enclave, segment)))
+            continue;
+        while (at < last && !too_wide(segment, atomic_load(&enclave->sim->epcm[at / SGX_PAGE])))
+            at += SGX_PAGE;
+        return diag_set(diag, -EACCES, TEEMATE_STEP_MAP, 0, at,
+                        "the page at offset %#llx was added with fewer permissions than its segment has",
+                        (unsigned long long)at);
     }
     return 0;
 }
@@ -208,6 +223,29 @@ int sim_page_fault(struct teemate_enclave *enclave, uint64_t addr, uint32_t erro
             break;
         }
     return 0;
+}
+
+/* Bring in what lies around `offset`, when there is a page that may be read: none is added for this. */
+static void fetch(struct teemate_enclave *enclave, uint64_t offset)
+{
+    const uint64_t wanted = SIM_EPCM_VALID | SIM_EPCM_R;
+    struct sim_fault fault;
+
+    if (offset < enclave->size && (atomic_load(&enclave->sim->epcm[offset / SGX_PAGE]) & wanted) == wanted)
+        (void)sim_page_fault(enclave, enclave->base + offset, 0, &fault);
+}
+
+void sim_fetch_for(struct teemate_enclave *enclave, const struct sim_tcs *tcs)
+{
+    const struct teemate_segment *code = segment_of(enclave, tcs->oentry);
+
+    fetch(enclave, tcs->ossa);
+    fetch(enclave, tcs->ofsbase);
+    if (!code)
+        return;
+    fetch(enclave, code->offset);
+    fetch(enclave, code->offset - SGX_PAGE); /* below the first page it is more than any size */
+    fetch(enclave, code->offset + code->size);
 }
 
 void sim_flush(struct teemate_enclave *enclave)

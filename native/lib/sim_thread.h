@@ -88,6 +88,8 @@ int sim_enter(struct teemate_enclave *enclave, uint64_t tcs_offset, struct teema
               uint64_t pause_after_ns, enum entry_stack stack, struct sgx_enclave_run *run);
 int sim_go(struct sim_thread *thread, struct entry *entry);
 bool sim_canonical(uint64_t address);
+/* What the operating system lets us save and restore, XCR0; 0 when that is nothing (no XSAVE). */
+uint64_t sim_xcr0(void);
 /* Bytes of the XSAVE area (standard form) for these components. */
 uint32_t sim_xsave_size(uint64_t xfrm);
 /* Copy the components in `xfrm` of one XSAVE area to another. */

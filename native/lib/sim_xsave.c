@@ -14,18 +14,35 @@
 static struct {
     uint32_t offset, size;
 } place[COMPONENTS];
+static uint64_t xcr0;
 
-/* Before anybody is inside: CPUID must not be needed there. */
+/*
+ * Before anybody is inside: CPUID must not be needed there.  And once: where a hypervisor answers it, it
+ * takes as long as ten system calls.
+ */
 __attribute__((constructor)) static void find_places(void)
 {
-    for (uint32_t i = 2; i < COMPONENTS; i++) {
-        uint32_t a = 0, b = 0, c = 0, d = 0;
+    uint32_t a, b, c, d, highest = __get_cpuid_max(0, NULL);
 
-        if (__get_cpuid_count(0xd, i, &a, &b, &c, &d)) {
-            place[i].size = a;
-            place[i].offset = b;
-        }
+    if (highest < 0xd)
+        return;
+    __cpuid(1, a, b, c, d);
+    if (!(c & bit_OSXSAVE))
+        return;
+    __asm__("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+    xcr0 = (uint64_t)d << 32 | a;
+    for (uint32_t i = 2; i < COMPONENTS; i++) {
+        if (!(xcr0 >> i & 1))
+            continue;
+        __cpuid_count(0xd, i, a, b, c, d);
+        place[i].size = a;
+        place[i].offset = b;
     }
+}
+
+uint64_t sim_xcr0(void)
+{
+    return xcr0;
 }
 
 uint32_t sim_xsave_size(uint64_t xfrm)
