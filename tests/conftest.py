@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from images import Images
 from running_broker import RunningBroker, run_broker
 
@@ -25,8 +27,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure() -> None:
-    """A shell has its background jobs ignore SIGINT; programs that tests interrupt would inherit that."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Have every run find the same, but for those that are to find more."""
+    # No bound on an example's time: another program may have the processor.
+    settings.register_profile(
+        "plain", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.register_profile("full", settings.get_profile("plain"), derandomize=False)
+    full = config.getoption("--full") or os.environ.get("TEEMATE_TEST_FULL")
+    settings.load_profile("full" if full else "plain")
+    # A shell has its background jobs ignore SIGINT; programs that tests interrupt would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

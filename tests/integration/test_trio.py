@@ -47,13 +47,22 @@ async def test_tasks_are_inside_at_the_same_time(broker: StartBroker, policy: st
             assert answers == [struct.pack("<Q", 7)] * 3
 
 
+async def cancel_when_inside(enclave: teemate.AsyncEnclave, scope: trio.CancelScope) -> None:
+    """A call that is paused has begun."""
+    while not enclave.statistics().pauses:  # noqa: ASYNC110 - nobody tells of it
+        await trio.sleep(0.001)
+    scope.cancel()
+
+
 async def test_a_cancelled_call_is_abandoned_and_its_slot_repaired(broker: StartBroker, policy: str) -> None:
     running = broker(policy)
     async with teemate.open_broker(running.socket) as connection:
         async with connection.attach("faults", slots=2) as enclave:
             async with enclave.slot() as slot:
-                with trio.move_on_after(0.1) as scope:
-                    await slot.call("loop")
+                async with trio.open_nursery() as nursery:
+                    with trio.CancelScope() as scope:
+                        nursery.start_soon(cancel_when_inside, enclave, scope)
+                        await slot.call("loop")
                 assert scope.cancelled_caught
                 assert slot.broken is not None
             statistics = enclave.statistics()

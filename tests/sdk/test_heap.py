@@ -33,7 +33,7 @@ def free_all(holder: Holder) -> tuple[int, ...]:
     return run(holder, [(FREE, handle, 0) for handle in range(64)])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[*HealthCheck])
 @given(scripts=st.lists(steps, min_size=1, max_size=4))
 def test_blocks_do_not_overlap_and_all_memory_comes_back(
     holder: Holder, scripts: list[list[tuple[int, int, int]]]

@@ -25,7 +25,7 @@ def moved(to: int, source: int, length: int) -> bytes:
     return CONTENT[:to] + CONTENT[source : source + length] + CONTENT[to + length :]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[*HealthCheck])
 @given(operation=st.integers(0, 2), to=st.integers(0, SIZE), source=st.integers(0, SIZE), length=lengths)
 def test_moves_of_every_length_and_alignment(
     holder: Holder, operation: int, to: int, source: int, length: int
