@@ -136,7 +136,12 @@ static inline bool enclave_is_ours(const struct teemate_enclave *enclave)
 /* landing.c: the landing page's code at its place; 0 or a negative errno. */
 int landing_map(uint64_t address);
 
-/* Why a process with that personality maps no enclave, on either backend. */
+/*
+ * Whether this process has READ_IMPLIES_EXEC, with which it maps no enclave on either backend.  execve() clears it
+ * in 64-bit programs, whatever setarch(8) set before.  Where asking is refused (LockPersonality= of systemd, which
+ * allows no other argument than the personality that it locked), so was setting it.
+ */
+bool map_all_executable(void);
 #define ALL_EXECUTABLE                                                                                   \
     "this process has set its personality to READ_IMPLIES_EXEC, with which Linux lets nobody map an enclave: " \
     "leave out that call of personality(2), or attach before it"

@@ -17,6 +17,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/personality.h>
 #include <unistd.h>
 
 #include "enclave.h"
@@ -24,6 +25,13 @@
 
 #define NAME_MAX_SHOWN 100
 #define RESERVE_FLAGS (MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
+
+bool map_all_executable(void)
+{
+    int now = personality(0xffffffff);
+
+    return now != -1 && (now & READ_IMPLIES_EXEC) != 0;
+}
 
 /* Name what lies in [start, end): "/usr/lib/libfoo.so (7f.. - 7f..)". */
 static void name_mapping(uint64_t start, uint64_t end, char *text, size_t size)

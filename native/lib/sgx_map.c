@@ -16,7 +16,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/personality.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 
@@ -50,10 +49,10 @@ static bool is_enclave(int fd)
     return false;
 }
 
-/* Every mmap() would answer EACCES.  execve() clears it in 64-bit programs, whatever setarch(8) set before. */
+/* Else every mmap() would answer EACCES. */
 int sgx_may_map(struct teemate_diag *diag)
 {
-    if (personality(0xffffffff) & READ_IMPLIES_EXEC)
+    if (map_all_executable())
         return diag_set(diag, -EACCES, TEEMATE_STEP_MAP, 0, 0, ALL_EXECUTABLE);
     return 0;
 }

@@ -14,7 +14,6 @@
 
 #include <errno.h>
 #include <sys/mman.h>
-#include <sys/personality.h>
 
 #include "enclave.h"
 #include "sim_check.h"
@@ -74,7 +73,7 @@ static bool any_too_wide(const struct teemate_enclave *enclave, const struct tee
 
 int sim_may_map(const struct teemate_enclave *enclave, struct teemate_diag *diag)
 {
-    if (SIM_CHECK("MAP.PERSONALITY", personality(0xffffffff) & READ_IMPLIES_EXEC))
+    if (SIM_CHECK("MAP.PERSONALITY", map_all_executable()))
         return diag_set(diag, -EACCES, TEEMATE_STEP_MAP, 0, 0, ALL_EXECUTABLE);
     for (size_t i = 0; i < enclave->segment_count; i++) {
         const struct teemate_segment *segment = &enclave->segments[i];
