@@ -1,0 +1,73 @@
+"""What containers need of the host, and what runs in them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from elves import kept_builds
+from runc import Root, bare_root, python_root
+
+HERE = Path(__file__).parent
+
+
+def _unable() -> str:
+    if shutil.which("runc") is None:
+        return "needs runc (.ci/apt-packages)"
+    if os.geteuid() != 0:
+        return "needs root: runc makes namespaces and control groups"
+    return ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is in this folder where containers cannot be made; the hook sees all items."""
+    reason = _unable()
+    if not reason:
+        return
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def roots() -> Iterator[Path]:
+    """Where root file systems lie: a container's root has to get there, which pytest's folders forbid."""
+    with tempfile.TemporaryDirectory(prefix="teemate-roots-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def python(roots: Path) -> Root:
+    """A root file system with Python and the package `teemate`."""
+    return python_root(roots / "python")
+
+
+@pytest.fixture(scope="session")
+def bare(roots: Path) -> Root:
+    """A root file system with client.c and the libraries that it needs."""
+    libraries = Path(str(files("teemate") / "native" / "client"))
+    if not libraries.is_dir():
+        pytest.skip("needs the C library (libcbor-dev, .ci/apt-packages)")
+    return bare_root(roots / "bare", _client(libraries, kept_builds() or roots), libraries)
+
+
+def _client(libraries: Path, folder: Path) -> Path:
+    """Compile client.c, unless that was done: it takes long in the emulated machine."""
+    source, program = HERE / "client.c", folder / "container-client"
+    if program.exists() and program.stat().st_mtime >= source.stat().st_mtime:
+        return program
+    folder.mkdir(parents=True, exist_ok=True)
+    include = libraries.parent / "include"
+    flags = ["-std=gnu17", "-O2", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run(
+        ["cc", *flags, f"-I{include}", str(source), f"-L{libraries}", "-lteemate", "-o", str(program)],
+        check=True,
+    )
+    return program
