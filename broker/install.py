@@ -65,13 +65,14 @@ def _program() -> str:
     program = Path(sys.prefix) / "bin" / "teemate-broker"
     if not program.is_file():
         raise click.ClickException(f"{program} is missing: name the program with --program")
-    hidden = next((place for place in _PROTECTED if str(program).startswith(place)), None)
-    if hidden is not None:
-        raise click.ClickException(
-            f"{program}: the service does not see {hidden.rstrip('/')} (ProtectHome=, PrivateTmp=): install"
-            " the package elsewhere, for example into a virtual environment in /opt/teemate, and call its"
-            " `teemate-broker install`"
-        )
+    for path in (program, Path(sys.executable).resolve()):  # a virtual environment's Python lies elsewhere
+        hidden = next((place for place in _PROTECTED if str(path).startswith(place)), None)
+        if hidden is not None:
+            raise click.ClickException(
+                f"{path}: the service does not see {hidden.rstrip('/')} (ProtectHome=, PrivateTmp=): install"
+                " the package elsewhere, for example into a virtual environment in /opt/teemate with the"
+                " system's Python, and call its `teemate-broker install`"
+            )
     return str(program)
 
 
