@@ -18,6 +18,7 @@
 #include <unistd.h>
 
 #include "client.h"
+#include "thread.h"
 
 #define STACK_SIZE (256u << 10)
 #define AT_ONCE 16
@@ -121,31 +122,23 @@ static void *listen_all(void *unused)
 static int start(void)
 {
     struct epoll_event event = {.events = EPOLLIN};
-    sigset_t all, before;
-    pthread_attr_t attributes;
-    pthread_t thread;
+    sigset_t most;
     int error;
 
     listener.epoll = epoll_create1(EPOLL_CLOEXEC);
     listener.kick = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (listener.epoll < 0 || listener.kick < 0 ||
         epoll_ctl(listener.epoll, EPOLL_CTL_ADD, listener.kick, &event) != 0) {
-        error = errno;
+        error = -errno;
     } else {
         /* Signals are for the program's own threads. */
-        sigfillset(&all);
-        sigdelset(&all, SIGSEGV);
-        sigdelset(&all, SIGBUS);
-        sigdelset(&all, SIGILL);
-        sigdelset(&all, SIGFPE);
-        sigdelset(&all, SIGTRAP);
-        pthread_attr_init(&attributes);
-        pthread_attr_setstacksize(&attributes, STACK_SIZE);
-        pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-        pthread_sigmask(SIG_SETMASK, &all, &before);
-        error = pthread_create(&thread, &attributes, listen_all, NULL);
-        pthread_sigmask(SIG_SETMASK, &before, NULL);
-        pthread_attr_destroy(&attributes);
+        sigfillset(&most);
+        sigdelset(&most, SIGSEGV);
+        sigdelset(&most, SIGBUS);
+        sigdelset(&most, SIGILL);
+        sigdelset(&most, SIGFPE);
+        sigdelset(&most, SIGTRAP);
+        error = thread_start(listen_all, STACK_SIZE, &most);
     }
     if (error == 0)
         return 0;
@@ -154,7 +147,7 @@ static int start(void)
     if (listener.kick >= 0)
         close(listener.kick);
     listener.epoll = listener.kick = -1;
-    return -error;
+    return error;
 }
 
 static int control(struct teemate_broker *broker, int operation)

@@ -159,6 +159,39 @@ static bool item_at(const uint8_t **at, const uint8_t *end, struct value *value)
     return true;
 }
 
+/* Well formed UTF-8 (RFC 3629): shortest forms, no surrogates, nothing above U+10FFFF. */
+static bool is_utf8(const uint8_t *at, size_t size)
+{
+    const uint8_t *end = at + size;
+
+    while (at < end) {
+        uint32_t least, code, length;
+
+        if (*at < 0x80) {
+            at++;
+            continue;
+        }
+        if (*at >= 0xc2 && *at < 0xe0)
+            length = 1, least = 0x80, code = *at & 0x1f;
+        else if (*at >= 0xe0 && *at < 0xf0)
+            length = 2, least = 0x800, code = *at & 0x0f;
+        else if (*at >= 0xf0 && *at < 0xf5)
+            length = 3, least = 0x10000, code = *at & 0x07;
+        else
+            return false;
+        if ((size_t)(end - at) <= length)
+            return false;
+        for (at++; length != 0; length--, at++) {
+            if ((*at & 0xc0) != 0x80)
+                return false;
+            code = code << 6 | (*at & 0x3f);
+        }
+        if (code < least || code > 0x10ffff || (code >= 0xd800 && code < 0xe000))
+            return false;
+    }
+    return true;
+}
+
 bool message_check(const uint8_t *data, size_t size, struct value *map, const char **reason)
 {
     struct { uint64_t left; bool map; } open[MESSAGE_DEPTH + 1] = {{.left = 1}};
@@ -186,6 +219,9 @@ bool message_check(const uint8_t *data, size_t size, struct value *map, const ch
             *reason = "a key that is not text";
             return false;
         }
+        *reason = "text that is not UTF-8";
+        if (value.kind == VALUE_TEXT && !is_utf8(value.data, value.size))
+            return false;
         open[depth].left--;
         if (value.kind != VALUE_ARRAY && value.kind != VALUE_MAP)
             continue;

@@ -2,7 +2,8 @@
 /*
  * One message on the wire: CBOR, written and read in place with libcbor's stream functions, which
  * allocate nothing.  The rules are those of client/protocol.cddl: one map of at most 64 KiB, text
- * keys, no tags, no indefinite lengths, depth at most 8, nothing behind it.
+ * keys, no tags, no indefinite lengths, depth at most 8, valid UTF-8, nothing behind it.  A key that comes
+ * twice is not noticed: which of its values is taken does not matter, since both were the broker's.
  */
 #ifndef TEEMATE_MESSAGE_H
 #define TEEMATE_MESSAGE_H

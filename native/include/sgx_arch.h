@@ -13,6 +13,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#if defined(__cplusplus) && !defined(_Static_assert)
+#define _Static_assert static_assert
+#endif
+
 #define SGX_PAGE 4096u
 
 /* Leaves of ENCLU (EAX). */

@@ -2,7 +2,9 @@
 /* The life of struct thread: made at a thread's first entry, gone with the thread. */
 #include "thread.h"
 
+#include <errno.h>
 #include <pthread.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -155,4 +157,26 @@ void thread_inside(struct thread *thread)
     atomic_store(&thread->tick_state, TICK_INSIDE); /* a full barrier: see ticker.c */
     if (atomic_load_explicit(&ticker_asleep, memory_order_relaxed))
         ticker_wake();
+}
+
+int thread_start(void *(*run)(void *), size_t stack, const sigset_t *blocked)
+{
+    pthread_attr_t small, usual;
+    pthread_t thread;
+    sigset_t before;
+    int error;
+
+    pthread_attr_init(&small);
+    pthread_attr_init(&usual);
+    pthread_attr_setdetachstate(&small, PTHREAD_CREATE_DETACHED);
+    pthread_attr_setdetachstate(&usual, PTHREAD_CREATE_DETACHED);
+    pthread_attr_setstacksize(&small, stack);
+    pthread_sigmask(SIG_SETMASK, blocked, &before);
+    error = pthread_create(&thread, &small, run, NULL);
+    if (error == EINVAL) /* glibc puts the program's thread-local data there too, and it did not fit */
+        error = pthread_create(&thread, &usual, run, NULL);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&small);
+    pthread_attr_destroy(&usual);
+    return -error;
 }

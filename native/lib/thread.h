@@ -85,6 +85,9 @@ struct thread *threads_first(void);
 /* How many records there are (tests). */
 size_t threads_count(void);
 
+/* A detached thread with these signals blocked; `stack` bytes, or what it takes. 0 or a negative errno. */
+int thread_start(void *(*run)(void *), size_t stack, const sigset_t *blocked);
+
 /* Say to the ticker that this thread goes into an enclave. */
 void thread_inside(struct thread *thread);
 

@@ -152,9 +152,7 @@ static bool parse_tick(const char *text, uint64_t *least, uint64_t *most)
 int ticker_start(void)
 {
     const char *text;
-    pthread_attr_t attr;
-    pthread_t thread;
-    sigset_t all, old;
+    sigset_t all;
     int error = 0;
 
     if (__builtin_expect(atomic_load_explicit(&ticker.running, memory_order_acquire), 1))
@@ -173,13 +171,7 @@ int ticker_start(void)
     }
     ticker.random = (uint64_t)getpid() * 0x9e3779b97f4a7c15u ^ (uint64_t)time(NULL);
     sigfillset(&all);
-    pthread_attr_init(&attr);
-    pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
-    pthread_attr_setstacksize(&attr, 128u * 1024u);
-    pthread_sigmask(SIG_SETMASK, &all, &old);
-    error = -pthread_create(&thread, &attr, tick_loop, NULL);
-    pthread_sigmask(SIG_SETMASK, &old, NULL);
-    pthread_attr_destroy(&attr);
+    error = thread_start(tick_loop, 128u * 1024u, &all);
     if (!error)
         atomic_store_explicit(&ticker.running, true, memory_order_release);
     pthread_mutex_unlock(&ticker.lock);
