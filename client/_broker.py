@@ -174,7 +174,7 @@ class Broker:
                 wait=wait,
                 undo=self._undo_attach,
                 check=check,
-                meanwhile=lib.teemate_prepare,
+                meanwhile=self._prepare,
             )
             try:
                 enclave = self._map(reply)
@@ -192,6 +192,11 @@ class Broker:
         for one in news:
             one.tell(enclave)
         return enclave
+
+    def _prepare(self) -> None:
+        """Do what the first call will need, while the broker works."""
+        self._connection.ready_listener()
+        lib.teemate_prepare()
 
     def _map(self, reply: Reply) -> GrantedEnclave:
         ok, fds = reply.ok, reply.fds

@@ -1,7 +1,7 @@
 """The threads of a process and their requests to the broker.
 
 Whoever waits for an answer reads (``_link.py``), one thread at a time, and hands what belongs to
-others to them; so a cold attach needs no thread of ours.  Once a slot is in use a listener reads
+others to them; so a cold attach waits for no thread of ours.  Once a slot is in use a listener reads
 instead (:meth:`Connection.listen`), since the broker's events (``revoked``) want an answer
 even when nobody asks anything, and since a broker that is restarted wants its clients back
 while all of their threads are inside.
@@ -130,13 +130,22 @@ class Connection(Link):
         with contextlib.suppress(ConnectionLost, EnclaveLost):
             self._give_back(op, args, session)
 
+    def ready_listener(self) -> None:
+        """Start the thread that :meth:`listen` will want, for who waits for something else anyway."""
+        with self._lock:
+            if self._gate is not None or self._lost is not None:
+                return
+            self._gate = _thread.allocate_lock()
+            self._gate.acquire()
+        _thread.start_new_thread(self._listener, (self._gate,))
+
     def listen(self) -> None:
         """Have a thread read from now on, so that events and the broker's end are heard at once."""
+        self.ready_listener()
         with self._lock:
-            if self._listening or self._lost is not None:
-                return
-            self._listening = True
-        _thread.start_new_thread(self._listener, ())
+            if not self._listening and self._gate is not None:
+                self._listening = True
+                self._gate.release()
 
     def _give_back(self, op: str, args: Mapping[str, object], session: int) -> Request:
         request = Request(next(self._numbers), op, args, session=session, undo=no_undo)
@@ -197,13 +206,18 @@ class Connection(Link):
             wire.close_all(answer.fds)
             undo(answer)
 
-    def _listener(self) -> None:
+    def _end(self, error: Error, *, forgotten: bool = False) -> None:
+        super()._end(error, forgotten=forgotten)
+        self.listen()  # who waits to be needed sees that this is the end
+
+    def _listener(self, needed: _thread.LockType) -> None:
         # Signals are for the program's own threads.
         signal.pthread_sigmask(
             signal.SIG_BLOCK,
             signal.valid_signals()
             - {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP},
         )
+        needed.acquire()
         with self._lock:
             while self._reading:
                 self._wake.wait()

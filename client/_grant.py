@@ -131,7 +131,7 @@ class GrantedEnclave(Enclave):
         self._calls += 1
         if not self._listening:
             # From here on a revocation is heard even when the program makes no requests; not
-            # earlier, since a cold attach has no thread to spare.
+            # earlier, since who waits for the attach reads by itself, without a switch of threads.
             self._listening = True
             self._connection.listen()
 

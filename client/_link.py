@@ -12,6 +12,7 @@ could wait for each other.
 
 from __future__ import annotations
 
+import _thread
 import itertools
 import os
 import select
@@ -66,6 +67,8 @@ class Link:
         self._greeted = False
         self._reading = False
         self._listening = False
+        self._gate: _thread.LockType | None = None
+        """Held until the listener, a thread that waits for it, is needed."""
         self._unanswered: dict[int, Request] = {}
         self._backlog: deque[Request] = deque()
         """Those of them that are still to be sent on this socket."""
