@@ -1,11 +1,12 @@
 """One warden: the process that enters an enclave on the broker's behalf.
 
-The broker sends one request at a time and waits no longer than the deadline.  A warden that does not
+The broker sends one request at a time and waits no longer than the deadline. A warden that does not
 answer, answers nonsense or ends is killed and a new one is started from the enclave's descriptor and
-control key; then the request is made once more, since every request can be repeated.  A request that
-fails twice fails for its caller, who puts the slot aside.  Only when new wardens cannot be *started*
-several times in a row is the enclave itself given up: hanging or crashing control ECALLs, however
-many, are repaired.  When an entry finds that the EPC is empty, nothing is tried again.
+control key; then the request is made once more, since every request can be repeated. A request that fails
+twice fails for its caller, who puts the slot aside. A warden that somebody else killed (an operator, the
+kernel for want of memory) says nothing about its request, which is made again. Only when new wardens
+cannot be *started* several times in a row is the enclave itself given up: hanging or crashing control
+ECALLs, however many, are repaired. When an entry finds that the EPC is empty, nothing is tried again.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ __all__ = [
 _Body = Callable[[], bytes]
 """Made anew for each attempt: sequence numbers are never used twice."""
 _SOCKET_FD = 3
+_OUTSIDE_KILLS = 8
+"""So many wardens in a row may be killed by others in one request; then it fails."""
 _START_FACTOR = 5
 """Starting maps the enclave and may run its author's start code: it may take so many deadlines."""
 
@@ -173,25 +176,27 @@ class Warden:
     # -- requests ----------------------------------------------------------------
 
     async def _request(self, op: WardenOp, body: _Body, deadline: float | None = None) -> WardenReply:
-        for attempt in (1, 2):
+        own = outside = 0
+        while True:
             async with self._lock:
-                reply = await self._ask(op, body, deadline or self._deadline, last=attempt == 2)
-            if reply is not None:
-                return reply
-        raise AssertionError("the second attempt returns or raises")
+                try:
+                    return await self._ask(op, body, deadline or self._deadline)
+                except _FailedError as failed:
+                    if await self._report_and_kill(op, failed):
+                        outside += 1
+                    else:
+                        own += 1
+                    if own == 2:
+                        raise WardenError(f"{op.name} failed twice: {failed}") from failed
+                    if outside == _OUTSIDE_KILLS:
+                        raise WardenError(f"{op.name}: somebody killed {outside} wardens") from failed
 
-    async def _ask(self, op: WardenOp, body: _Body, deadline: float, *, last: bool) -> WardenReply | None:
-        """One attempt under the lock; None when the warden failed and another attempt may be made."""
+    async def _ask(self, op: WardenOp, body: _Body, deadline: float) -> WardenReply:
+        """One attempt, under the lock."""
         if self._closed:
             raise WardenError("the enclave was destroyed")
         await self._ensure_started()
-        try:
-            reply = await self._exchange(op, body(), deadline)
-        except _FailedError as failed:
-            await self._report_and_kill(op, failed)
-            if last:
-                raise WardenError(f"{op.name} failed twice: {failed}") from failed
-            return None
+        reply = await self._exchange(op, body(), deadline)
         if reply.contended:
             self._contended += reply.contended
             self.on_contended(reply.contended)
@@ -217,7 +222,7 @@ class Warden:
         try:
             self._sock.sendmsg([request(op, self._number, body)], rights if fds else [], socket.MSG_NOSIGNAL)
         except OSError as error:
-            raise _FailedError(f"cannot send to it: {error.strerror}") from error
+            raise _EndedError(f"cannot send to it: {error.strerror}") from error
         with trio.move_on_after(deadline) as scope:
             scope.shield = True
             while True:
@@ -227,11 +232,11 @@ class Warden:
                 except BlockingIOError:
                     await trio.lowlevel.wait_readable(self._sock)
                 except OSError as error:
-                    raise _FailedError(f"cannot receive from it: {error.strerror}") from error
+                    raise _EndedError(f"cannot receive from it: {error.strerror}") from error
         if scope.cancelled_caught:
             raise _FailedError(f"no answer within {deadline:g} s ([broker] warden_deadline)")
         if not raw:
-            raise _FailedError("it ended")
+            raise _EndedError("it ended")
         try:
             reply = WardenReply.parse(raw)
         except ValueError as error:
@@ -292,27 +297,35 @@ class Warden:
             raise _FailedError(reply.text or f"status {reply.status}")
         self._start_failures = 0
 
-    async def _report_and_kill(self, op: WardenOp, failed: _FailedError) -> None:
+    async def _report_and_kill(self, op: WardenOp, failed: _FailedError) -> bool:
+        """Whether somebody else had killed it."""
         self._killed += 1
-        self._log.warning("warden killed", request=op.name, reason=str(failed), pid=self._pid)
-        await self._kill()
+        pid = self._pid
+        # Its end of the socket closes as it exits: then SIGKILL is somebody else's, ours comes too late.
+        by_sigkill = await self._kill()
+        outside = isinstance(failed, _EndedError) and by_sigkill
+        reason = "somebody else killed it" if outside else str(failed)
+        self._log.warning("warden killed", request=op.name, reason=reason, pid=pid)
+        return outside
 
-    async def _kill(self) -> None:
+    async def _kill(self) -> bool:
+        """Whether SIGKILL ended it."""
         pid, sock = self._pid, self._sock
         self._pid = self._sock = None
         if sock is not None:
             sock.close()
         if pid is None:
-            return
+            return False
         pidfd = os.pidfd_open(pid)  # ours and not waited for yet: its number cannot be another's
         try:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             with trio.CancelScope(shield=True):
                 await trio.lowlevel.wait_readable(pidfd)
-            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)  # noqa: ASYNC222 - it has ended
+            status = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)  # noqa: ASYNC222 - it has ended
         finally:
             os.close(pidfd)
+        return status is not None and (status.si_code, status.si_status) == (os.CLD_KILLED, signal.SIGKILL)
 
     def statistics(self) -> WardenStatistics:
         """What was asked of it so far."""
@@ -328,3 +341,7 @@ class Warden:
 
 class _FailedError(Exception):
     """This warden is of no use any more."""
+
+
+class _EndedError(_FailedError):
+    """It has ended, and not by us."""

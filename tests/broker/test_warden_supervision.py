@@ -45,6 +45,8 @@ for answer in answers:
         sys.exit(0)
     if answer == "crash":
         os.abort()
+    if answer == "killed":
+        os.kill(os.getpid(), 9)
     if answer == "short":
         sock.send(b"short")
         continue
@@ -109,6 +111,19 @@ async def test_a_warden_that_hangs_is_killed_at_the_deadline(fake: Fake) -> None
 async def test_a_request_that_fails_twice_fails_for_its_caller_only(fake: Fake) -> None:
     warden = fake([["ok", "crash"], ["ok", "crash"], ["ok"] * 5])
     with pytest.raises(WardenError, match="failed twice"):
+        await warden.probe(2)
+    assert (await warden.probe(3)).entered
+
+
+async def test_wardens_that_others_kill_say_nothing_about_the_request(fake: Fake) -> None:
+    warden = fake([["ok", "killed"], ["ok", "killed"], ["ok", "crash"], ["ok", "killed"], ["ok"] * 5])
+    assert (await warden.probe(2)).entered
+    assert warden.statistics().killed == 4
+
+
+async def test_who_goes_on_killing_wardens_makes_the_request_fail(fake: Fake) -> None:
+    warden = fake([*[["ok", "killed"]] * 8, ["ok"] * 5])
+    with pytest.raises(WardenError, match="somebody killed 8 wardens"):
         await warden.probe(2)
     assert (await warden.probe(3)).entered
 

@@ -70,7 +70,7 @@ def test_nothing_is_lost_in_a_storm_over_programs_broker_warden_and_keeper() -> 
     assert figures["slots_repaired"]
     assert figures["counter"] == figures["counter_expected"] > 0
     for nothing in ("slots_lost", "slots_quarantined", "wrong_values", "failed_calls", "lost_grants"):
-        assert figures[nothing] == 0, figures
+        assert figures[nothing] == 0, json.dumps(figures)
     assert figures["resume_ms_p50"] > 0
 
 
