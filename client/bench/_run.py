@@ -12,6 +12,7 @@ from typing import NamedTuple
 from teemate.bench._attach import bench_attach
 from teemate.bench._call import bench_call
 from teemate.bench._churn import bench_churn
+from teemate.bench._container import bench_container
 from teemate.bench._floor import bench_floor, hash_rate
 from teemate.bench._measured import Listener
 from teemate.bench._memory import bench_memory
@@ -28,6 +29,7 @@ _SINGLE: dict[str, Callable[[Setting], Result]] = {
     "memory": bench_memory,
     "scale": bench_scale,
     "churn": bench_churn,
+    "container": bench_container,
 }
 BENCHES = (*_SINGLE, "all")
 _QUICK = ("attach", "call", "memory", "scale")

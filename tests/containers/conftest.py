@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -12,16 +10,18 @@ from pathlib import Path
 
 import pytest
 from elves import kept_builds
-from runc import Root, bare_root, python_root
+
+from teemate.bench._oci import Root, program_root, python_root, runc_program
+from teemate.errors import Unsupported
 
 HERE = Path(__file__).parent
 
 
 def _unable() -> str:
-    if shutil.which("runc") is None:
-        return "needs runc (.ci/apt-packages)"
-    if os.geteuid() != 0:
-        return "needs root: runc makes namespaces and control groups"
+    try:
+        runc_program()
+    except Unsupported as error:
+        return error.message
     return ""
 
 
@@ -55,7 +55,7 @@ def bare(roots: Path) -> Root:
     libraries = Path(str(files("teemate") / "native" / "client"))
     if not libraries.is_dir():
         pytest.skip("needs the C library (libcbor-dev, .ci/apt-packages)")
-    return bare_root(roots / "bare", _client(libraries, kept_builds() or roots), libraries)
+    return program_root(roots / "bare", _client(libraries, kept_builds() or roots), libraries)
 
 
 def _client(libraries: Path, folder: Path) -> Path:
