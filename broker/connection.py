@@ -1,10 +1,10 @@
 """A client's connection: its requests in; its replies and events out go through outbox.py.
 
 Reading.  One task per connection reads, in this order: wait while replies are still queued,
-ask the user's bucket of tokens, receive one message.  So a client that does not read its
-replies, or asks faster than it may, fills its own socket buffer and nothing here.  A request that
-can be answered at once is answered in this task; one that has to wait gets a task of its own,
-charged to the user as a request in flight.
+ask the user's bucket of tokens, have the user's turn (turns.py), receive one message.  So a client
+that does not read its replies, or asks faster than it may, fills its own socket buffer and nothing
+here.  A request that can be answered at once is answered in this task; one that has to wait gets a
+task of its own, charged to the user as a request in flight.
 
 Errors.  A message that breaks the protocol is answered and the connection is closed.  A request
 that fails is answered with its error and the connection lives on, also after a bug of ours:
@@ -35,8 +35,6 @@ _BUFFER = bytearray(wire.MAX_MESSAGE)
 """For every packet of every client: nothing is received between filling it and copying it out."""
 _MESSAGES_AT_FIRST = 2
 """hello, and what came along with it."""
-_MESSAGES_PER_TURN = 16
-"""Requests of one client that are answered before other tasks get their turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +61,7 @@ class Connection:
         self._nursery: trio.Nursery | None = None
         self._unstarted: list[tuple[Any, ...]] = []
         self._waiting = 0
+        self._has_turn = False
         self._greeting = trio.Event()
         self._silent: errors.LimitReached | None = None
 
@@ -150,39 +149,56 @@ class Connection:
         self.close()
 
     async def _read_requests(self) -> None:
-        bucket = self.client.account.bucket
-        answered = 0
-        while True:
-            await self.outbox.drained()
-            delay = bucket.take()
-            if delay:
-                self.outbox.send_held()
-                await trio.sleep(delay)
+        account = self.client.account
+        try:
             while True:
-                if self.client.account.exhausted(Resource.DESCRIPTORS_RECEIVED):
+                if self.outbox.queued_messages:
+                    self._rest()
+                    await self.outbox.drained()
+                delay = account.bucket.take()
+                if delay:
+                    self._rest()
+                    await trio.sleep(delay)
+                packet = await self._next_packet()
+                if not packet.data:
+                    self.client.dispose(packet.fds)
+                    return
+                if len(packet.data) > 4096:
+                    account.bucket.take(len(packet.data) / 4096)
+                self._handle(packet)
+                if self.closing:
+                    return
+                if self.greeted:
+                    self._greeting.set()
+                if account.turn.over:
                     self.outbox.send_held()
-                    await self.client.service.disposal.room_for(self.client.account)
-                try:
-                    packet = self._receive()
-                    break
-                except BlockingIOError:
-                    answered = 0
-                    self.outbox.send_held()
-                    await trio.lowlevel.wait_readable(self._sock)
-            if not packet.data:
-                self.client.dispose(packet.fds)
-                return
-            if len(packet.data) > 4096:
-                bucket.take(len(packet.data) / 4096)
-            self._handle(packet)
-            if self.closing:
-                return
-            if self.greeted:
-                self._greeting.set()
-            answered += 1
-            if answered == _MESSAGES_PER_TURN:
-                answered = 0
-                await trio.lowlevel.checkpoint()
+                    await trio.lowlevel.checkpoint()
+                    self._rest()
+        finally:
+            self._rest()
+
+    async def _next_packet(self) -> wire.Packet:
+        """Receive a message, in this connection's turn."""
+        account = self.client.account
+        while True:
+            if account.exhausted(Resource.DESCRIPTORS_RECEIVED):
+                self._rest()
+                await self.client.service.disposal.room_for(account)
+            if not self._has_turn:
+                await account.turn.take()
+                self._has_turn = True
+            try:
+                return self._receive()
+            except BlockingIOError:
+                self._rest()
+                await trio.lowlevel.wait_readable(self._sock)
+
+    def _rest(self) -> None:
+        """Nothing is read until later: let others of this user do so, and send what was held back."""
+        if self._has_turn:
+            self._has_turn = False
+            self.client.account.turn.give_up()
+        self.outbox.send_held()
 
     def _handle(self, packet: wire.Packet) -> None:
         """Answer one message, or start the task that will; its descriptors are closed or passed on."""

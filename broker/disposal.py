@@ -142,6 +142,11 @@ class Disposal:
         if charge is not None:
             charge.release()
 
+    def close_unread(self, fds: list[int]) -> None:
+        """Close connections in which descriptors may be unread, and that count for nobody."""
+        if fds:
+            self._drop_sockets(fds, None)
+
     async def caught_up(self) -> None:
         """Wait until few enough sockets are left to get rid of."""
         while self._pending_sockets > _PENDING_ENOUGH:
@@ -235,7 +240,10 @@ def _drained(sock: socket.socket) -> bool:
         sock.shutdown(socket.SHUT_RD)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         for _ in range(_DRAIN_PACKETS):
-            _, ancillary, flags, _ = sock.recvmsg(1, _CREDENTIALS, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            try:
+                _, ancillary, flags, _ = sock.recvmsg(1, _CREDENTIALS, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except ConnectionResetError:  # told once: the other side left something of ours unread
+                continue
             if flags & socket.MSG_CTRUNC:
                 return False
             if not ancillary:

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
+from teemate.broker.turns import Rounds, Turn
 from teemate.errors import LimitReached
 
 __all__ = [
@@ -163,7 +164,7 @@ class AccountStatistics:
 class Account:
     """What the processes of one uid hold together."""
 
-    __slots__ = ("_ledger", "bucket", "refused", "uid", "used")
+    __slots__ = ("_ledger", "bucket", "refused", "turn", "uid", "used")
 
     def __init__(self, ledger: Ledger, uid: int) -> None:
         limits = ledger.limits
@@ -172,6 +173,7 @@ class Account:
         self.used: dict[Resource, int] = dict.fromkeys(Resource, 0)
         self.refused = 0
         self.bucket = TokenBucket(limits.requests_per_second, limits.burst, ledger.clock)
+        self.turn = Turn(ledger.rounds)
 
     def charge(self, resource: Resource, amount: int = 1) -> Charge:
         """Take `amount` of `resource`; the caller releases the charge.
@@ -242,6 +244,8 @@ class Ledger:
         self.bounds: dict[Resource, int] = {
             resource: getattr(limits, resource.value) for resource in Resource
         }
+        self.rounds = Rounds()
+        """For whoever runs the scheduler to add to it."""
         self._accounts: dict[int, Account] = {}
 
     def account(self, uid: int) -> Account:

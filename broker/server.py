@@ -15,21 +15,19 @@ import trio
 from teemate import errors, wire
 from teemate.broker.clients import Client
 from teemate.broker.connection import Connection
-from teemate.broker.identity import identify, peer_uid
+from teemate.broker.door import Caller, Door, be_prompt
+from teemate.broker.identity import identify
 from teemate.broker.limits import Account, Charge, Resource
 from teemate.broker.service import ServerStatistics, Service
 
 __all__ = ["Server", "ServerStatistics", "bind", "listens"]
 
-_BACKLOG = 1024
-_ACCEPT_PAUSE = 0.1
-"""Seconds to wait when the kernel has no descriptor or memory for another connection."""
+_BACKLOG = 4096
+"""Who finds it full has to try again and again, in no order; net.core.somaxconn bounds it too."""
+_TELL_EVERY = 1.0
+"""Seconds after which the log tells of those who were turned away."""
 _RESERVE = 256
 """Descriptors, or an eighth of all if that is fewer, that are kept from new connections."""
-_CONNECTION_COST = 4.0
-"""Requests that take as long as finding out who connected."""
-_REFUSED_PER_TURN = 32
-_GONE_ALREADY = {errno.ECONNABORTED, errno.EINTR}
 
 
 def bind(path: str, *, mode: int, gid: int | None) -> socket.socket:
@@ -86,6 +84,20 @@ def _somebody_listens(path: str) -> bool:
         return True
 
 
+def _full(limit: int) -> errors.LimitReached:
+    return errors.LimitReached(
+        f"{limit} connections of this user wait to be let in already, since it makes them faster than it"
+        " may, or all at once: the broker's policy sets this in [limits] connections, and in"
+        " requests_per_second how fast they come in",
+        {"limit": "connections", "maximum": limit, "setting": "[limits] connections"},
+    )
+
+
+def _message(error: errors.LimitReached) -> bytes:
+    body = {"code": error.code, "message": error.message, "detail": error.detail}
+    return wire.encode({"id": None, "error": body})
+
+
 @final
 class Server:
     """Listens until it is cancelled."""
@@ -95,68 +107,69 @@ class Server:
         self._accepted = 0
         self._refused = 0
         self._breaches = 0
-        self._limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._limit = limit if limit >= 0 else 1 << 30
+        self._reserved = self._limit - min(_RESERVE, self._limit // 8)
         service.server_statistics = self.statistics
+        self._door: Door | None = None
 
     async def run(self, listeners: list[socket.socket]) -> None:
         """Serve every client of `listeners`, which stay the caller's."""
-        await self._service.running.wait()
-        async with trio.open_nursery() as nursery:
-            for listener in listeners:
-                listener.setblocking(False)
-                nursery.start_soon(self._accept_one, listener, nursery)
+        service = self._service
+        await service.running.wait()
+        be_prompt()
+        trio.lowlevel.add_instrument(service.ledger.rounds)
+        door = Door(
+            service.ledger,
+            listeners,
+            full=_message(_full(service.policy.limits.connections)),
+            scarce=_message(self._scarce("nearly all are in use")),
+            dispose=service.disposal.close_unread,
+            reserved=self._reserved,
+            limit=self._limit,
+        )
+        self._door = door
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._tell_of_unlucky, door)
+                nursery.start_soon(self._let_in, door, nursery)
+        finally:
+            door.close()
 
-    async def _accept_one(self, listener: socket.socket, nursery: trio.Nursery) -> None:
-        """Accept one client and serve it; a new task takes over at the listener.
+    async def _let_in(self, door: Door, nursery: trio.Nursery) -> None:
+        """Let one client in and serve it; a new task takes over at the door.
 
         Whoever was woken by a client goes on with it at once, so that a cold attach waits for no
         other task to be started; and a flood of connections is one client in a turn of the scheduler.
         """
-        refused = 0
+        await self._service.disposal.caught_up()
         while True:
             try:
-                sock, _ = listener.accept()
-            except BlockingIOError:
-                await trio.lowlevel.wait_readable(listener)
-                continue
+                door.look()
             except OSError as error:
-                if error.errno not in _GONE_ALREADY:
-                    self._service.complaints.warning("cannot accept", None, reason=error.strerror)
-                    await trio.sleep(_ACCEPT_PAUSE)
-                continue
-            if not self._refused_at_once(sock):
+                self._service.complaints.warning("cannot accept", None, reason=error.strerror)
+            caller = door.take(trio.current_time())
+            if caller is not None:
                 break
-            refused += 1
-            if refused % _REFUSED_PER_TURN == 0:
-                await self._service.disposal.caught_up()
-                await trio.lowlevel.checkpoint()
+            await door.wait()
         self._accepted += 1
-        await self._service.disposal.caught_up()
-        nursery.start_soon(self._accept_one, listener, nursery)
-        await self._serve(sock)
+        nursery.start_soon(self._let_in, door, nursery)
+        await self._serve(caller)
 
-    def _refused_at_once(self, sock: socket.socket) -> bool:
-        """Refuse who has too many connections, for as little as possible: others wait behind it.
+    async def _tell_of_unlucky(self, door: Door) -> None:
+        """Count and log who was turned away."""
+        while True:
+            await trio.sleep(_TELL_EVERY)
+            for uid, count in door.unlucky().items():
+                self._service.ledger.account(uid).refused += count
+                self._service.complaints.warning(
+                    "connections turned away", uid, count=count, reason="too many wait to be let in"
+                )
 
-        The kernel's queue of new connections is one for all users, so it has to be emptied faster
-        than one of them can fill it.
-        """
-        account = self._service.ledger.account(peer_uid(sock))
-        if not account.exhausted(Resource.CONNECTIONS):
-            return False
-        self._accepted += 1
-        try:
-            account.charge(Resource.CONNECTIONS).release()
-        except errors.LimitReached as error:
-            self._refuse(sock, error, account.uid)
-        self._service.disposal.close_connection(sock, None)
-        return True
-
-    async def _serve(self, sock: socket.socket) -> None:
+    async def _serve(self, caller: Caller) -> None:
         """Serve one client from its identity to its end; no error leaves this function."""
         service = self._service
-        sock.setblocking(False)
-        uid = peer_uid(sock)
+        sock, uid = caller
         charge: Charge | None = None
         try:
             account = service.ledger.account(uid)
@@ -167,9 +180,6 @@ class Server:
             except errors.LimitReached as error:
                 self._refuse(sock, error, uid)
                 return
-            delay = account.bucket.take(_CONNECTION_COST)
-            if delay:
-                await trio.sleep(delay)
             connection = self._connection(sock, account)
             if connection is not None:
                 await self._serve_client(connection)
@@ -201,8 +211,7 @@ class Server:
 
         An administrator gets one of them: somebody has to be able to do something about it.
         """
-        reserve = min(_RESERVE, self._limit // 8)
-        return self._limit >= 0 and sock.fileno() >= self._limit - reserve
+        return sock.fileno() >= self._reserved
 
     def _scarce(self, why: str) -> errors.LimitReached:
         return errors.LimitReached(
@@ -214,9 +223,8 @@ class Server:
     def _refuse(self, sock: socket.socket, error: errors.LimitReached, uid: int) -> None:
         self._refused += 1
         self._service.complaints.warning("connection refused", uid, reason=error.message)
-        body = {"code": error.code, "message": error.message, "detail": error.detail}
         with contextlib.suppress(OSError):
-            wire.send(sock, wire.encode({"id": None, "error": body}))
+            wire.send(sock, _message(error))
 
     async def _serve_client(self, connection: Connection) -> None:
         service, client = self._service, connection.client
@@ -244,4 +252,10 @@ class Server:
 
     def statistics(self) -> ServerStatistics:
         """What came in so far."""
-        return ServerStatistics(accepted=self._accepted, refused=self._refused, breaches=self._breaches)
+        door = self._door.statistics() if self._door is not None else None
+        return ServerStatistics(
+            accepted=self._accepted,
+            refused=self._refused,
+            breaches=self._breaches,
+            door=door,
+        )

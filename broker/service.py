@@ -19,6 +19,7 @@ from teemate.broker.cgroups import find_tree
 from teemate.broker.descriptor_store import DescriptorStore
 from teemate.broker.destruction import Destruction
 from teemate.broker.disposal import Disposal
+from teemate.broker.door import DoorStatistics
 from teemate.broker.enclaves import Enclave, EnclaveState
 from teemate.broker.generations import Generations
 from teemate.broker.granting import Granting
@@ -50,6 +51,7 @@ class ServerStatistics:
     accepted: int
     refused: int
     breaches: int
+    door: DoorStatistics | None
 
 
 class Service:
