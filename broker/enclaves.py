@@ -290,6 +290,10 @@ class Enclave:
         self.destroyed = trio.Event()
         self.drained = ""
         """Why an administrator has it drained; its next generation is drained as well."""
+        self.upgrading = False
+        """Whether it is drained for an upgrade only: that ends with the broker, and then it goes on."""
+        self.upgrade_broke_off = False
+        """Whether its holders have to be told so."""
         self.lost_first_seen_by: dict[str, int] = {}
         """Client, pid, uid and grant whose slot came back when the warden found the memory gone."""
         self.changed = trio.lowlevel.ParkingLot()

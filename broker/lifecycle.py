@@ -8,12 +8,15 @@ With `all` the host is emptied: every enclave is drained, and those that nobody 
 down, so that the number of open SGX files falls to 0 (microcode is updated only then).  Their images
 are kept, and `undrain` with `all` builds each again: the same image, the next generation.  While the
 host is empty no enclave is created.
+
+Who asks again after a restart of the broker is answered about the same enclaves as the first time: what is
+done already is told, and the rest is done then, with all of the time that the request gives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, final
 
 import trio
@@ -60,6 +63,30 @@ class LifecycleStatistics:
 
 
 @final
+@dataclass(slots=True)
+class _Before:
+    """How it was when a drain was asked for the first time: grants that were held, and that it took back."""
+
+    held: dict[str, int] = field(default_factory=dict)
+    revoked: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, intent: Mapping[str, object] | None) -> _Before:
+        held, revoked = (intent or {}).get("held", {}), (intent or {}).get("revoked", {})
+        assert isinstance(held, dict)
+        assert isinstance(revoked, dict)
+        return cls(dict(held), dict(revoked))
+
+    def intent(self) -> dict[str, object]:
+        return asdict(self)
+
+    def emptied(self, name: str) -> dict[str, object]:
+        """What is told of an enclave that the last broker took down."""
+        counts = {"held": self.held[name], "revoked": self.revoked.get(name, 0)}
+        return {"enclave": name, **counts, "left": 0, "leaked": 0, "busy": 0, "emptied": True}
+
+
+@final
 class Lifecycle:
     """The operations `drain` and `undrain`."""
 
@@ -85,7 +112,11 @@ class Lifecycle:
             service.state.write_emptied(self.emptied)
         else:
             enclaves = [self.owned(client, args.enclave, "drain")]
-        return self._drain(client, args, enclaves)
+        before = _Before.of(client.intents.get(client.asking))
+        for enclave in enclaves:
+            before.held.setdefault(enclave.name, len(enclave.grants))
+        service.state.intend(client, before.intent())
+        return self._drain(client, client.asking, args, enclaves, before)
 
     def owned(self, client: Client, name: str, operation: str) -> Enclave:
         """Return an enclave that the client owns or may administer, and that is not being destroyed."""
@@ -98,13 +129,23 @@ class Lifecycle:
             raise errors.Draining(f"enclave {name!r} is being destroyed")
         return enclave
 
-    async def _drain(self, client: Client, args: Drain, enclaves: list[Enclave]) -> Answer:
+    async def _drain(
+        self, client: Client, request: int, args: Drain, enclaves: list[Enclave], before: _Before
+    ) -> Answer:
         service = self._service
         by = f"uid {client.identity.uid}"
-        told: list[dict[str, object]] = []
+        there = {enclave.name for enclave in enclaves}
+        told = [before.emptied(name) for name in before.held if name not in there and name in self._stored]
 
         async def one(enclave: Enclave, deadline: float) -> None:
-            info = await self.drain_one(enclave, deadline, args.force, by)
+            revoked = before.revoked.get(enclave.name, 0)
+
+            def revoking(count: int) -> None:
+                before.revoked[enclave.name] = revoked + count
+                service.state.intend(client, before.intent(), request)
+
+            info = await self.drain_one(enclave, deadline, args.force, by, revoking)
+            info |= {"held": before.held[enclave.name], "revoked": before.revoked.get(enclave.name, 0)}
             if args.enclave is None:
                 info["emptied"] = await self._store(enclave)
             told.append(info)
@@ -112,6 +153,7 @@ class Lifecycle:
         async def run() -> None:
             deadline = trio.current_time() + (DEADLINE if args.deadline is None else args.deadline)
             for enclave in enclaves:
+                enclave.upgrading = False  # what becomes of the upgrade changes nothing of this
                 self.begin(enclave, f"drained by {by}" + (f": {args.reason}" if args.reason else ""))
                 service.audit.changed(
                     client.identity, client=client.number, operation="drain", enclave=enclave.name
@@ -136,10 +178,19 @@ class Lifecycle:
             enclave.reason = reason
         refusal = errors.Draining(f"enclave {enclave.name!r} takes no new clients: {reason}")
         self._service.reclaimer.refuse(enclave.slots.waiting(), refusal)
+        self._service.state.write_enclaves()  # the next broker must know what was told
         if first:
             self._service.tell_holders(enclave, "draining")
 
-    async def drain_one(self, enclave: Enclave, deadline: float, force: bool, by: str) -> dict[str, object]:
+    async def drain_one(
+        self,
+        enclave: Enclave,
+        deadline: float,
+        force: bool,
+        by: str,
+        revoking: Callable[[int], None] = lambda _count: None,
+    ) -> dict[str, object]:
+        """Wait for the holders; `revoking` is called with how many of them, before they are revoked."""
         service = self._service
         held = len(enclave.grants)
         with trio.move_on_at(deadline):
@@ -147,7 +198,8 @@ class Lifecycle:
         revoked = leaked = busy = 0
         if enclave.grants and force and enclave.drained:
             grants = [service.grants[number] for number in enclave.grants]
-            revoked = len(grants)
+            revoked = sum(not grant.revoked for grant in grants)
+            revoking(revoked)
             why = f"enclave {enclave.name} is drained"
             counts = await service.revocation.revoke_all(grants, None, by, why)
             leaked = sum(count["leaked"] for count in counts)
@@ -199,30 +251,42 @@ class Lifecycle:
     def undrain(self, client: Client, args: Undrain) -> Awaitable[Answer]:
         """Take enclaves into use again, and build those again that were taken down."""
         service = self._service
+        intent = client.intents.get(client.asking)
         if args.enclave is None:
             service.require_administrator(client, "undrain all")
-            enclaves = [enclave for enclave in service.enclaves.values() if enclave.drained]
-            self.emptied = ""
-            service.state.write_emptied("")
-            stored = list(self._stored)
+            names = [enclave.name for enclave in service.enclaves.values() if enclave.drained]
+            names += self._stored
         elif args.enclave in self._stored:
             service.require_administrator(client, "undrain")
             if self.emptied:
                 raise errors.Draining(f"{self.emptied}: undrain with all brings its enclaves back")
-            enclaves, stored = [], [args.enclave]
+            names = [args.enclave]
         else:
-            enclaves, stored = [self.owned(client, args.enclave, "undrain")], []
-        return self._undrain(client, enclaves, stored)
+            names = [self.owned(client, args.enclave, "undrain").name]
+        if intent is not None:
+            before = intent["names"]
+            assert isinstance(before, list)
+            names = [*before, *(name for name in names if name not in before)]
+        service.state.intend(client, {"names": names})
+        if args.enclave is None:
+            self.emptied = ""
+            service.state.write_emptied("")
+        return self._undrain(client, names)
 
-    async def _undrain(self, client: Client, enclaves: list[Enclave], stored: list[str]) -> Answer:
+    async def _undrain(self, client: Client, names: list[str]) -> Answer:
         service = self._service
         back: list[str] = []
         failed: list[dict[str, str]] = []
 
         async def run() -> None:
-            for enclave in enclaves:
-                self.resume(enclave)
-                back.append(enclave.name)
+            stored: list[str] = []
+            for name in names:
+                enclave = service.enclaves.get(name)
+                if enclave is None or enclave.ending:
+                    stored.append(name)
+                else:
+                    self.resume(enclave)
+                    back.append(name)
             for name in stored:
                 reason = await self._restore(name)
                 if reason:
@@ -241,7 +305,7 @@ class Lifecycle:
         """Take one enclave into use again, if it is drained."""
         if not enclave.drained:
             return
-        enclave.drained = ""
+        enclave.drained, enclave.upgrading = "", False
         enclave.on_change(enclave)
         if enclave.state is EnclaveState.DRAINING and not enclave.ending:
             enclave.state = EnclaveState.READY

@@ -196,7 +196,7 @@ def undrain(client: Client, args: Undrain, _fds: tuple[int, ...]) -> Result:
     return client.service.lifecycle.undrain(client, args)
 
 
-@method("upgrade", Upgrade.parse, fds=1)
+@method("upgrade", Upgrade.parse, changes=True, fds=1)
 def upgrade(client: Client, args: Upgrade, fds: tuple[int, ...]) -> Result:
     """Replace an enclave by one from another image; its owner may, and administrators."""
     return client.service.upgrades.upgrade(client, args, fds[0])

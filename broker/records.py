@@ -61,6 +61,7 @@ class EnclaveRecord:
     sigstruct: bytes
     origin: str
     drained: str
+    upgrading: bool
     retired: bool
     ending: bool
 
@@ -154,6 +155,7 @@ def enclave_content(enclave: Enclave) -> dict[str, object]:
         "maker": enclave.maker,
         "made_from": enclave.made_from,
         "drained": enclave.drained,
+        "upgrading": enclave.upgrading,
         "retired": enclave.retired,
         "ending": enclave.ending,
     }
@@ -263,6 +265,7 @@ def read_enclave(serial: int, content: Mapping[str, Any]) -> EnclaveRecord:
             sigstruct=sigstruct,
             origin=origin,
             drained=content["drained"],
+            upgrading=content.get("upgrading", False),  # an older broker wrote nothing of it
             retired=content["retired"],
             ending=content["ending"],
         )

@@ -145,6 +145,10 @@ class Restoration:
         for index, reason in record.quarantined.items():
             enclave.slots.quarantine(index, reason)
         enclave.state, enclave.reason = EnclaveState(record.state), record.reason
+        if record.upgrading and not record.ending and not record.retired:
+            enclave.drained, enclave.upgrade_broke_off = "", True
+            if enclave.state is EnclaveState.DRAINING:
+                enclave.state, enclave.reason = EnclaveState.READY, ""
         enclave.recovered = trio.Event()
         service.addresses.take(built.base, built.size)
         if built.sdk:
@@ -153,10 +157,25 @@ class Restoration:
         self._enclaves[enclave.serial] = enclave
         if record.ending:
             self._ending.add(enclave.serial)
-        if record.retired:
-            enclave.retired = True
-        else:
-            service.enclaves[enclave.name] = enclave
+        enclave.retired = record.retired
+        if not enclave.retired:
+            self._name(enclave)
+
+    def _name(self, enclave: Enclave) -> None:
+        """Let it be the enclave of its name, unless its next generation is that already.
+
+        Both are when the last broker had written that the new one is, and not yet that the old one is not.
+        """
+        enclaves = self._service.enclaves
+        other = enclaves.get(enclave.name)
+        new = enclave if other is None or other.generation < enclave.generation else other
+        enclaves[enclave.name] = new
+        old = other if new is enclave else enclave
+        if old is not None:
+            old.retired = True
+            if old.charge is not None:
+                old.charge.release()
+                old.charge = None
 
     def _place_stored(self, record: StoredRecord) -> None:
         service = self._service

@@ -183,6 +183,8 @@ class _Again:
         for enclave in {grant.enclave for grant in client.grants.values()}:
             if enclave.state is EnclaveState.DRAINING or enclave.retired:
                 client.send({"event": "draining", "enclave": enclave.name, "generation": enclave.generation})
+            elif enclave.upgrade_broke_off:
+                client.send({"event": "ready", "enclave": enclave.name, "generation": enclave.generation})
         for grant in list(client.grants.values()):
             if grant.enclave.state is EnclaveState.LOST:
                 client.send({"event": "lost", "grant": grant.number, "enclave": grant.enclave.name})

@@ -150,10 +150,10 @@ class State:
         client.replied.append(request)
         self.write_client(client)
 
-    def intend(self, client: Client, intent: dict[str, object]) -> None:
-        """Record what the request that is being started is about to change, before it does."""
+    def intend(self, client: Client, intent: dict[str, object], request: int | None = None) -> None:
+        """Record what a request is about to change, before it does; by default the one that begins."""
         if self._snapshot is not None:
-            client.intents[client.asking] = intent
+            client.intents[client.asking if request is None else request] = intent
             self.write_client(client)
 
     def failed(self, client: Client, request: int) -> None:

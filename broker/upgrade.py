@@ -9,12 +9,12 @@ What is promised: the hand-over begins when nobody holds a grant on the old encl
 slot that was taken back is closed, so no write comes after it, and none is lost.  When holders do not
 leave until the deadline they are revoked with `force`; without it, and whenever a later step fails, the
 new generation is thrown away and the old one goes on as if nothing had been.  So it does when the broker
-ends in the middle: until it has everything the new one is written down as one that has no name.
+ends in the middle: until it has everything the new one is written down as one that has no name.  The request
+that is asked again after that begins anew, or is answered when the new one has the name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
 from typing import TYPE_CHECKING, final
 
 import trio
@@ -26,7 +26,7 @@ from teemate.broker.handover import HandedOver, hand_over
 from teemate.broker.lifecycle import DEADLINE
 from teemate.broker.limits import Resource
 from teemate.broker.policy import CreateRule
-from teemate.broker.requests import Answer, Upgrade
+from teemate.broker.requests import Answer, Result, Upgrade
 from teemate.broker.source import ImageSource
 from teemate.broker.warden import WardenError
 
@@ -44,10 +44,16 @@ class Upgrades:
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    def upgrade(self, client: Client, args: Upgrade, image_fd: int) -> Awaitable[Answer]:
+    def upgrade(self, client: Client, args: Upgrade, image_fd: int) -> Result:
         """Replace an enclave by one from another image; `image_fd` is ours."""
         service = self._service
         source = ImageSource(image_fd, args.sigstruct, f"sent by uid {client.identity.uid}")
+        intent, there = client.intents.get(client.asking), service.enclaves.get(args.enclave)
+        if intent is not None and there is not None and there.serial == intent["new"]:
+            source.close()  # it was done, and the last broker died before it could say so
+            ok = intent["ok"]
+            assert isinstance(ok, dict)
+            return Answer(ok)
         try:
             old = service.lifecycle.owned(client, args.enclave, "upgrade")
             rules = service.administration.create_rules(client, "upgrade")
@@ -56,7 +62,7 @@ class Upgrades:
         except BaseException:
             source.close()
             raise
-        return self._upgrade(client, args, old, source, rules, done)
+        return self._upgrade(client, client.asking, args, old, source, rules, done)
 
     def _require_quiet(self, old: Enclave) -> None:
         """Refuse while something else is done with the enclave."""
@@ -68,6 +74,7 @@ class Upgrades:
     async def _upgrade(
         self,
         client: Client,
+        request: int,
         args: Upgrade,
         old: Enclave,
         source: ImageSource,
@@ -81,13 +88,14 @@ class Upgrades:
             new: Enclave | None = None
             try:
                 new = await self._build(client, old, source, rules)
-                answers.append(await self._replace(client, args, old, new))
+                answers.append(await self._replace(client, request, args, old, new))
             except BaseException:
                 if new is not None:
                     with trio.CancelScope(shield=True):
                         await service.administration.take_down(new)
                 source.close()
-                service.lifecycle.resume(old)
+                if old.upgrading:  # nobody had it drained for something else meanwhile
+                    service.lifecycle.resume(old)
                 raise
             finally:
                 service.generations.finish(old, done)
@@ -117,9 +125,12 @@ class Upgrades:
         new.payer, new.maker, new.requested = old.payer, old.maker, True
         return new
 
-    async def _replace(self, client: Client, args: Upgrade, old: Enclave, new: Enclave) -> dict[str, object]:
+    async def _replace(
+        self, client: Client, request: int, args: Upgrade, old: Enclave, new: Enclave
+    ) -> dict[str, object]:
         service, by = self._service, f"uid {client.identity.uid}"
         deadline = trio.current_time() + (DEADLINE if args.deadline is None else args.deadline)
+        old.upgrading = True
         service.lifecycle.begin(old, f"upgraded by {by} to MRENCLAVE {new.built.mrenclave.hex()}")
         drained = await service.lifecycle.drain_one(old, deadline, args.force, by)
         if drained["left"] or drained["busy"]:
@@ -137,14 +148,9 @@ class Upgrades:
         current = service.enclaves.get(old.name) is old and not old.ending
         if old.state is not EnclaveState.DRAINING or not current:
             raise errors.EnclaveLost(f"enclave {old.name!r} is {old.state.value} meanwhile: {old.reason}")
-        old.drained = ""
-        service.generations.succeed(old, new)
-        service.audit.changed(client.identity, client=client.number, operation="upgrade", enclave=new.name)
-        service.log.info(
-            "upgraded", enclave=new.name, generation=new.generation, entries=handed.entries,
-            sealed_bytes=handed.bytes, revoked=drained["revoked"],
-        )  # fmt: skip
-        return {
+        if old.upgrading:
+            old.drained = ""
+        ok = {
             "generation": new.generation,
             "mrenclave": new.built.mrenclave,
             "held": drained["held"],
@@ -152,3 +158,12 @@ class Upgrades:
             "entries": handed.entries,
             "bytes": handed.bytes,
         }
+        # Written before the new one has the name: when it has it after a restart, this is the answer.
+        service.state.intend(client, {"new": new.serial, "ok": ok}, request)
+        service.generations.succeed(old, new)
+        service.audit.changed(client.identity, client=client.number, operation="upgrade", enclave=new.name)
+        service.log.info(
+            "upgraded", enclave=new.name, generation=new.generation, entries=handed.entries,
+            sealed_bytes=handed.bytes, revoked=drained["revoked"],
+        )  # fmt: skip
+        return ok

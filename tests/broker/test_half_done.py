@@ -17,7 +17,7 @@ POLICY = f"[administrators]\nuids = [0]\n[[create]]\nuid = {os.geteuid()}\n"
 
 def kinds(manager: PlayedManager) -> list[str]:
     """What is in the store, without the listener and the snapshot that always are."""
-    return sorted(name.rpartition("-")[0] for name in manager.stored if "-" in name)
+    return sorted(name.rpartition("-")[0] for name in list(manager.stored) if "-" in name)
 
 
 def about_an_enclave(message: Message) -> bool:
