@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from conformance_table import HERE, LIB, Row
@@ -26,8 +27,29 @@ def library_sources() -> list[Path]:
     return [LIB / name for name in re.findall(r"'([\w.]+\.[cS])'", listed)]
 
 
+@cache
+def mentions(source: Path, word: str) -> bool:
+    """Whether the source has the word, or a header that it includes."""
+    text = source.read_text()
+    folders = (source.parent, LIB, LIB.parent / "include")
+    headers = [
+        header
+        for name in re.findall(r'^#include "([^"]+)"', text, re.MULTILINE)
+        for header in [folder / name for folder in folders if (folder / name).exists()][:1]
+    ]
+    return word in text or any(mentions(header, word) for header in headers)
+
+
+_compiled: dict[tuple[Path, tuple[str, ...]], Path] = {}
+"""Objects of this run, by source and by the flags that make a difference to it."""
+
+
 def build_runner(folder: Path, flags: Iterable[str] = (), programs: Iterable[str] = ("runner.c",)) -> Path:
-    """Compile a program and the library, from the same sources as the package; two files at a time."""
+    """Compile a program and the library, from the same sources as the package; two files at a time.
+
+    What was compiled before is taken again: only few sources know of a `-D`.
+    """
+    flags = tuple(flags)
     compiler = shutil.which("cc") or shutil.which("gcc")
     assert compiler is not None, "the tests need a C compiler"
     include = LIB.parent / "include"
@@ -42,11 +64,19 @@ def build_runner(folder: Path, flags: Iterable[str] = (), programs: Iterable[str
         "-fno-stack-protector",
         "-D_GNU_SOURCE",
     ]
-    common += [f"-I{include}", f"-I{LIB}", *flags]
+    common += [f"-I{include}", f"-I{LIB}"]
 
     def compile_one(source: Path) -> str:
-        output = folder / f"{source.name}.o"
-        subprocess.run([*common, "-c", str(source), "-o", str(output)], check=True)
+        own = tuple(
+            flag
+            for flag in flags
+            if not flag.startswith("-D") or mentions(source, flag[2:].partition("=")[0])
+        )
+        output = _compiled.get((source, own))
+        if output is None or not output.exists():
+            output = folder / f"{source.name}.o"
+            subprocess.run([*common, *own, "-c", str(source), "-o", str(output)], check=True)
+            _compiled[source, own] = output
         return str(output)
 
     with ThreadPoolExecutor(max_workers=2) as pool:
