@@ -46,7 +46,7 @@ def test_descriptors_that_are_forgotten_are_found(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Client, "dispose", lambda _, fds: kept.extend(fds))
     try:
         with pytest.raises(fuzz_protocol.FuzzingError, match="descriptors are open"):
-            fuzz_protocol.main(["--messages", "30000", "--socket-seconds", "0", "--seed", "7"])
+            fuzz_protocol.main(["--messages", "8000", "--socket-seconds", "0", "--seed", "7"])
     finally:
         for fd in kept:
             os.close(fd)
@@ -57,9 +57,9 @@ def test_memory_that_is_kept_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     decode = wire.decode
 
     def keep(data: bytes) -> dict[str, object]:
-        kept.append(os.urandom(2048))
+        kept.append(os.urandom(8192))
         return decode(data)
 
     monkeypatch.setattr(wire, "decode", keep)
     with pytest.raises(fuzz_protocol.FuzzingError, match="grew by"):
-        fuzz_protocol.main(["--messages", "30000", "--socket-seconds", "0", "--seed", "7"])
+        fuzz_protocol.main(["--messages", "8000", "--socket-seconds", "0", "--seed", "7"])
