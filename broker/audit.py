@@ -9,6 +9,8 @@ are logged, so that the log of a busy host stays readable and writing it costs l
 from __future__ import annotations
 
 import sys
+import time
+from dataclasses import dataclass
 from typing import TextIO, final
 
 import structlog
@@ -18,7 +20,7 @@ from teemate.broker.identity import Identity
 from teemate.broker.journal import Journal, is_journal, render
 from teemate.broker.limits import TokenBucket
 
-__all__ = ["Audit", "Complaints", "configure_log"]
+__all__ = ["Audit", "Complaints", "Denial", "configure_log"]
 
 
 def configure_log(
@@ -94,6 +96,24 @@ class Complaints:
         self._log.warning(event, **about)
 
 
+_DENIALS_REMEMBERED = 256
+
+
+@final
+@dataclass(slots=True)
+class Denial:
+    """Denials that are alike: who, where, what and why; `pid` is the last one's."""
+
+    uid: int
+    cgroup: str
+    operation: str
+    rule: str
+    pid: int
+    count: int
+    at: float
+    """When the last one was, by the monotonic clock."""
+
+
 class Audit:
     """Records of decisions; every record has ``audit`` and says whom it is about."""
 
@@ -102,6 +122,8 @@ class Audit:
         self.granted_count = 0
         self.denied_count = 0
         self.revoked_count = 0
+        self.recent_denials: dict[tuple[int, str, str, str], Denial] = {}
+        """The newest last, for who asks without a log at hand."""
 
     def granted(self, identity: Identity, *, client: int, enclave: str, grant: int, slots: list[int]) -> None:
         """Slots were handed out, with a new grant or for an old one."""
@@ -121,11 +143,20 @@ class Audit:
     def denied(self, identity: Identity, *, client: int, operation: str, rule: str) -> None:
         """The policy has no rule that allows it; `rule` is the one that is missing."""
         self.denied_count += 1
+        self._remember(identity, operation, rule)
         self._log.warning(
             "denied", audit="denial", client=client, pid=identity.pid, uid=identity.uid, gid=identity.gid,
             groups=sorted(identity.groups), label=identity.label, cgroup=identity.cgroup_text,
             operation=operation, missing_rule=rule,
         )  # fmt: skip
+
+    def _remember(self, identity: Identity, operation: str, rule: str) -> None:
+        key = (identity.uid, identity.cgroup_text, operation, rule)
+        before = self.recent_denials.pop(key, None)
+        count = 1 if before is None else before.count + 1
+        self.recent_denials[key] = Denial(*key, identity.pid, count, time.monotonic())
+        if len(self.recent_denials) > _DENIALS_REMEMBERED:
+            del self.recent_denials[next(iter(self.recent_denials))]
 
     def revoked(
         self, identity: Identity, *, client: int, enclave: str, grant: int, by: str, why: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, final
 
@@ -65,3 +66,4 @@ class Waiter:
     charges: list[Charge]
     event: trio.Event = field(default_factory=trio.Event)
     error: Exception | None = None
+    since: float = field(default_factory=time.monotonic)

@@ -19,10 +19,12 @@ from teemate.broker.requests import (
     Attach,
     Clients,
     Create,
+    Denials,
     Destroy,
     Detach,
     Drain,
     Hello,
+    Holders,
     Nothing,
     Release,
     Result,
@@ -212,6 +214,24 @@ def revoke(client: Client, args: Revoke, _fds: tuple[int, ...]) -> Result:
 def clients(client: Client, args: Clients, _fds: tuple[int, ...]) -> Result:
     """List who is connected and what they hold."""
     return client.service.administration.list_clients(args)
+
+
+@method("holders", Holders.parse, administrators=True)
+def holders(client: Client, args: Holders, _fds: tuple[int, ...]) -> Result:
+    """List who holds which slot of an enclave, and who waits for some."""
+    return client.service.looking.holders(args)
+
+
+@method("denials", Denials.parse, administrators=True)
+def denials(client: Client, args: Denials, _fds: tuple[int, ...]) -> Result:
+    """List who was denied what lately, and by which missing rule."""
+    return client.service.looking.denials(args)
+
+
+@method("reload", Nothing.parse, administrators=True)
+def reload(client: Client, _args: Nothing, _fds: tuple[int, ...]) -> Result:
+    """Take the policy's file as it is now into use."""
+    return client.service.reloading.reload_for_client()
 
 
 @method("stats", Nothing.parse, administrators=True)

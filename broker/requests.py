@@ -403,6 +403,31 @@ class Revoke:
 
 
 @dataclass(frozen=True, slots=True)
+class Holders:
+    """Arguments of `holders`: slots from the index `first` on."""
+
+    enclave: str
+    first: int
+
+    @classmethod
+    def parse(cls, untrusted: Arguments) -> Holders:
+        """Check and convert."""
+        return cls(untrusted.name("enclave"), untrusted.uint("first", 65535, default=0))
+
+
+@dataclass(frozen=True, slots=True)
+class Denials:
+    """Arguments of `denials`: those of one user, or all."""
+
+    uid: int | None
+
+    @classmethod
+    def parse(cls, untrusted: Arguments) -> Denials:
+        """Check and convert."""
+        return cls(untrusted.uint("uid", 0xFFFFFFFF) if untrusted.has("uid") else None)
+
+
+@dataclass(frozen=True, slots=True)
 class Clients:
     """Arguments of `clients`: those with a number above `after`."""
 

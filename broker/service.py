@@ -24,6 +24,7 @@ from teemate.broker.enclaves import Enclave, EnclaveState
 from teemate.broker.generations import Generations
 from teemate.broker.granting import Granting
 from teemate.broker.grants import Grant
+from teemate.broker.holders import Looking
 from teemate.broker.intruders import Intruders
 from teemate.broker.lifecycle import Lifecycle
 from teemate.broker.limits import Ledger
@@ -96,6 +97,7 @@ class Service:
         self.revocation = Revocation(self)
         self.resumption = Resumption(self)
         self.reloading = Reloading(self)
+        self.looking = Looking(self)
         self.clients: dict[int, Client] = {}
         self.enclaves: dict[str, Enclave] = {}
         self.grants: dict[int, Grant] = {}

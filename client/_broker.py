@@ -21,6 +21,8 @@ from teemate.wire import close_all
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from teemate._looking import DenialInfo, Holders
+
 __all__ = ["Broker", "connect"]
 
 _SEGMENTS = ffi.typeof("struct teemate_segment[]")
@@ -366,6 +368,38 @@ class Broker:
             found += [ClientInfo.parse(client) for client in ok["clients"]]
             after = ok.get("next")
         return found
+
+    def holders(self, enclave: str) -> Holders:
+        """Return who holds which slot of `enclave`, and who waits for some."""
+        from teemate._looking import Holders, SlotInfo, WaitingInfo  # late: only administrators ask
+
+        slots: list[SlotInfo] = []
+        waiting: list[WaitingInfo] = []
+        first: int | None = 0
+        while first is not None:  # a reply has as many as fit into a message
+            ok = self._request("holders", {"enclave": enclave, "first": first})
+            slots += [SlotInfo.parse(slot) for slot in ok["slots"]]
+            waiting += [WaitingInfo.parse(request) for request in ok["waiting"]]
+            first = ok.get("next")
+        return Holders(tuple(slots), tuple(waiting))
+
+    def denials(self, *, uid: int | None = None) -> list[DenialInfo]:
+        """Return who was denied what lately and by which missing rule, the newest first."""
+        from teemate._looking import DenialInfo
+
+        ok = self._request("denials", {} if uid is None else {"uid": uid})
+        return [DenialInfo.parse(denial) for denial in ok["denials"]]
+
+    def reload(self) -> None:
+        """Have the broker take its policy's file, as it is now, into use.
+
+        Raises
+        ------
+        Unsupported
+            The file is refused, and the old policy holds on.
+
+        """
+        self._request("reload", wait=60.0)
 
     def stats(self) -> dict[str, Any]:
         """Return the broker's statistics, by part."""

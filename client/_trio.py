@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
@@ -28,6 +28,9 @@ from teemate._types import (
     Undrained,
     Upgraded,
 )
+
+if TYPE_CHECKING:
+    from teemate._looking import DenialInfo, Holders
 
 __all__ = ["AsyncBroker", "AsyncEnclave", "AsyncSlot", "open_broker"]
 
@@ -315,6 +318,18 @@ class AsyncBroker:
     async def clients(self) -> list[ClientInfo]:
         """Return everybody who is connected."""
         return await _in_thread(self._limiter, self._sync.clients)
+
+    async def holders(self, enclave: str) -> Holders:
+        """See :meth:`Broker.holders`."""
+        return await _in_thread(self._limiter, lambda: self._sync.holders(enclave))
+
+    async def denials(self, *, uid: int | None = None) -> list[DenialInfo]:
+        """See :meth:`Broker.denials`."""
+        return await _in_thread(self._limiter, lambda: self._sync.denials(uid=uid))
+
+    async def reload(self) -> None:
+        """See :meth:`Broker.reload`."""
+        await _in_thread(self._limiter, self._sync.reload)
 
     async def stats(self) -> dict[str, Any]:
         """Return the broker's statistics, by part."""

@@ -33,6 +33,9 @@ OK_RULES = {
     "revoke": "revoke-ok",
     "clients": "clients-ok",
     "stats": "stats-ok",
+    "holders": "holders-ok",
+    "denials": "denials-ok",
+    "reload": "empty-ok",
 }
 """Which rule an operation's answer has to match; an error has to match `reply`."""
 

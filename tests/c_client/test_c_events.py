@@ -349,5 +349,3 @@ def test_what_the_library_says_is_valid(
     said = {"hello", "ping", "enclaves", "attach", "slots.acquire", "slots.release", "detach"}
     assert said <= set(recorder.seen)
     assert recorder.seen["event revoked"] == 1
-
-

@@ -1,0 +1,119 @@
+"""Who holds which slot, who waits for some, and who was denied what: for the operator's questions."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, final
+
+from teemate.broker.requests import Answer, Denials, Holders
+from teemate.broker.slots import SlotState
+
+if TYPE_CHECKING:
+    from teemate.broker.clients import Client
+    from teemate.broker.grants import Grant
+    from teemate.broker.service import Service
+
+__all__ = ["Looking"]
+
+_BYTES = 40 * 1024
+"""About so much of a reply is filled; who wants more asks for what comes after the last."""
+_ENTRY = 160
+"""Bytes of an entry, without what differs most in length."""
+
+
+def _process(client: Client) -> dict[str, object]:
+    identity = client.identity
+    return {
+        "client": client.number,
+        "name": client.name,
+        "pid": identity.pid,
+        "uid": identity.uid,
+        "cgroup": identity.cgroup_text,
+    }
+
+
+def _size(client: Client | None, *texts: str) -> int:
+    if client is not None:
+        texts = (*texts, client.name, client.identity.cgroup_text)
+    return _ENTRY + sum(len(text.encode()) for text in texts)
+
+
+@final
+class Looking:
+    """Answers from what is there; nothing is kept for it."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def holders(self, args: Holders) -> Answer:
+        """List an enclave's slots from `first` on, and with the first of all the requests that wait."""
+        service = self._service
+        enclave = service.enclave(args.enclave)
+        grants = self._grants()
+        room = _BYTES
+        waiting: list[dict[str, object]] = []
+        now = time.monotonic()
+        if args.first == 0:
+            for ticket in enclave.slots.waiting():
+                grant = grants.get(ticket.grant)
+                waiter = service.reclaimer.waiters.get(ticket)
+                if grant is None or waiter is None:
+                    continue
+                room -= _size(grant.client)
+                if room < _BYTES // 2:
+                    break
+                waiting.append(
+                    {**_process(grant.client), "slots": ticket.count, "waited": now - waiter.since}
+                )
+        slots: list[dict[str, object]] = []
+        answer: dict[str, object] = {"slots": slots, "waiting": waiting}
+        for index in sorted(index for index in enclave.slots.slots if index >= args.first):
+            slot = enclave.slots.slots[index]
+            entry: dict[str, object] = {"slot": index, "state": slot.state.value}
+            grant = grants.get(slot.grant) if slot.grant is not None else None
+            if slot.reason and slot.state in (SlotState.WITHHELD, SlotState.QUARANTINED):
+                entry["reason"] = slot.reason
+            client = None
+            if grant is not None and index in grant.charges:
+                client = grant.client
+                entry |= {**_process(client), "grant": grant.number}
+            room -= _size(client, slot.reason)
+            if room < 0 and slots:
+                answer["next"] = index
+                break
+            slots.append(entry)
+        return Answer(answer)
+
+    def _grants(self) -> dict[int, Grant]:
+        """Every grant with a slot that is not back: those held, and those given up with slots withheld."""
+        service = self._service
+        found = dict(service.grants)
+        for client in service.clients.values():
+            found.update((grant.number, grant) for grant in client.withheld)
+        for left in service.reclaimer.left_behind.values():
+            found.update((grant.number, grant) for grant in left)
+        return found
+
+    def denials(self, args: Denials) -> Answer:
+        """List the newest denials, those that are alike counted once."""
+        denials: list[dict[str, object]] = []
+        room = _BYTES
+        now = time.monotonic()
+        for denial in reversed(self._service.audit.recent_denials.values()):
+            if args.uid is not None and denial.uid != args.uid:
+                continue
+            room -= _size(None, denial.cgroup, denial.rule)
+            if room < 0:
+                break
+            denials.append(
+                {
+                    "uid": denial.uid,
+                    "pid": denial.pid,
+                    "cgroup": denial.cgroup,
+                    "operation": denial.operation,
+                    "missing_rule": denial.rule,
+                    "times": denial.count,
+                    "ago": now - denial.at,
+                }
+            )
+        return Answer({"denials": denials, "total": self._service.audit.denied_count})
