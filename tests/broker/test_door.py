@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -80,14 +81,13 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[Callable[..., World]]:
-    tmp_path.chmod(0o755)
-    for parent in list(tmp_path.parents)[:3]:
-        os.chmod(parent, 0o755)
+def world() -> Iterator[Callable[..., World]]:
     with ExitStack() as cleanup:
+        folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="tm-")))
+        folder.chmod(0o755)  # other users connect
 
         def make(*, reserved: int = MANY, **limits: Any) -> World:
-            return World(tmp_path, cleanup, Limits(**limits), reserved)
+            return World(folder, cleanup, Limits(**limits), reserved)
 
         yield make
 
