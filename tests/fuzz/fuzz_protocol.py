@@ -154,14 +154,32 @@ class Complaints:
 class Target:
     """A client whose messages are handed to its connection; its process is one that sleeps."""
 
-    def __init__(self, service: Service, nursery: trio.Nursery) -> None:
+    def __init__(self, service: Service, around: trio.Nursery) -> None:
         self._service = service
-        self._nursery = nursery
+        self._around = around
+        self._over = trio.Event()
         self.breaches = 0
         self.replies: Counter[str] = Counter()
-        self._start()
 
-    def _start(self) -> None:
+    @classmethod
+    async def start(cls, service: Service, around: trio.Nursery) -> Target:
+        target = cls(service, around)
+        await target._start()
+        return target
+
+    async def _tasks(self, task_status: trio.TaskStatus[trio.Nursery]) -> None:
+        """Its requests that wait: they end with it, before the broker looks at what it leaves behind."""
+        async with trio.open_nursery() as nursery:
+            task_status.started(nursery)
+            await trio.sleep_forever()
+        self._over.set()
+
+    async def _start(self) -> None:
+        self._over = trio.Event()
+        self._nursery = await self._around.start(self._tasks)
+        self._open()
+
+    def _open(self) -> None:
         self._process = subprocess.Popen(["sleep", "infinity"])
         identity = Identity(
             pid=self._process.pid, uid=0, gid=0, groups=frozenset({0}), label="", cgroup="/fuzz"
@@ -205,10 +223,12 @@ class Target:
                 error = message.get("error")
                 self.replies[error["code"] if isinstance(error, dict) else "ok"] += 1
 
-    def leave(self) -> None:
+    async def leave(self) -> None:
         """The connection and the process end; what they held comes back."""
         self.drain()
         self._end()
+        self._nursery.cancel_scope.cancel()
+        await self._over.wait()
         del self._service.clients[self.client.number]
         self._service.client_left(self.client, "fuzzed")
         self._process.kill()
@@ -216,10 +236,10 @@ class Target:
         self._ours.close()
         self._theirs.close()
 
-    def again(self) -> None:
+    async def again(self) -> None:
         """Another process."""
-        self.leave()
-        self._start()
+        await self.leave()
+        await self._start()
 
 
 async def in_process(policy: Path, corpus: list[dict[str, Any]], images: Images, options: Any) -> Outcome:
@@ -235,7 +255,7 @@ async def in_process(policy: Path, corpus: list[dict[str, Any]], images: Images,
         await running.start(service.run)
         before = descriptors()
         async with trio.open_nursery() as nursery:
-            target = Target(service, nursery)
+            target = await Target.start(service, nursery)
             while done < options.messages and (
                 not options.seconds or time.monotonic() - started < options.seconds
             ):
@@ -255,7 +275,7 @@ async def in_process(policy: Path, corpus: list[dict[str, Any]], images: Images,
                 done += BATCH
                 if done % (10 * BATCH) == 0:
                     WardenReply.parse(os.urandom(REPLY_SIZE))  # any bytes of the right length are a reply
-                    target.again()
+                    await target.again()
                     await _rebuild(service, target, corpus, images)
                 elapsed = time.monotonic() - started
                 if not warm and (done >= options.messages // 4 or 0 < options.seconds / 4 < elapsed):
@@ -263,8 +283,7 @@ async def in_process(policy: Path, corpus: list[dict[str, Any]], images: Images,
                     warm = rss()
                     if options.verbose:
                         print(f"warm after {done}: {warm >> 20} MiB", file=sys.stderr)
-            target.leave()
-            nursery.cancel_scope.cancel()
+            await target.leave()
         warm = warm or rss()
         while service.disposal.statistics().files or service.disposal.statistics().sockets:  # noqa: ASYNC110
             await trio.sleep(0.01)
@@ -274,13 +293,13 @@ async def in_process(policy: Path, corpus: list[dict[str, Any]], images: Images,
         gc.collect()
         end = rss()
         for enclave in [name for name in service.enclaves if name != "vault"]:
-            target = Target(service, running)
-            target.feed(
+            last = await Target.start(service, running)
+            last.feed(
                 wire.encode({"id": 1, "op": "destroy", "args": {"enclave": enclave, "force": True}}), ()
             )
             while enclave in service.enclaves:  # noqa: ASYNC110
                 await trio.sleep(0.01)
-            target.leave()
+            await last.leave()
         await _calm(service)
         after = descriptors()
         faulthandler.cancel_dump_traceback_later()
