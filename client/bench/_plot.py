@@ -209,7 +209,7 @@ def _dots(
     _name_lines(axes, names)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_xscale("log")
-    axes.set_xlim(0.5 * min(values), 6 * max(values))
+    axes.set_xlim(0.5 * min(values), 14 * max(values))
     _plain_numbers(axes.xaxis)
 
 
