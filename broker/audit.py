@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
-from typing import TextIO, final
+from typing import TextIO, cast, final
 
 import structlog
 from structlog.typing import FilteringBoundLogger, Processor
@@ -19,17 +19,19 @@ from structlog.typing import FilteringBoundLogger, Processor
 from teemate.broker.identity import Identity
 from teemate.broker.journal import Journal, is_journal, render
 from teemate.broker.limits import TokenBucket
+from teemate.broker.log_file import LogFile
 
 __all__ = ["Audit", "Complaints", "Denial", "configure_log"]
 
 
 def configure_log(
-    style: str, file: TextIO | None = None, journal: Journal | None = None
+    style: str, file: TextIO | LogFile | None = None, journal: Journal | None = None
 ) -> FilteringBoundLogger:
     """Return the logger; `style` is "json", "text", "journal", or "auto": the last where there is one."""
     out = file or sys.stderr
     if style == "auto":
-        style = "journal" if file is None and is_journal(out.fileno()) else "text"
+        ours = file is None or isinstance(file, LogFile)
+        style = "journal" if ours and is_journal(out.fileno()) else "text"
     if style == "journal":
         return _wrap(
             journal or Journal(),
@@ -50,7 +52,7 @@ def configure_log(
         else structlog.processors.format_exc_info,
         renderer,
     ]
-    return _wrap(structlog.WriteLogger(out), processors)
+    return _wrap(structlog.WriteLogger(cast("TextIO", out)), processors)
 
 
 def _wrap(sink: object, processors: list[Processor]) -> FilteringBoundLogger:

@@ -36,6 +36,7 @@ import time
 from typing import NamedTuple
 
 from teemate.broker.kept import CAPACITY, FIRST_FD, MAX_FDS, Kept, Stored, inherited
+from teemate.broker.log_file import LogFile
 
 __all__ = ["KEEPER_FD_NAME", "REFUSED", "Keeper", "main"]
 
@@ -67,6 +68,7 @@ class Keeper:
     def __init__(self, command: list[str], *, json_log: bool = False) -> None:
         self._command = command
         self._json = json_log
+        self._log_file = LogFile(2, lambda count: self._log("warning", "log records lost", count=count))
         self._kept = Kept(inherited(), self._log)
         self._worker: int | None = None
         self._successor: _Successor | None = None
@@ -338,8 +340,8 @@ class Keeper:
         else:
             details = " ".join(f"{key}={value}" for key, value in about.items())
             line = f"{moment} [{level:<8}] keeper: {event:<25} {details}".rstrip()
-        with contextlib.suppress(OSError):
-            os.write(2, (line + "\n").encode())
+        self._log_file.try_again()
+        self._log_file.write(line + "\n")
 
 
 def _pause(failures: int) -> float:

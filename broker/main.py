@@ -28,6 +28,7 @@ from teemate.broker.heartbeat import beat, status_text
 from teemate.broker.install import install
 from teemate.broker.keeper import KEEPER_FD_NAME, REFUSED
 from teemate.broker.kept import FIRST_FD, LISTENER
+from teemate.broker.log_file import LogFile
 from teemate.broker.policy import Policy, PolicyError
 from teemate.broker.restoration import Found, read_found
 from teemate.broker.server import Server, bind, listens
@@ -42,6 +43,10 @@ from teemate.broker.service_manager import (
 from teemate.broker.snapshot import SnapshotError
 
 __all__ = ["main"]
+
+
+_LOG_AGAIN = 1.0
+"""Seconds after which records that nobody read are written again."""
 
 
 @final
@@ -63,6 +68,7 @@ class _Start:
     """What the last broker left."""
     discard: bool
     """Whether that is to be thrown away."""
+    log_file: LogFile
 
 
 async def _reload(service: Service) -> None:
@@ -102,6 +108,13 @@ async def _stop_without_keeper(service: Service, start: _Start) -> None:
     os._exit(1)
 
 
+async def _keep_logging(log_file: LogFile) -> None:
+    """Write what was kept while nobody read the log, also when nothing new is logged."""
+    while True:
+        await trio.sleep(_LOG_AGAIN)
+        log_file.try_again()
+
+
 async def run(start: _Start) -> None:
     """Run the broker until SIGTERM or SIGINT; SIGHUP has it read its policy again."""
     policy, log = start.policy, start.log
@@ -124,6 +137,7 @@ async def run(start: _Start) -> None:
         await service.state.begin()
         async with trio.open_nursery() as keeping:
             async with trio.open_nursery() as serving:
+                serving.start_soon(_keep_logging, start.log_file)
                 serving.start_soon(_heed_signals, signals, serving, service, start)
                 if start.keeper is not None:
                     serving.start_soon(_stop_without_keeper, service, start)
@@ -190,7 +204,11 @@ def main(
         )
     # Where it was when the watchdog or a fault ended it: function names, nothing of its memory.
     faulthandler.enable()
-    log = configure_log(log_format)
+    log_file = LogFile(sys.stderr.fileno())
+    log = configure_log(log_format, log_file)
+    log_file.tell_lost = lambda count: log.warning(
+        "log records lost", count=count, reason="whoever reads the log was too slow, or did not"
+    )
     if successor:  # everything is loaded; nothing of the host is looked at before it is our turn
         with socket.socket(fileno=FIRST_FD) as keepers:
             os.set_inheritable(FIRST_FD, False)
@@ -218,7 +236,7 @@ def main(
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
     with contextlib.ExitStack() as cleanup:
-        start = _take_over(policy, load, log, inherited, cleanup, discard_state)
+        start = _take_over(policy, load, log, log_file, inherited, cleanup, discard_state)
         for number in (signal.SIGTERM, signal.SIGINT):  # what holds again when trio's receiver is gone
             signal.signal(number, signal.SIG_IGN)
         try:
@@ -236,6 +254,7 @@ def _take_over(
     policy: Policy,
     load: Callable[[], Policy],
     log: FilteringBoundLogger,
+    log_file: LogFile,
     inherited: list[Inherited],
     cleanup: contextlib.ExitStack,
     discard: bool,
@@ -269,7 +288,7 @@ def _take_over(
         listeners.append(cleanup.enter_context(listener))
         if store is None:  # else the next broker goes on listening
             cleanup.callback(_unlink, settings.socket)
-    return _Start(policy, load, log, listeners, bound, store, keeper, found, discard)
+    return _Start(policy, load, log, listeners, bound, store, keeper, found, discard, log_file)
 
 
 def _read_found(kept: list[Inherited], log: FilteringBoundLogger) -> Found:
