@@ -153,9 +153,14 @@ static void end_protocol_locked(struct teemate_broker *broker, const char *what,
     link_end_locked(broker, &error, false);
 }
 
-static void answer_locked(struct teemate_broker *broker, const struct value *message, struct descriptors *descriptors)
+struct untrusted_message {
+    struct value id, ok, error, event;
+};
+
+static void answer_locked(struct teemate_broker *broker, const struct untrusted_message *message,
+                          struct descriptors *descriptors)
 {
-    struct value id = map_value(message, "id"), ok = map_value(message, "ok"), untrusted = map_value(message, "error");
+    struct value id = message->id, ok = message->ok, untrusted = message->error;
     struct teemate_error error = {0};
     struct request *request;
     int code = 0;
@@ -207,15 +212,21 @@ static void answer_locked(struct teemate_broker *broker, const struct value *mes
 
 static void packet_locked(struct teemate_broker *broker, size_t size, struct descriptors *descriptors)
 {
-    struct value message;
+#define MESSAGE(member) FIELD(FIELD_VALUE, struct untrusted_message, member, #member, true)
+    static const struct field fields[] = {MESSAGE(id), MESSAGE(ok), MESSAGE(error), MESSAGE(event)};
+    struct untrusted_message message = {0};
+    struct value map;
     const char *reason = "";
 
-    if (!message_check(broker->buffer, size, &message, &reason))
+    if (!message_check(broker->buffer, size, &map, &reason)) {
         end_protocol_locked(broker, "a malformed message", reason);
-    else if (map_value(&message, "event").kind == VALUE_TEXT)
-        event_take_locked(broker, &message);
-    else
-        answer_locked(broker, &message, descriptors);
+    } else {
+        map_read(&map, fields, sizeof(fields) / sizeof(fields[0]), &message);
+        if (message.event.kind == VALUE_TEXT)
+            event_take_locked(broker, &map);
+        else
+            answer_locked(broker, &message, descriptors);
+    }
     descriptors_close(descriptors);
     crypto_wipe(broker->buffer, size); /* slot keys and tokens came this way */
 }

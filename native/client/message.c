@@ -242,22 +242,20 @@ struct items items_of(const struct value *container)
 {
     uint64_t each = container->kind == VALUE_MAP ? 2 : container->kind == VALUE_ARRAY ? 1 : 0;
 
-    return (struct items){container->data, container->data + container->size, each * container->number};
+    return (struct items){container->data, container->data + container->size, each * container->number, 0};
 }
 
 bool items_next(struct items *items, struct value *value)
 {
-    struct value inner;
-    uint64_t skip;
-
+    for (; items->skip != 0; items->skip--) {
+        if (!item_at(&items->at, items->end, value))
+            return false;
+        items->skip += items_of(value).left;
+    }
     if (items->left == 0 || !item_at(&items->at, items->end, value))
         return false;
     items->left--;
-    if (value->kind != VALUE_ARRAY && value->kind != VALUE_MAP)
-        return true;
-    skip = items_of(value).left;
-    while (skip-- > 0 && item_at(&items->at, items->end, &inner))
-        skip += inner.kind == VALUE_MAP || inner.kind == VALUE_ARRAY ? items_of(&inner).left : 0;
+    items->skip = items_of(value).left;
     return true;
 }
 
@@ -334,12 +332,16 @@ const char *map_read(const struct value *map, const struct field *fields, size_t
     if (map->kind != VALUE_MAP)
         return "map";
     while (items_next(&items, &key) && items_next(&items, &value)) {
-        for (size_t i = 0; i < count; i++, next = next + 1 < count ? next + 1 : 0) {
-            if (!value_is_text(&key, fields[next].key))
+        for (size_t i = 0; i < count; i++) {
+            const struct field *field = &fields[next];
+            uint32_t bit = 1u << next;
+
+            next = next + 1 < count ? next + 1 : 0;
+            if (!value_is_text(&key, field->key))
                 continue;
-            if (!(fields[next].optional && value.kind == VALUE_NULL) && !field_set(&fields[next], &value, into))
-                return fields[next].key;
-            found |= 1u << next;
+            if (!(field->optional && value.kind == VALUE_NULL) && !field_set(field, &value, into))
+                return field->key;
+            found |= bit;
             break;
         }
     }

@@ -60,6 +60,7 @@ struct items {
     const uint8_t *at;
     const uint8_t *end;
     uint64_t left;
+    uint64_t skip; /* items inside of the last one, passed over when the next one is asked for */
 };
 struct items items_of(const struct value *container);
 /* False at the end. */

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -13,8 +14,11 @@ from backends import PATIENCE
 
 import teemate
 
-PREFIX = Path(teemate.__file__).parent / "native" / "client"
-"""What the package brings: libraries and, below, the pkg-config file."""
+PREFIX = Path(os.environ.get("TEEMATE_TEST_C_LIBRARY") or Path(teemate.__file__).parent / "native" / "client")
+"""Libraries and, below, the pkg-config file: the package's, or what `meson install` has put somewhere."""
+
+EXTRA_FLAGS = os.environ.get("TEEMATE_TEST_C_FLAGS", "").split()
+"""What programs are compiled with besides: sanitizers, when the library was."""
 
 HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE.parents[1] / "native" / "examples"
@@ -36,7 +40,7 @@ def compile_program(source: Path, output: Path, *, static: bool = False) -> Path
     compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
     subprocess.run(
         [
-            compiler, "-std=gnu17", "-Wall", "-Wextra", "-Werror", "-O1", "-pthread",
+            compiler, "-std=gnu17", "-Wall", "-Wextra", "-Werror", "-O1", "-g", "-pthread", *EXTRA_FLAGS,
             *flags("--cflags"), str(source), *libraries, "-o", str(output),
         ],
         check=True,
