@@ -186,7 +186,8 @@ int session_begin(struct session *session);
 size_t session_hello(const struct teemate_broker *broker, bool resume, uint8_t *buffer, size_t size);
 /* The connection ended: with what the broker said, or to come back. */
 void resume_ended_locked(struct teemate_broker *broker);
-void resume_come_back(struct teemate_broker *broker, uint64_t patience);
+/* With `reading` set and the lock held, which is given up: one try, or the time until it. */
+void resume_come_back_unlock(struct teemate_broker *broker, uint64_t patience);
 void resume_welcome_locked(struct teemate_broker *broker, const struct value *ok);
 void resume_give_up_locked(struct teemate_broker *broker);
 int resume_over(const struct teemate_broker *broker, struct teemate_error *error);

@@ -258,7 +258,7 @@ static bool descriptors_of(struct msghdr *header, struct descriptors *descriptor
     return fit;
 }
 
-static void receive(struct teemate_broker *broker)
+static void receive(struct teemate_broker *broker, int fd)
 {
     union {
         struct cmsghdr header;
@@ -269,7 +269,7 @@ static void receive(struct teemate_broker *broker)
                             .msg_controllen = sizeof(control)};
     struct descriptors descriptors = {0};
     struct teemate_error error;
-    ssize_t size = recvmsg(broker->fd, &header, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+    ssize_t size = recvmsg(fd, &header, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
     int number = errno;
 
     if (size < 0 && (number == EAGAIN || number == EINTR))
@@ -310,33 +310,32 @@ void link_read(struct teemate_broker *broker, uint64_t patience)
 {
     struct pollfd fd = {.events = POLLIN};
     struct timespec wait;
+    bool dialling = false;
 
+    pthread_mutex_lock(&broker->lock);
+    fd.fd = broker->fd;
     if (broker->away) {
         uint64_t now = now_ns(), left = broker->absence.deadline > now ? broker->absence.deadline - now : 0;
 
-        if (left == 0) {
-            pthread_mutex_lock(&broker->lock);
+        if (left == 0)
             resume_give_up_locked(broker);
-            pthread_mutex_unlock(&broker->lock);
-            return;
-        }
-        if (patience > left)
-            patience = left;
-        if (!broker->absence.dialled) {
-            resume_come_back(broker, patience);
-            return;
-        }
+        dialling = broker->away && !broker->absence.dialled;
+        patience = patience < left ? patience : left;
     }
-    fd.fd = broker->fd;
+    if (dialling) {
+        resume_come_back_unlock(broker, patience);
+        return;
+    }
+    pthread_mutex_unlock(&broker->lock);
     if (fd.fd < 0)
-        return; /* closed by this program */
+        return; /* given up, or closed by this program */
     if (patience != 0) {
         wait.tv_sec = (time_t)(patience / NS_PER_S);
         wait.tv_nsec = (long)(patience % NS_PER_S);
         if (ppoll(&fd, 1, patience == FOREVER ? NULL : &wait, NULL) <= 0)
             return;
     }
-    receive(broker);
+    receive(broker, fd.fd);
 }
 
 void link_stop_reading_locked(struct teemate_broker *broker)

@@ -156,27 +156,23 @@ static int dial(struct teemate_broker *broker)
     return fd;
 }
 
-void resume_come_back(struct teemate_broker *broker, uint64_t patience)
+void resume_come_back_unlock(struct teemate_broker *broker, uint64_t patience)
 {
     uint64_t now = now_ns(), due = broker->absence.next_try;
     int fd;
 
     if (due > now) {
-        pthread_mutex_lock(&broker->lock);
-        if (broker->lost.code == 0 && patience != 0)
+        if (patience != 0)
             broker_wait_locked(broker, due < now + patience ? due : now + patience);
         pthread_mutex_unlock(&broker->lock);
         return;
     }
-    fd = dial(broker);
-    pthread_mutex_lock(&broker->lock);
+    fd = dial(broker); /* which does not wait */
     if (fd < 0) {
         absence_failed(&broker->absence, strerror(-fd));
         /* Nobody keeps this socket open for another broker. */
         if (!broker->session.welcomed && fd != -EAGAIN)
             resume_give_up_locked(broker);
-    } else if (broker->lost.code != 0) {
-        close(fd);
     } else {
         broker->fd = fd;
         broker->greeted = true;

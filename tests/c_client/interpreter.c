@@ -8,7 +8,7 @@
  *   take G MS              give L                call L NAME HEX MS ROOM
  *   ocall L NAME HEX HOW   patient L NAME HEX N  raw L RDI RSI RDX MS
  *   event MS               fds                   mapped           stopped         handlers
- *   start N COMMAND...     join N                fork COMMAND...  calls L COUNT
+ *   start N COMMAND...     join N                fork COMMAND...  calls L COUNT  pings COUNT
  *
  * G and L are numbers that attach and take answered with, counted from 0.  start runs a command in thread N,
  * and join answers what it answered.  HOW of ocall: echo, fail, abandon, none, or wait (until `stopped`).
@@ -296,6 +296,10 @@ static void run(char *line, char *answer)
         next_event(answer, NUMBER(0));
     } else if (strcmp(verb, "calls") == 0) {
         many(answer, NUMBER(0), NUMBER(1));
+    } else if (strcmp(verb, "pings") == 0) {
+        for (int left = NUMBER(0); left > 0 && code == TEEMATE_OK; left--)
+            code = teemate_ping(broker, &error);
+        finish(answer, code, &error);
     } else if (strcmp(verb, "fds") == 0) {
         snprintf(answer, LINE, "ok %d", count_fds());
     } else if (strcmp(verb, "mapped") == 0) {
