@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from backends import PATIENCE
 from c_programs import Program, Refused
 from fake_broker import FakeBroker, Upstream, running, wait_until
 from losing import lose_epc
@@ -61,7 +62,7 @@ def test_a_call_inside_a_revoked_grant_is_abandoned_and_the_slot_acknowledged(
     user.call(lease, "empty")
     user.do("start", 0, "call", lease, "loop", "-", -1, 0)
     with teemate.connect(running.socket) as admin:
-        told = admin.revoke(enclave="faults", grace=4.0)
+        told = admin.revoke(enclave="faults", grace=6.0 * PATIENCE)  # half of it the call has for itself
         assert told.cleared == 2
     with pytest.raises(Refused) as caught:
         user.do("join", 0)

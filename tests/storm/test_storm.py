@@ -57,13 +57,12 @@ def storm(*options: str) -> dict[str, Any]:
 def test_nothing_is_lost_in_a_storm_over_programs_broker_warden_and_keeper() -> None:
     figures = storm(
         "--seed", "11", "--clients", "3", "--seconds", str(240 * PATIENCE), "--client-kills", "40",
-        "--broker-kills", "2", "--warden-kills", "1", "--keeper-kills", str(KEEPER_KILLS),
+        "--broker-kills", "2", "--warden-kills", "2", "--keeper-kills", str(KEEPER_KILLS),
     )  # fmt: skip
     assert [*figures] == [*FIELDS, "warden_kills", "keeper_kills"]
     assert figures["client_kills"] >= 40
     assert figures["broker_kills"] == 2
-    # Of two in a row the second can meet the request that the first one met: its slot is put aside then.
-    assert figures["warden_kills"] >= 1
+    assert figures["warden_kills"] >= 2
     assert figures["keeper_kills"] == KEEPER_KILLS
     assert set(figures["kills_by_state"]) == STATES
     assert sum(figures["kills_by_state"].values()) == figures["client_kills"]
