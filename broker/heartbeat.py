@@ -37,12 +37,14 @@ def status_text(service: Service) -> str:
     """One line for ``systemctl status``."""
     slots = [enclave.slots.statistics() for enclave in service.enclaves.values()]
     total, used = sum(count.total for count in slots), sum(count.assigned for count in slots)
-    text = (
-        f"{len(service.enclaves)} enclaves ({service.backend}), {len(service.clients)} clients,"
-        f" {used} of {total} slots in use"
-    )
+    enclaves, clients = _many(len(service.enclaves), "enclave"), _many(len(service.clients), "client")
+    text = f"{enclaves} ({service.backend}), {clients}, {used} of {_many(total, 'slot')} in use"
     not_ready = sum(enclave.state.value != "ready" for enclave in service.enclaves.values())
-    return f"{text}, {not_ready} enclaves not ready" if not_ready else text
+    return f"{text}, {_many(not_ready, 'enclave')} not ready" if not_ready else text
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 async def beat(service: Service) -> None:

@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "usage": ("teemate.cli.looking:usage", "Enclave memory by container."),
     "denials": ("teemate.cli.looking:denials", "Who was denied what, and why."),
     "reload": ("teemate.cli.looking:reload", "Have the broker take its changed policy into use."),
+    "seccomp": ("teemate.cli.seccomp:seccomp", "A container's seccomp profile, without SGX's ioctls."),
     "call": ("teemate.cli.call:call", "Do one call into an enclave."),
     "revoke": ("teemate.cli.revoke:revoke", "Take grants back."),
     "drain": ("teemate.cli.drain:drain", "Give out no new grants, and wait for the old ones to end."),

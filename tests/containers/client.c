@@ -18,7 +18,6 @@
 #include <teemate_client.h>
 
 #define SHARED 1
-#define IOCTLS 8u
 
 static struct teemate_lease *slot;
 
@@ -106,14 +105,23 @@ static int enclave_fd(void)
 
 static void ioctls(void)
 {
+    /* asm/sgx.h, which cannot be included beside libteemate's headers */
+    static const unsigned int requests[] = {
+        _IOW(0xa4, 0, char[8]),   /* SGX_IOC_ENCLAVE_CREATE */
+        _IOWR(0xa4, 1, char[48]), /* ADD_PAGES */
+        _IOW(0xa4, 2, char[8]),   /* INIT */
+        _IOW(0xa4, 3, char[8]),   /* PROVISION */
+        _IOWR(0xa4, 5, char[40]), /* RESTRICT_PERMISSIONS */
+        _IOWR(0xa4, 6, char[40]), /* MODIFY_TYPES */
+        _IOWR(0xa4, 7, char[24]), /* REMOVE_PAGES */
+        _IOWR(0xa4, 0xff, char[64]), /* one of some later kernel */
+    };
     int fd = enclave_fd();
 
-    for (unsigned int number = 0; number < IOCTLS; number++) {
-        /* SGX's type (asm/sgx.h), whatever the size: none of them is to come through. */
-        unsigned int request = _IOC(_IOC_READ | _IOC_WRITE, 0xa4, number, 32);
-        int result = ioctl(fd, request, 0) < 0 ? errno : 0;
+    for (size_t i = 0; i < sizeof(requests) / sizeof(*requests); i++) {
+        int result = ioctl(fd, requests[i], 0) < 0 ? errno : 0;
 
-        printf("%d %d ", result, -ioctl32(fd, request));
+        printf("%d %d ", result, -ioctl32(fd, requests[i]));
     }
     puts("");
 }

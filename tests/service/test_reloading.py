@@ -146,7 +146,7 @@ def test_the_service_manager_hears_of_start_reload_and_end(
 ) -> None:
     started = _start(tmp_path, policy(images, MAY))
     try:
-        assert any(line.startswith("STATUS=1 enclaves") for line in manager.until("READY=1"))
+        assert any(line.startswith("STATUS=1 enclave (") for line in manager.until("READY=1"))
         os.kill(started, signal.SIGHUP)
         manager.until("RELOADING=1")
         manager.until("READY=1")
