@@ -2,6 +2,7 @@
 #include "prompt.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <stdint.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
@@ -35,7 +36,12 @@ static int set(int nice, unsigned int slice_us)
 int door_be_prompt(int nice, unsigned int slice_us)
 {
     int present = getpriority(PRIO_PROCESS, 0);
-    int error = present <= nice ? set(present, slice_us) : set(nice, slice_us);
+    int error;
+
+    /* Whoever gave this program another policy (CPUSchedulingPolicy= of a unit, chrt) meant it. */
+    if (sched_getscheduler(0) != SCHED_OTHER)
+        return 0;
+    error = present <= nice ? set(present, slice_us) : set(nice, slice_us);
 
     if (error != -EPERM && error != -EACCES)
         return error;

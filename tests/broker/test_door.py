@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -252,3 +254,24 @@ def test_the_messages_of_the_server_are_errors_of_the_protocol() -> None:
     decoded = wire.decode(_message(_full(512)))
     assert decoded["id"] is None
     assert decoded["error"]["detail"]["setting"] == "[limits] connections"
+
+
+KEEPS_ITS_POLICY = """
+import os, sys
+from teemate.broker.door import be_prompt
+try:
+    os.sched_setscheduler(0, int(sys.argv[1]), os.sched_param(int(sys.argv[1]) != os.SCHED_BATCH))
+except PermissionError:
+    sys.exit("not allowed")
+be_prompt()
+print(os.sched_getscheduler(0))
+"""
+
+
+@pytest.mark.parametrize("policy", [os.SCHED_BATCH, os.SCHED_RR])
+def test_a_broker_that_was_given_a_scheduling_policy_keeps_it(policy: int) -> None:
+    command = [sys.executable, "-c", KEEPS_ITS_POLICY, str(policy)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "not allowed" in done.stderr:
+        pytest.skip("this user may not set a real-time policy")
+    assert (done.stdout, done.stderr) == (f"{policy}\n", "")
