@@ -46,6 +46,8 @@ class Grant:
     handed_out: bool = False
     """Whether the client has it, and not only asked for it."""
     outcome: Outcome | None = None
+    uncleared: set[int] = field(default_factory=set)
+    """Slots that came back and whose keys no warden could take away."""
 
     @property
     def slots(self) -> list[int]:

@@ -171,8 +171,8 @@ class Reclaimer:
                 self.give_up(enclave, str(error))
             elif not isinstance(error, WardenError):
                 self._log.error("internal error", task="recycle", exc_info=error)
-            else:  # it may have failed before the key was gone
-                await self.clear(enclave, index, enclave.slot_keys[index].generation)
+            elif await self.clear(enclave, index, enclave.slot_keys[index].generation) is None:
+                grant.uncleared.add(index)  # it failed before the key was gone
             self.quarantine(enclave, index, str(error))
             if grant.outcome is not None:
                 grant.outcome.quarantined += 1

@@ -151,8 +151,9 @@ class Revocation:
             await self._kill(grant, outcome)
         ruined: list[int] = []
         busy = await self._repair_left(grant, ruined)
-        while grant.in_reclaim:  # given back in time, but perhaps their keys are not gone yet
-            await enclave.changed.park()
+        await self._wait_returned(grant)
+        # Of what came back meanwhile the reclaimer knows whether its key is gone.
+        uncleared = [index for index in uncleared if index in grant.charges or index in ruined]
         leaked = self._put_aside(grant, busy, ruined, why)
         service.state.write_client(client)
         if not leaked and not grant.over and not outcome.finished.is_set():
@@ -164,8 +165,14 @@ class Revocation:
             "quarantined": outcome.quarantined + len(ruined),
             "leaked": leaked,
             "busy": len(busy),
-            "uncleared": 0 if grant.over or enclave.state is EnclaveState.LOST else len(uncleared),
+            "uncleared": 0 if enclave.state is EnclaveState.LOST else len(grant.uncleared.union(uncleared)),
         }
+
+    @staticmethod
+    async def _wait_returned(grant: Grant) -> None:
+        """Wait for the slots that were given back in time: their keys may not be gone yet."""
+        while grant.in_reclaim:
+            await grant.enclave.changed.park()
 
     async def _clear_keys(self, grant: Grant) -> list[int]:
         """No key of the grant opens anything from here on, but those of the slots that are returned."""

@@ -187,8 +187,6 @@ class ModelledWarden:
         """Set: the EPC is empty, with this reason."""
         self.troubled: set[int] = set()
         """Slots of requests that failed: the broker may put them into quarantine."""
-        self.uncleared: set[tuple[int, int]] = set()
-        """(slot, generation) of keys that the broker was told could not be cleared."""
 
     async def _turn(self, slot: int) -> ModelledSlot:
         async with self._lock:
@@ -215,14 +213,8 @@ class ModelledWarden:
         deadline: float | None = None,
     ) -> WardenReply:
         """A control ECALL."""
-        try:
-            target = await self._turn(slot)
-        except WardenError:
-            if op is ControlOp.CLEAR:
-                self.uncleared.add((slot, generation))
-            raise
+        target = await self._turn(slot)
         if op is ControlOp.CLEAR:
-            self.uncleared.discard((slot, generation))
             return _reply(target, target.clear(generation))
         if op is ControlOp.RESET:
             return _reply(target, target.reset())

@@ -63,6 +63,25 @@ def _revoking_clears_nothing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Revocation, "_repair_left", repair)
 
 
+def _a_key_that_stays_is_not_told(patch: pytest.MonkeyPatch) -> None:
+    """`revoke` ends well though no warden got the key away."""
+    revoke_grant = Revocation._revoke_grant
+
+    async def quiet(self: Revocation, *args: Any) -> dict[str, int]:
+        return await revoke_grant(self, *args) | {"uncleared": 0}
+
+    patch.setattr(Revocation, "_revoke_grant", quiet)
+
+
+def _revoking_forgets_what_was_just_given_back(patch: pytest.MonkeyPatch) -> None:
+    """The warden is not done with it, and its key opens still."""
+
+    async def wait(_grant: Grant) -> None:
+        pass
+
+    patch.setattr(Revocation, "_wait_returned", staticmethod(wait))
+
+
 def _slot_is_forgotten(patch: pytest.MonkeyPatch) -> None:
     """What comes back of a dead process never goes to the warden."""
     take_back = Reclaimer.take_back
@@ -117,6 +136,8 @@ def _one_slot_goes_to_two(patch: pytest.MonkeyPatch) -> None:
         _withheld_slot_is_taken_back,
         _keys_are_used_again,
         _revoking_clears_nothing,
+        _a_key_that_stays_is_not_told,
+        _revoking_forgets_what_was_just_given_back,
         _slot_is_forgotten,
         _charge_is_kept,
         _quarantine_without_a_reason,
