@@ -11,14 +11,15 @@ A client may send any descriptor with any message, wanted or not, and ``close`` 
 So the broker takes every descriptor that comes (wire.py makes room for as many as the kernel
 lets through), closes none of them itself, and closes a connection only when nothing is unread in it.  Sockets
 are handed to a process that ends at once, for which nothing lingers (native/warden/closer.c): that
-always gets on.  Files are closed in threads, each at once, since a number whose close hangs is free already
-but one that waits would be flushed again by every process that we start; what hangs is charged to the
-user until ``[limits] descriptors_received`` ends its connections unread.
+always gets on.  Files are closed in threads, each at once; what hangs is charged to the user until
+``[limits] descriptors_received`` ends its connections unread.  No process is started from here, which
+would have them flushed, too (spawner.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 from collections import deque
@@ -30,6 +31,7 @@ import trio
 
 from teemate.broker.limits import Account, Charge, Resource
 from teemate.broker.programs import closer_program
+from teemate.broker.spawner import FIRST_FD, MOST_FDS, start_program
 
 __all__ = ["Disposal", "DisposalStatistics"]
 
@@ -197,27 +199,39 @@ class Disposal:
         self._sockets.add(lambda: self._drop(fds), done)
 
     def _drop(self, fds: list[int]) -> None:
-        """In a thread: let a process inherit the sockets, close ours, and let it end."""
+        """In a thread: let processes inherit the sockets, close ours, and let them end."""
+        pids: list[int] = []
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours:
             with theirs:
-                number = theirs.fileno()
-                # A descriptor that is dup2()ed to itself is inherited (posix_spawn(3) of glibc).
-                actions = [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in (*fds, number)]
-                pid: int | None = None
-                program = closer_program()
-                with contextlib.suppress(OSError):
-                    pid = os.posix_spawn(
-                        program, [program.name, str(number)], {}, file_actions=actions, setsigmask=[]
-                    )
+                for start in range(0, len(fds), MOST_FDS - 1):
+                    with contextlib.suppress(OSError):
+                        pids.append(_start_closer(theirs.fileno(), fds[start : start + MOST_FDS - 1]))
             for fd in fds:  # without a process they may linger here, and others have to wait
                 _close_quietly(fd)
-        if pid is not None:
+        for pid in pids:
             os.waitpid(pid, 0)
 
     def statistics(self) -> DisposalStatistics:
         """What is still to be got rid of."""
         return DisposalStatistics(sockets=self._pending_sockets, files=self._pending_files, done=self._done)
+
+
+def _start_closer(end: int, fds: list[int]) -> int:
+    """Return the process that holds `fds` until the other side of `end` is closed.
+
+    The spawner cannot take sockets in which others are nested deeply (ETOOMANYREFS, before Linux 6.10):
+    then it is started from here, where files that hang may hold it up (spawner.py).
+    """
+    program = closer_program()
+    try:
+        return start_program([str(program), str(FIRST_FD)], [end, *fds])
+    except OSError as error:
+        if error.errno != errno.ETOOMANYREFS:
+            raise
+    # A descriptor that is dup2()ed to itself is inherited (posix_spawn(3) of glibc).
+    actions = [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in (*fds, end)]
+    return os.posix_spawn(program, [program.name, str(end)], {}, file_actions=actions, setsigmask=[])
 
 
 def _is_socket(fd: int) -> bool:

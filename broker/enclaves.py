@@ -101,7 +101,12 @@ def _image_error(status: int, diag: Any) -> errors.ImageError:
 
 def require_file(image_fd: int) -> None:
     """An image is read several times and from anywhere: only a regular file can be."""
-    mode = os.fstat(image_fd).st_mode
+    try:
+        mode = os.fstat(image_fd).st_mode
+    except OSError as error:  # its file system has failed
+        raise errors.ImageError(
+            f"read: {error.strerror}", {"step": "read", "code": 0, "offset": 0}
+        ) from error
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFIFO: "a pipe", stat.S_IFDIR: "a directory", stat.S_IFSOCK: "a socket"}
         kind = kinds.get(stat.S_IFMT(mode), "a device")

@@ -21,6 +21,7 @@ import trio
 from structlog.typing import FilteringBoundLogger
 
 from teemate import errors
+from teemate.broker import spawner
 from teemate.broker.audit import configure_log
 from teemate.broker.check import DEFAULT_CONFIG, check_config, read_policy
 from teemate.broker.descriptor_store import DescriptorStore
@@ -235,6 +236,7 @@ def main(
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
+    spawner.begin()  # before there is a client
     with contextlib.ExitStack() as cleanup:
         start = _take_over(policy, load, log, log_file, inherited, cleanup, discard_state)
         for number in (signal.SIGTERM, signal.SIGINT):  # what holds again when trio's receiver is gone

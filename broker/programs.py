@@ -7,7 +7,7 @@ from functools import cache
 from importlib.resources import as_file, files
 from pathlib import Path
 
-__all__ = ["closer_program", "warden_program"]
+__all__ = ["closer_program", "spawner_program", "warden_program"]
 
 
 @cache
@@ -35,6 +35,19 @@ def closer_program() -> Path:
 
     """
     return _installed("teemate-closer")
+
+
+@cache
+def spawner_program() -> Path:
+    """Return the ``teemate-spawner`` program that is installed with the package.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is none.
+
+    """
+    return _installed("teemate-spawner")
 
 
 def _installed(name: str) -> Path:

@@ -25,6 +25,7 @@ import trio
 from structlog.typing import FilteringBoundLogger
 
 from teemate.broker.control import ControlKey, ControlOp
+from teemate.broker.spawner import start_program
 from teemate.broker.warden_protocol import REPLY_SIZE, WardenOp, WardenReply, repair_body, request, start_body
 
 __all__ = [
@@ -38,7 +39,6 @@ __all__ = [
 
 _Body = Callable[[], bytes]
 """Made anew for each attempt: sequence numbers are never used twice."""
-_SOCKET_FD = 3
 _OUTSIDE_KILLS = 8
 """So many wardens in a row may be killed by others in one request; then it fails."""
 _START_FACTOR = 5
@@ -265,22 +265,8 @@ class Warden:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             ours.setblocking(False)
-            actions = [
-                (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0),
-                (os.POSIX_SPAWN_DUP2, 2, 1),
-                (os.POSIX_SPAWN_DUP2, theirs.fileno(), _SOCKET_FD),
-            ]
-            # posix_spawn, since fork would copy this process's page tables; it dup2()s the socket to
-            # its number, and everything else of ours is close-on-exec.
             try:
-                self._pid = os.posix_spawn(  # noqa: ASYNC221 - returns at exec, within a millisecond
-                    self._program,
-                    [self._program.name],
-                    {},
-                    file_actions=actions,
-                    setsigmask=[],
-                    setsigdef=[signal.SIGPIPE, signal.SIGINT, signal.SIGTERM],
-                )
+                self._pid = start_program([str(self._program)], [theirs.fileno()])
             except OSError as error:
                 ours.close()
                 raise _FailedError(f"{self._program}: {error.strerror}") from error

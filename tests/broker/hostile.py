@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import ctypes
 import os
+import select
 import socket
 import struct
 from collections.abc import Iterator
@@ -62,18 +63,67 @@ def hanging_file(folder: str) -> Iterator[int]:
         raise OSError(number, os.strerror(number), folder)
     opened = -1
     try:
-        pid = os.fork()
-        if pid == 0:  # it has to answer while we open: another process, which ends with the open
-            _answer_until_opened(device)
-        opened = os.open(os.path.join(folder, "image"), os.O_RDONLY | os.O_CLOEXEC)
-        os.waitpid(pid, 0)
-        yield opened
+        with _aborted_in_the_end(folder, device):
+            pid = os.fork()
+            if pid == 0:  # it has to answer while we open: another process, which ends with the open
+                _answer_until_opened(device)
+            opened = os.open(os.path.join(folder, "image"), os.O_RDONLY | os.O_CLOEXEC)
+            os.waitpid(pid, 0)
+            yield opened
     finally:
         _libc.umount2(folder.encode(), _MNT_DETACH)
-        os.close(device)  # the last one: whoever waits for an answer gets ENOTCONN
+        os.close(device)
         if opened >= 0:
             with suppress(OSError):  # the flush is refused; it is closed all the same
                 os.close(opened)
+
+
+_LONGEST = 300
+"""Seconds after which a file hangs no more, whatever has become of its test."""
+
+
+@contextmanager
+def _aborted_in_the_end(folder: str, device: int) -> Iterator[None]:
+    """Abort the file system after the block, at the end of this process, or after `_LONGEST`.
+
+    A process that hangs in it cannot be killed, and whoever reads of such a process in /proc hangs too, on
+    the whole host.  Closing the device would not do: a child that hangs in its exec has a copy.
+    """
+    ours, theirs = os.pipe()
+    control = folder + ".control"
+    os.mkdir(control)
+    if _libc.mount(b"fusectl", control.encode(), b"fusectl", 0, None):
+        raise OSError(ctypes.get_errno(), "cannot mount fusectl", control)
+    abort = os.open(f"{control}/{_connection(folder)}/abort", os.O_WRONLY | os.O_CLOEXEC)
+    _libc.umount2(control.encode(), _MNT_DETACH)
+    os.rmdir(control)
+    pid = os.fork()
+    if pid == 0:
+        os.close(theirs)
+        os.close(device)
+        select.select([ours], [], [], _LONGEST)
+        with suppress(OSError):
+            os.write(abort, b"1")
+        os._exit(0)
+    os.close(ours)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.write(abort, b"1")
+        os.close(abort)
+        os.close(theirs)
+        os.waitpid(pid, 0)
+
+
+def _connection(folder: str) -> int:
+    """Return the number of the FUSE connection that is mounted there: the minor number of its device."""
+    with open("/proc/self/mountinfo") as mounts:
+        for line in mounts:
+            words = line.split()
+            if words[4] == folder:
+                return int(words[2].partition(":")[2])
+    raise AssertionError(f"nothing is mounted at {folder}")
 
 
 _HEADER = struct.Struct("<IIQQIIII")  # struct fuse_in_header

@@ -196,6 +196,31 @@ def test_images_whose_file_system_hangs_hold_up_their_sender_alone(
     connect(running).ok("attach", enclave="vault")
 
 
+def test_images_whose_file_system_hangs_keep_nobody_from_starting_a_warden(
+    broker: Broker, vault_policy: Policy, images: Images, connect: Connect, hanging: Callable[[], int]
+) -> None:
+    """Whoever starts a process closes copies of all its descriptors: the broker does not start any."""
+    running = broker(vault_policy(SHARING, '[[create]]\nuid = "*"', attach='uid = "*"'))
+    admin = connect(running)
+    file, sigstruct = hanging(), images.vault.sigstruct.read_bytes()
+    with acting_as(ATTACKER):
+        stuck = connect(running)
+    for number in range(3):
+        stuck.post("create", (file,), name=f"stuck-{number}", sigstruct=sigstruct)
+    with images.vault.sgxs.open("rb") as image:
+        admin.ok("create", (image.fileno(),), name="another", sigstruct=sigstruct)
+    bomb = Lingering()
+    try:
+        client = connect(running)
+        in_the_message(client, [bomb.fileno()])
+        bomb.abandon()
+        client.close()
+        wait_until(admin, lambda now: now["clients"] == 2 and now["disposal"]["sockets"] == 0)
+    finally:
+        bomb.close()
+    admin.ok("attach", enclave="another")
+
+
 def test_an_image_is_copied_only_as_far_as_it_may_be_built(
     broker: Broker, vault_policy: Policy, connect: Connect, tmp_path: Path
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ from structlog.testing import CapturingLogger
 
 from teemate import errors
 from teemate.broker.administration import Administration
+from teemate.broker.enclaves import require_file
 from teemate.broker.policy import EnclavePolicy, Policy
 from teemate.broker.service import Service
 
@@ -49,3 +52,15 @@ async def test_an_enclave_that_starts_with_the_broker_is_busy_until_it_is_there(
     assert not service.administration.building
     with pytest.raises(errors.NotFound):
         service.enclave("later")
+
+
+def test_an_image_whose_file_system_fails_is_a_bad_image_and_no_bug_of_the_broker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fstat(_fd: int) -> object:
+        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fstat", fstat)
+        with pytest.raises(errors.ImageError, match="not connected"):
+            require_file(0)
