@@ -254,6 +254,7 @@ struct teemate_grant {
     struct teemate_enclave *native; /* NULL while it is attached, and once it is unmapped */
     struct teemate_lease *leases;   /* owned; those that are taken outlive the grant's end */
     unsigned taken;
+    unsigned visitors;              /* threads in teemate_take, _acquire or _release */
     bool ended;                     /* the program has given it up */
     bool over;                      /* whoever gave it knows nothing of it any more */
     bool draining;
@@ -286,6 +287,9 @@ struct request *slots_release_request(struct teemate_broker *broker, uint64_t gr
 void slots_acknowledge_locked(struct teemate_grant *grant);
 
 /* grant.c */
+/* A thread that uses the grant without a lease: until it leaves, teemate_detach does not free it. */
+void grant_visit(struct teemate_grant *grant);
+void grant_leave(struct teemate_grant *grant);
 void grant_mark_locked(struct teemate_grant *grant, enum gone gone, uint64_t patience);
 /* Refuse every later call, and unmap once those inside have left: they get `patience` ns.  The broker is told nothing. */
 void grant_end_locked(struct teemate_grant *grant, enum gone gone, uint64_t patience);

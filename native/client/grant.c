@@ -86,8 +86,27 @@ static struct request *detach_request(struct teemate_broker *broker, uint64_t gr
     return request;
 }
 
+void grant_visit(struct teemate_grant *grant)
+{
+    pthread_mutex_lock(&grant->broker->lock);
+    grant->visitors++;
+    pthread_mutex_unlock(&grant->broker->lock);
+}
+
+void grant_leave(struct teemate_grant *grant)
+{
+    struct teemate_broker *broker = grant->broker;
+
+    pthread_mutex_lock(&broker->lock);
+    grant->visitors--;
+    broker_wake_locked(broker);
+    pthread_mutex_unlock(&broker->lock);
+}
+
 static bool anybody_inside(const struct teemate_grant *grant)
 {
+    if (grant->visitors != 0)
+        return true;
     for (const struct teemate_lease *lease = grant->leases; lease != NULL; lease = lease->next)
         if (lease->taken && atomic_load(&lease->inside))
             return true;
@@ -111,8 +130,8 @@ int teemate_detach(struct teemate_grant *grant, struct teemate_error *error)
         if (now_ns() > now + DETACH_LIMIT) {
             pthread_mutex_unlock(&broker->lock);
             return error_set(error, TEEMATE_BUSY,
-                             "%s: a thread of this program is still in a call (in an OCALL handler?): end it, then detach"
-                             " again", grant->entry.name);
+                             "%s: a thread of this program is still in a call (in an OCALL handler?) or waits for slots:"
+                             " end it, then detach again", grant->entry.name);
         }
         broker_wait_locked(broker, now + DETACH_LIMIT + NS_PER_MS);
     }

@@ -109,6 +109,7 @@ int teemate_take(struct teemate_grant *grant, uint32_t wait_ms, struct teemate_l
     if (code != 0)
         return code;
     pthread_mutex_lock(&broker->lock);
+    grant->visitors++;
     while (code == 0 && lease == NULL) {
         lease = find_free_locked(grant, &taken);
         if (atomic_load(&grant->gone) != GONE_NOT)
@@ -129,6 +130,8 @@ int teemate_take(struct teemate_grant *grant, uint32_t wait_ms, struct teemate_l
         grant->taken++;
         *out = lease;
     }
+    grant->visitors--;
+    broker_wake_locked(broker);
     pthread_mutex_unlock(&broker->lock);
     return code;
 }

@@ -210,7 +210,10 @@ int teemate_acquire(struct teemate_grant *grant, uint32_t count, uint32_t wait_m
         write_text(&request->writer, "wait");
         write_seconds(&request->writer, wait_ms);
     }
-    return request_do(grant->broker, request, NULL, error);
+    grant_visit(grant);
+    code = request_do(grant->broker, request, NULL, error);
+    grant_leave(grant);
+    return code;
 }
 
 /* ---- release ---------------------------------------------------------------------- */
@@ -230,6 +233,7 @@ int teemate_release(struct teemate_grant *grant, uint32_t count, struct teemate_
     if (code != 0 || count == 0)
         return code;
     pthread_mutex_lock(&grant->broker->lock);
+    grant->visitors++;
     for (lease = grant->leases; lease != NULL; lease = lease->next)
         free_slots += is_free(lease);
     if (free_slots < count)
@@ -247,5 +251,8 @@ int teemate_release(struct teemate_grant *grant, uint32_t count, struct teemate_
         left--;
     }
     pthread_mutex_unlock(&grant->broker->lock);
-    return code != 0 ? code : request_do(grant->broker, request, NULL, error);
+    if (code == 0)
+        code = request_do(grant->broker, request, NULL, error);
+    grant_leave(grant);
+    return code;
 }

@@ -193,8 +193,8 @@ int teemate_release(struct teemate_grant *grant, uint32_t count, struct teemate_
  * Give the grant up: close its slots, unmap the enclave, tell the broker (while it is away: later).
  * Calls of other threads get a second to end and are abandoned then.  Frees `grant`; leases as in
  * teemate_disconnect.  NULL is allowed.
- * Fails with BUSY when a thread does not come back from a call within 2 s (an OCALL handler): the grant
- * is refused to everybody then, not freed, and it can be tried again.
+ * Fails with BUSY when a thread does not come back within 2 s, from a call (an OCALL handler) or from waiting
+ * for slots: the grant is refused to everybody then, not freed, and it can be tried again.
  */
 int teemate_detach(struct teemate_grant *grant, struct teemate_error *error);
 

@@ -273,6 +273,17 @@ def test_a_broker_that_does_not_come_back_is_given_up_after_its_grace(
     assert user.number("mapped") == 0
 
 
+def test_a_broker_without_room_says_which_limit(front: FakeBroker, program: StartProgram) -> None:
+    detail = {"limit": "connections", "setting": "[limits] connections"}
+    front.refusal = {"code": "limit-reached", "message": "too many of you", "detail": detail}
+    user = program()
+    user.connect(front.path)
+    with pytest.raises(Refused, match="too many of you") as caught:
+        user.attach("vault")
+    error = caught.value
+    assert (error.code, error.limit, error.setting) == ("limit-reached", "connections", "[limits] connections")
+
+
 # -- what is said is what the schema has ----------------------------------------------------------------
 
 

@@ -348,6 +348,32 @@ def test_threads_call_on_slots_of_their_own_while_one_waits_for_events(
         user.do("event", 10)
 
 
+def test_detaching_ends_the_waiting_of_other_threads_for_slots(
+    broker: StartBroker, policy: str, images: Images, program: StartProgram
+) -> None:
+    small = images.build("vault", slots=1, heap="1M")
+    running = broker(policy + enclave_policy("small", small, "slots_per_client = 4"))
+    user = program()
+    user.connect(running.socket)
+    grant = user.attach("small")
+    lease = user.take(grant)
+    user.do("start", 0, "take", grant, 60000)
+    user.do("start", 1, "acquire", grant, 1, 60000)
+    with pytest.raises(Refused, match="waits for slots") as caught:
+        user.do("detach", grant)  # the broker is still asked for one
+    assert caught.value.code == "busy"
+    with pytest.raises(Refused) as caught:
+        user.do("join", 0)
+    assert caught.value.code == "not-attached"
+    user.do("give", lease)  # which is what the other thread gets, and has to give back
+    with pytest.raises(Refused) as caught:
+        user.do("join", 1)
+    assert caught.value.code == "not-attached"
+    user.do("detach", grant)
+    user.do("disconnect")
+    assert all_come_back(running, "small", 1)
+
+
 def test_a_child_of_fork_holds_nothing_and_can_attach_for_itself(
     broker: StartBroker, policy: str, program: StartProgram
 ) -> None:
