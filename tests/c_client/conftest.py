@@ -11,6 +11,7 @@ import pytest
 from c_programs import HERE, Program, compile_program
 from images import Images
 from policies import enclave_policy
+from running_broker import RunningBroker, run_broker
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +27,14 @@ def program(interpreter: Path) -> Iterator[Callable[[], Program]]:
         yield lambda: running.enter_context(Program(interpreter))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def shared(policy: str) -> Iterator[RunningBroker]:
+    """One broker for all tests that leave it as it was."""
+    with run_broker(policy) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
 def policy(images: Images) -> str:
     """A vault, and enclaves that fault, for this user."""
     return "\n".join(

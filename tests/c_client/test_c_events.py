@@ -27,15 +27,14 @@ StartProgram = Callable[[], Program]
 
 
 def test_a_revoked_grant_is_unmapped_and_acknowledged_by_a_program_that_does_nothing(
-    broker: StartBroker, policy: str, program: StartProgram
+    shared: RunningBroker, program: StartProgram
 ) -> None:
-    running = broker(policy)
     user = program()
-    user.connect(running.socket)
+    user.connect(shared.socket)
     grant = user.attach("vault", slots=3)
     held = user.take(grant)
     user.call(held, "empty")
-    with teemate.connect(running.socket) as admin:
+    with teemate.connect(shared.socket) as admin:
         told = admin.revoke(enclave="vault", grace=20.0)
         assert (told.grants, told.cleared, told.leaked) == (1, 3, 0)
     assert user.do("event", 20000)[::3] == ["1", "3"]
@@ -52,16 +51,15 @@ def test_a_revoked_grant_is_unmapped_and_acknowledged_by_a_program_that_does_not
 
 
 def test_a_call_inside_a_revoked_grant_is_abandoned_and_the_slot_acknowledged(
-    broker: StartBroker, policy: str, program: StartProgram
+    shared: RunningBroker, program: StartProgram
 ) -> None:
-    running = broker(policy)
     user = program()
-    user.connect(running.socket)
+    user.connect(shared.socket)
     grant = user.attach("faults", slots=2)
     lease = user.take(grant)
     user.call(lease, "empty")
     user.do("start", 0, "call", lease, "loop", "-", -1, 0)
-    with teemate.connect(running.socket) as admin:
+    with teemate.connect(shared.socket) as admin:
         told = admin.revoke(enclave="faults", grace=6.0 * PATIENCE)  # half of it the call has for itself
         assert told.cleared == 2
     with pytest.raises(Refused) as caught:
@@ -73,11 +71,10 @@ def test_a_call_inside_a_revoked_grant_is_abandoned_and_the_slot_acknowledged(
 
 
 def test_a_thread_in_an_ocall_handler_acknowledges_when_it_comes_back(
-    broker: StartBroker, policy: str, program: StartProgram
+    shared: RunningBroker, program: StartProgram
 ) -> None:
-    running = broker(policy)
     user = program()
-    user.connect(running.socket)
+    user.connect(shared.socket)
     grant = user.attach("faults", slots=1)
     lease = user.take(grant)
     user.call(lease, "empty")
@@ -87,7 +84,7 @@ def test_a_thread_in_an_ocall_handler_acknowledges_when_it_comes_back(
     with pytest.raises(Refused, match="still in a call") as caught:
         user.do("detach", grant)
     assert caught.value.code == "busy"
-    with teemate.connect(running.socket) as admin:
+    with teemate.connect(shared.socket) as admin:
         told = admin.revoke(enclave="faults", grace=0.2)
         assert told.leaked == 1
         user.do("stopped")
@@ -280,8 +277,8 @@ def test_a_broker_without_room_says_which_limit(front: FakeBroker, program: Star
     user.connect(front.path)
     with pytest.raises(Refused, match="too many of you") as caught:
         user.attach("vault")
-    error = caught.value
-    assert (error.code, error.limit, error.setting) == ("limit-reached", "connections", "[limits] connections")
+    assert caught.value.code == "limit-reached"
+    assert (caught.value.limit, caught.value.setting) == ("connections", "[limits] connections")
 
 
 # -- what is said is what the schema has ----------------------------------------------------------------
@@ -332,10 +329,9 @@ def recorded(path: str, front: Path) -> Iterator[Recorder]:
 
 
 def test_what_the_library_says_is_valid(
-    broker: StartBroker, policy: str, program: StartProgram, tmp_path: Path
+    shared: RunningBroker, program: StartProgram, tmp_path: Path
 ) -> None:
-    running = broker(policy)
-    with recorded(running.socket, tmp_path / "front") as recorder:
+    with recorded(shared.socket, tmp_path / "front") as recorder:
         user = program()
         user.connect(f"{tmp_path}/front", "n" * 64)
         user.do("ping")
@@ -350,7 +346,7 @@ def test_what_the_library_says_is_valid(
         user.do("release", grant, 1)
         with pytest.raises(Refused):
             user.attach("nobody", wait=0)
-        with teemate.connect(running.socket) as admin:
+        with teemate.connect(shared.socket) as admin:
             admin.revoke(enclave="faults", grace=10.0)
         user.do("event", 20000)
         user.do("give", leases[1])
