@@ -7,6 +7,7 @@ Without the variable everything is compiled anew, as if this module were not the
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -50,7 +51,11 @@ def signing_key() -> RSAPrivateKey:
         return generate_key()
     kept = folder / "test-key.pem"
     if not kept.exists():
-        save_key(generate_key(), kept)
+        own = folder / f"test-key-{os.getpid()}.pem"
+        save_key(generate_key(), own)
+        with contextlib.suppress(FileExistsError):  # another run was quicker: its key is the one
+            os.link(own, kept)
+        own.unlink()
     return load_key(kept)
 
 
