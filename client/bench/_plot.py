@@ -18,10 +18,15 @@ __all__ = ["draw", "require_plotting"]
 _SHARED, _OTHER, _QUIET = "#1f5fa8", "#c0561f", "#777777"
 
 
-def require_plotting() -> None:
-    """Raise :class:`Unsupported` when nothing can be drawn here."""
+def require_plotting(path: Path) -> None:
+    """Raise :class:`Unsupported` when nothing can be drawn into `path`: no matplotlib, or no such format."""
     if importlib.util.find_spec("matplotlib") is None:
         raise Unsupported("drawing needs matplotlib, which is not installed: pip install 'teemate[plot]'")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:] not in formats:
+        raise Unsupported(f"cannot draw into {path}: its name has to end with one of {', '.join(formats)}")
 
 
 def draw(report: Report, path: Path) -> None:
@@ -33,7 +38,7 @@ def draw(report: Report, path: Path) -> None:
         There is no matplotlib, or it knows no such format.
 
     """
-    require_plotting()
+    require_plotting(path)
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -49,10 +54,7 @@ def draw(report: Report, path: Path) -> None:
         _PICTURES[report.bench](axes, report)
         where = f"backend {report.backend}, {report.host['cores']} cores"
         axes.set_xlabel(f"{axes.get_xlabel()}\n[{where}]")
-        try:
-            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-        except ValueError as error:
-            raise Unsupported(f"cannot draw into {path}: {error}") from None
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 # ---- one picture for each benchmark -----------------------------------------------------------------
@@ -111,17 +113,22 @@ def _draw_call(axes: Any, report: Report) -> None:
         "call_with_ocall_py": "call with an OCALL, from Python",
         "call_4_kib_py": "4 KiB there and back, from Python",
     }
-    rows = [row for row in report.result.rows if row.figure in names]
-    rows.sort(key=lambda row: list(names).index(row.figure))
-    colours = [_QUIET if row.figure == "floor_transition" else _SHARED for row in rows]
-    values = [row.value for row in rows]
-    bars = axes.barh(range(len(rows)), values, color=colours, height=0.62)
-    axes.bar_label(bars, [f"{value:.1f} µs" for value in values], padding=4)
-    axes.set_xlim(right=1.2 * max(values))
-    _name_lines(axes, [names[row.figure] for row in rows])
-    axes.set_xlabel("time (µs)")
+    rows = _bars(axes, report, names, quiet="floor_transition", unit="µs")
     empty = next(row for row in rows if row.figure == "empty_call")
     _say(axes, f"An empty call costs {empty.ratio:.2f} times what entering and leaving costs")
+
+
+def _draw_container(axes: Any, report: Report) -> None:
+    names = {
+        "container_empty": "does nothing",
+        "container_attach_c": "attaches, in C",
+        "container_attach": "attaches, in Python",
+        "container_conventional": "builds an enclave, in Python",
+    }
+    rows = {row.figure: row for row in _bars(axes, report, names, quiet="container_empty", unit="ms")}
+    ratio = rows["container_conventional"].value / rows["container_attach"].value
+    axes.set_ylabel("a container that starts and")
+    _say(axes, f"A container that attaches is there {ratio:.1f} times as soon as one that builds")
 
 
 def _draw_floor(axes: Any, report: Report) -> None:
@@ -163,6 +170,7 @@ _PICTURES: dict[str, Callable[[Any, Report], None]] = {
     "attach": _draw_attach,
     "call": _draw_call,
     "churn": _draw_churn,
+    "container": _draw_container,
     "floor": _draw_floor,
     "memory": _draw_memory,
     "scale": _draw_scale,
@@ -190,6 +198,23 @@ def _lines(axes: Any, lines: Sequence[Series], colours: Sequence[str], unit: str
         )
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
+
+
+def _bars(axes: Any, report: Report, names: dict[str, str], *, quiet: str, unit: str) -> list[Row]:
+    """Draw a horizontal bar for each figure in `names` that was measured; returns these rows.
+
+    That of `quiet` is what the others are to be seen beside.
+    """
+    rows = [row for row in report.result.rows if row.figure in names]
+    rows.sort(key=lambda row: list(names).index(row.figure))
+    values = [row.value for row in rows]
+    colours = [_QUIET if row.figure == quiet else _SHARED for row in rows]
+    bars = axes.barh(range(len(rows)), values, color=colours, height=0.62)
+    axes.bar_label(bars, [f"{value:,.1f} {unit}" for value in values], padding=4)
+    axes.set_xlim(right=1.25 * max(values))
+    _name_lines(axes, [names[row.figure] for row in rows])
+    axes.set_xlabel(f"time ({unit})")
+    return rows
 
 
 def _dots(

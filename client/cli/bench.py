@@ -67,15 +67,15 @@ def _measuring(name: str, text: str) -> click.Command:
         from .figures import show_report
 
         if plot is not None:
-            require_plotting()  # said before anything is measured
+            require_plotting(plot)  # said before anything is measured
         with Display(Console(stderr=True)) as display:
             report = run_bench(name, display, backend=backend, quick=quick)
-        if plot is not None:
-            draw(report, plot)
         if as_json:
             print_json(report.as_json())
         else:
             show_report(report)
+        if plot is not None:
+            draw(report, plot)
 
     return command
 

@@ -17,7 +17,7 @@ import pytest
 from backends import BACKEND
 from click.testing import CliRunner
 
-from teemate.bench._plot import draw
+from teemate.bench._plot import _PICTURES, draw
 from teemate.bench._rows import TARGETS, Result, Row, Sample, Target, compared, plain
 from teemate.bench._run import BENCHES, Report, run_bench
 from teemate.bench._setting import C_SUBJECT
@@ -210,6 +210,10 @@ def test_a_format_that_cannot_be_drawn_is_refused(everything: Report, tmp_path: 
     pytest.importorskip("matplotlib")
     with pytest.raises(Unsupported, match=r"all\.xyz"):
         draw(everything, tmp_path / "all.xyz")
+
+
+def test_every_benchmark_has_a_picture() -> None:
+    assert set(_PICTURES) == set(BENCHES)
 
 
 def test_a_result_with_nothing_in_it_is_no_result() -> None:
