@@ -21,10 +21,6 @@ class Silence:
 
 
 def test_a_container_that_attaches_is_compared_with_one_that_builds_and_one_that_does_nothing() -> None:
-    try:
-        runc_program()
-    except Unsupported as error:
-        pytest.skip(error.message)
     report = run_bench("container", Silence(), backend=BACKEND, quick=True, scale=0.02)
     rows = {row.figure: row for row in report.result.rows}
     assert {"container_empty", "container_conventional", "container_attach", "container_ratio"} <= set(rows)
