@@ -1,0 +1,220 @@
+"""In the machine, where systemd is process 1: installs the service, and is its client through all of it.
+
+One process from the first attach to the end, since what is looked at is that its grant lives on.  Prints one
+line of JSON per finding; what does not hold is an AssertionError.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import teemate
+
+DROP_IN = Path("/etc/systemd/system/teemate-broker.service.d/test.conf")
+IMAGES = Path("/opt/images")
+CONFIG = Path("/etc/teemate/broker.toml")
+UNIT = "teemate-broker.service"
+POLICY = """
+[broker]
+backend = "sgx"
+warden_deadline = 60.0
+resume_grace = 600.0
+trust_pid = true
+[administrators]
+uids = [0]
+[[enclave]]
+name = "vault"
+image = "{image}"
+owner = 0
+[[enclave.attach]]
+uid = {uid}
+"""
+
+
+def run(*command: str, check: bool = True) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if check and done.returncode != 0:
+        raise AssertionError(f"{command}: {done.stdout}{done.stderr}\n{journal()}")
+    return done.stdout.strip()
+
+
+def journal(*matches: str) -> str:
+    return run("journalctl", "-u", UNIT, "--no-pager", "-n", "40", *matches)
+
+
+def records(*matches: str) -> list[dict[str, object]]:
+    lines = run("journalctl", "-u", UNIT, "--no-pager", "-o", "json", *matches).splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def show(name: str) -> str:
+    return run("systemctl", "show", UNIT, f"--property={name}", "--value")
+
+
+def tell(finding: str, **about: object) -> None:
+    print(json.dumps({"finding": finding, **about}), flush=True)
+
+
+def write_policy(uid: int) -> None:
+    CONFIG.write_text(POLICY.format(image=IMAGES / "vault.sgxs", uid=uid))
+
+
+def install() -> None:
+    shutil.copytree(Path(sys.argv[1]).parent, IMAGES)  # the service has a /tmp of its own
+    for file in IMAGES.glob(f"{Path(sys.argv[1]).stem}.*"):
+        file.rename(IMAGES / f"vault{file.suffix}")
+    tell("installed", said=run("teemate-broker", "install").count("installed"))
+    run("systemd-sysusers")
+    run("systemd-tmpfiles", "--create", "teemate.conf")
+    run("journalctl", "--update-catalog")
+    # What the rule for the device does where udev runs.
+    run("chgrp", "sgx", "/dev/sgx_enclave")
+    run("chmod", "0660", "/dev/sgx_enclave")
+    write_policy(0)
+    DROP_IN.parent.mkdir(parents=True)
+    # In this machine a broker takes as long to start as elsewhere a hundred do.
+    settings = ["WatchdogSec=20", "TimeoutStartSec=600", os.environ.get("DROP_IN", "")]
+    settings.append("Environment=LD_LIBRARY_PATH=/opt/python/lib")  # where Python is no package of Debian's
+    DROP_IN.write_text("[Service]\n" + "\n".join(settings) + "\n")
+    run("systemctl", "daemon-reload")
+    run("systemctl", "enable", "teemate-broker.socket", "teemate-broker.service")
+
+
+def main_pid() -> int:
+    return int(show("MainPID"))
+
+
+def confined() -> None:
+    """What the kernel has of the broker's rights."""
+    status = dict(
+        line.split(":\t", 1)
+        for line in Path(f"/proc/{main_pid()}/status").read_text().splitlines()
+        if ":\t" in line
+    )
+    assert status["CapEff"] == status["CapBnd"] == f"{1 << 5:016x}", status  # CAP_KILL
+    assert status["NoNewPrivs"] == "1"
+    assert status["Seccomp"] == "2"
+    assert status["Uid"].split()[1] != "0"
+    tell("confined", uid=status["Uid"].split()[1], capabilities=status["CapEff"])
+
+
+class Holder:
+    """Holds a grant from before everything to after it."""
+
+    def __init__(self) -> None:
+        started = time.monotonic()
+        self.broker = teemate.connect()
+        self.enclave = self.attach()
+        tell("socket activation", seconds=round(time.monotonic() - started, 1), state=show("ActiveState"))
+        self.slot = self.enclave.slot().__enter__()
+        assert self.call(b"first") == b"first"
+        self.before = self.held()
+
+    def attach(self) -> teemate.Enclave:
+        while True:
+            try:
+                return self.broker.attach("vault")
+            except teemate.Busy:  # the broker builds what the policy names while it answers
+                self.broker.ping()
+
+    def call(self, text: bytes) -> bytes:
+        return self.slot.call("echo", text)
+
+    def held(self) -> object:
+        """This process's grants and slots, and which enclave they are on, as the broker has it."""
+        (me,) = [client for client in self.broker.clients() if client.pid == os.getpid()]
+        (vault,) = self.broker.enclaves()
+        assert vault.backend == "sgx"
+        return [grant._asdict() for grant in me.grants], vault.generation, vault.base, vault.mrenclave
+
+    def expect_nothing_lost(self, after: str, old: int) -> None:
+        assert self.call(b"still here") == b"still here"
+        assert self.held() == self.before, (self.held(), self.before)
+        assert main_pid() != old
+        tell("nothing lost", after=after, restarts=int(show("NRestarts")), held=str(self.before[0]))  # type: ignore[index]
+
+
+def reload(holder: Holder) -> None:
+    write_policy(12345)
+    run("systemctl", "reload", UNIT)
+    while not records("TEEMATE_EVENT=policy taken"):
+        holder.broker.ping()
+    try:
+        holder.broker.attach("vault")
+    except teemate.Denied:
+        pass
+    else:
+        raise AssertionError("the changed policy is not in force")
+    CONFIG.write_text("[broker]\nbackand = 1\n")
+    done = subprocess.run(["systemctl", "reload", UNIT], capture_output=True, check=False)
+    assert done.returncode != 0
+    assert "broker.toml:2" in journal()
+    assert show("ActiveState") == "active"
+    write_policy(0)
+    tell("reload took a changed policy, and failed on one with a mistake")
+
+
+def watchdog(holder: Holder) -> None:
+    old = main_pid()
+    os.kill(old, signal.SIGSTOP)
+    started = time.monotonic()
+    holder.broker.ping()  # answered by the next broker
+    tell("watchdog", seconds=round(time.monotonic() - started, 1))
+    holder.expect_nothing_lost("watchdog", old)
+    assert "Watchdog timeout" in journal()
+    # Where it was stuck, and nothing of its memory
+    assert "Fatal Python error: Aborted" in run("journalctl", "-u", UNIT, "--no-pager")
+
+
+def fields() -> None:
+    (granted, *_) = records("TEEMATE_AUDIT=grant")
+    wanted = {
+        "TEEMATE_ENCLAVE": "vault",
+        "TEEMATE_CLIENT_UID": "0",
+        "TEEMATE_CLIENT_PID": str(os.getpid()),
+        "TEEMATE_CLIENT_CGROUP": "/system.slice/machine-command.service",
+        "SYSLOG_IDENTIFIER": "teemate-broker",
+        "_SYSTEMD_UNIT": UNIT,
+    }
+    assert {name: granted[name] for name in wanted} == wanted, granted
+    assert granted["TEEMATE_SLOT"]
+    (denied,) = records("TEEMATE_AUDIT=denial")
+    assert "no [[enclave.attach]] matches" in str(denied["TEEMATE_REASON"])
+    assert "TEEMATE_CLIENT_CGROUP" in denied
+    explained = run("journalctl", "-u", UNIT, "-x", "--no-pager", "TEEMATE_AUDIT=denial")
+    assert "names the one that is missing" in explained
+    print(explained, file=sys.stderr)
+    tell("journal", fields=sorted(name for name in granted if name.startswith("TEEMATE_")))
+
+
+def main() -> None:
+    install()
+    run("systemctl", "start", "teemate-broker.socket")
+    assert show("ActiveState") == "inactive"
+    holder = Holder()
+    confined()
+    old = main_pid()
+    run("systemctl", "restart", UNIT)
+    holder.expect_nothing_lost("systemctl restart", old)
+    old = main_pid()
+    os.kill(old, signal.SIGKILL)
+    holder.broker.ping()
+    holder.expect_nothing_lost("kill -9", old)
+    reload(holder)
+    watchdog(holder)
+    fields()
+    print(run("systemctl", "status", UNIT, "--no-pager", "-n", "0"), file=sys.stderr)
+
+
+try:
+    main()
+except BaseException:
+    print(journal(), file=sys.stderr)
+    raise
