@@ -25,6 +25,7 @@ from typing import BinaryIO
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent.parent
 
+SYSTEMD = Path("/lib/systemd/systemd")
 TIME_LIMIT = 124
 """Exit status when the command was not done within the time limit (as timeout(1) has it)."""
 NO_MACHINE = 125
@@ -304,6 +305,8 @@ def boot(command: Command, machine: Machine, *, timeout: float, output: BinaryIO
 
     Returns the command's exit status, or TIME_LIMIT.  Raises NoMachineError.
     """
+    if machine.systemd and not SYSTEMD.exists():
+        raise NoMachineError(f"systemd cannot run in it: this host has no {SYSTEMD} (Debian: systemd)")
     qemu, kernel = build()
     with tempfile.TemporaryDirectory(prefix="teemate-machine-") as folder:
         files = Path(folder)
