@@ -25,6 +25,7 @@ from teemate.broker.limits import Charge, Resource
 from teemate.broker.operations import Method, changes_something, find_method
 from teemate.broker.outbox import Outbox
 from teemate.broker.requests import Answer, Request, Result, parse_request
+from teemate.broker.turns import Turn
 
 if TYPE_CHECKING:
     from teemate.broker.clients import Client
@@ -61,7 +62,8 @@ class Connection:
         self._nursery: trio.Nursery | None = None
         self._unstarted: list[tuple[Any, ...]] = []
         self._waiting = 0
-        self._has_turn = False
+        self._turn: Turn | None = None
+        """The user's turn while it is ours: who resumes may belong to another account afterwards."""
         self._greeting = trio.Event()
         self._silent: errors.LimitReached | None = None
 
@@ -170,7 +172,7 @@ class Connection:
                     return
                 if self.greeted:
                     self._greeting.set()
-                if account.turn.over:
+                if self._turn is not None and self._turn.over:
                     self.outbox.send_held()
                     await trio.lowlevel.checkpoint()
                     self._rest()
@@ -184,9 +186,9 @@ class Connection:
             if account.exhausted(Resource.DESCRIPTORS_RECEIVED):
                 self._rest()
                 await self.client.service.disposal.room_for(account)
-            if not self._has_turn:
+            if self._turn is None:
                 await account.turn.take()
-                self._has_turn = True
+                self._turn = account.turn
             try:
                 return self._receive()
             except BlockingIOError:
@@ -195,9 +197,9 @@ class Connection:
 
     def _rest(self) -> None:
         """Nothing is read until later: let others of this user do so, and send what was held back."""
-        if self._has_turn:
-            self._has_turn = False
-            self.client.account.turn.give_up()
+        if self._turn is not None:
+            turn, self._turn = self._turn, None
+            turn.give_up()
         self.outbox.send_held()
 
     def _handle(self, packet: wire.Packet) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import socket
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
 from teemate.broker import turns
+from teemate.broker.clients import Client
+from teemate.broker.connection import Connection
+from teemate.broker.limits import Ledger, Limits
 from teemate.broker.turns import SHARE, Rounds, Turn
 
 
@@ -103,3 +110,25 @@ async def test_users_with_many_connections_and_with_one_take_turns(clock: Clock)
         go.set()
     for number in range(3):
         assert sorted(answered[2 * number : 2 * number + 2]) == ["many", "one"], answered[:6]
+
+
+async def test_a_turn_is_given_back_to_the_account_that_it_was_taken_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who resumes over a connection has an account already, which may be another one."""
+    service: Any = SimpleNamespace(clients={})
+    peer: Any = SimpleNamespace(identity=SimpleNamespace(uid=0), pidfd=-1)
+    first, second = (Ledger(Limits()).account(0) for _ in range(2))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        ours.setblocking(False)
+        connection = Connection(Client(service, 1, peer, first), ours)
+        monkeypatch.setattr(
+            connection, "_handle", lambda _packet: setattr(connection.client, "account", second)
+        )
+        theirs.send(b"hello")
+        theirs.close()
+        await connection._read_requests()
+    for account in (first, second):
+        with trio.fail_after(0):
+            await account.turn.take()
