@@ -328,9 +328,7 @@ def recorded(path: str, front: Path) -> Iterator[Recorder]:
     assert not failures, f"messages that client/protocol.cddl does not allow: {failures}"
 
 
-def test_what_the_library_says_is_valid(
-    shared: RunningBroker, program: StartProgram, tmp_path: Path
-) -> None:
+def test_what_the_library_says_is_valid(shared: RunningBroker, program: StartProgram, tmp_path: Path) -> None:
     with recorded(shared.socket, tmp_path / "front") as recorder:
         user = program()
         user.connect(f"{tmp_path}/front", "n" * 64)

@@ -43,9 +43,7 @@ def install(folder: Path, sanitizer: str) -> Path:
     return prefix / "lib"
 
 
-def test_everything_holds_with_address_and_undefined_behaviour_sanitizers(
-    full: None, tmp_path: Path
-) -> None:
+def test_everything_holds_with_address_and_undefined_behaviour_sanitizers(full: None, tmp_path: Path) -> None:
     environment = {
         **os.environ,
         "TEEMATE_TEST_C_LIBRARY": str(install(tmp_path, "address,undefined")),

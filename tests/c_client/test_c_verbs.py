@@ -137,9 +137,7 @@ def test_a_program_attaches_calls_and_leaves_nothing_behind(
     assert all_come_back(shared, "vault", total)
 
 
-def test_enclaves_are_listed_as_the_broker_has_them(
-    shared: RunningBroker, program: StartProgram
-) -> None:
+def test_enclaves_are_listed_as_the_broker_has_them(shared: RunningBroker, program: StartProgram) -> None:
     user = program()
     user.connect(shared.socket)
     with teemate.connect(shared.socket) as connection:
@@ -245,9 +243,7 @@ def test_calls_fail_as_the_enclave_says(shared: RunningBroker, program: StartPro
     assert user.call(lease, "echo", b"still here") == b"still here"
 
 
-def test_a_fault_is_told_and_costs_only_its_slot(
-    shared: RunningBroker, program: StartProgram
-) -> None:
+def test_a_fault_is_told_and_costs_only_its_slot(shared: RunningBroker, program: StartProgram) -> None:
     total = TOTAL["faults"]
     user = program()
     user.connect(shared.socket)
@@ -267,9 +263,7 @@ def test_a_fault_is_told_and_costs_only_its_slot(
     assert all_come_back(shared, "faults", total)
 
 
-def test_a_call_that_takes_too_long_is_given_up(
-    shared: RunningBroker, program: StartProgram
-) -> None:
+def test_a_call_that_takes_too_long_is_given_up(shared: RunningBroker, program: StartProgram) -> None:
     total = TOTAL["faults"]
     user = program()
     user.connect(shared.socket)

@@ -46,6 +46,7 @@ from running_broker import RunningBroker, run_broker  # noqa: E402
 from teemate import errors, wire  # noqa: E402
 from teemate.broker.clients import Client  # noqa: E402
 from teemate.broker.connection import Connection  # noqa: E402
+from teemate.broker.grants import Grant, Waiter  # noqa: E402
 from teemate.broker.identity import Identity, Peer  # noqa: E402
 from teemate.broker.policy import load_policy  # noqa: E402
 from teemate.broker.service import Service  # noqa: E402
@@ -290,6 +291,7 @@ async def in_process(policy: Path, corpus: list[dict[str, Any]], images: Images,
         await _calm(service)
         used = {resource.value: count for resource, count in service.ledger.account(0).used.items() if count}
         used.pop("pages", None)  # enclaves that were created live on
+        held = _held() if used else []
         gc.collect()
         end = rss()
         for enclave in [name for name in service.enclaves if name != "vault"]:
@@ -306,14 +308,31 @@ async def in_process(policy: Path, corpus: list[dict[str, Any]], images: Images,
         running.cancel_scope.cancel()
     os.close(mutator.image)
     mutator.close()
-    if used:
-        raise FuzzingError(f"in process: {used} are still charged")
-    if log.errors:
+    if log.errors:  # first: it may be why something is left
         raise FuzzingError(log.errors[0])
+    if used:
+        raise FuzzingError(f"in process: {used} are still charged, for {held}")
     return Outcome(
         "in process", options.seed, done, time.monotonic() - started, dict(target.replies), target.breaches,
         0, warm, end, before, after,
     )  # fmt: skip
+
+
+def _held() -> list[str]:
+    """The grants that have slots, and who waits for some: what a charge that is left belongs to."""
+    found = []
+    for thing in gc.get_objects():
+        if isinstance(thing, Grant) and thing.charges:
+            enclave, client = thing.enclave, thing.client
+            slots = {index: enclave.slots.slots[index].state.value for index in thing.charges}
+            found.append(
+                f"grant {thing.number} (over {thing.over}, revoked {thing.revoked}) of client {client.number}"
+                f" (left {client.left}) on {enclave.name} generation {enclave.generation},"
+                f" {enclave.state.value}: {slots}"
+            )
+        elif isinstance(thing, Waiter):
+            found.append(f"a request that waits for {len(thing.charges)} slots: {thing.error!r}")
+    return found
 
 
 def _keep(data: bytes) -> None:
