@@ -56,6 +56,10 @@ def _slots_json(holders: Holders) -> dict[str, object]:
     }
 
 
+def _many(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def _who(process: ProcessInfo) -> str:
     return f"client {process.client} ({process.name or 'no name'}, pid {process.pid}, uid {process.uid})"
 
@@ -97,10 +101,9 @@ def _show_slots(name: str, holders: Holders, *, everything: bool) -> None:
     blockers = ", ".join(f"{_who(process)}: {count}" for process, count in held.most_common(4))
     more = f" and {len(held) - 4} more" if len(held) > 4 else ""
     for number, request in enumerate(holders.waiting):
-        ahead = f", behind {number} others" if number else ""
-        click.echo(
-            f"{_who(request.process)} waits for {request.slots} slots since {request.waited:.1f} s{ahead}"
-        )
+        ahead = f", behind {_many(number, 'other')}" if number else ""
+        wanted = _many(request.slots, "slot")
+        click.echo(f"{_who(request.process)} waits for {wanted} since {request.waited:.1f} s{ahead}")
     click.echo(f"Slots are held by {blockers}{more}.")
 
 
@@ -132,7 +135,7 @@ def usage(path: str | None, as_json: bool) -> None:
         for part in parts
     ]  # fmt: skip
     headings = ("cgroup", "uid", "processes", "slots", "enclaves", "maps", "its part")
-    _print(f"{len(enclaves)} enclaves, {about_size(total)}", headings, rows)
+    _print(f"{_many(len(enclaves), 'enclave')}, {about_size(total)}", headings, rows)
 
 
 class _Part(NamedTuple):
@@ -152,10 +155,10 @@ def _parts(enclaves: Sequence[EnclaveInfo], clients: Sequence[ClientInfo]) -> li
     bytes_of = {info.name: info.pages * _PAGE for info in enclaves}
     users: dict[tuple[str, int], list[ClientInfo]] = {}
     for client in clients:
-        if client.grants:
+        if any(grant.slots for grant in client.grants):  # who only waits for slots maps nothing yet
             users.setdefault((client.cgroup, client.uid), []).append(client)
     attached = {
-        key: tuple(sorted({grant.enclave for client in group for grant in client.grants}))
+        key: tuple(sorted({grant.enclave for client in group for grant in client.grants if grant.slots}))
         for key, group in users.items()
     }
     sharers = Counter(name for names in attached.values() for name in names)

@@ -153,6 +153,7 @@ def test_what_containers_share_is_counted_once() -> None:
         client(2, "/b", "vault", "other"),
         client(3, "/b", "vault"),
         client(4, "/c"),
+        ClientInfo(5, "", 5, 0, 0, "/d", 0.0, 0, (GrantInfo(5, "vault", ()),)),  # waits for its first slot
     ]
     parts = _parts(enclaves, clients)  # type: ignore[arg-type]
     assert [(part.cgroup, part.processes, part.part_bytes // 4096) for part in parts] == [
