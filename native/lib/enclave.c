@@ -123,6 +123,8 @@ static int open_checked(struct teemate_enclave *enclave, const struct teemate_se
     if (fault)
         return diag_set(diag, -EINVAL, TEEMATE_STEP_MAP, EINVAL, 0, "a segment of the enclave is %s", fault);
 
+    if (enclave_check_runtime(diag) != 0) /* before the driver's enclave is looked at by mapping it */
+        return -ENOTSUP;
     enclave->segments = malloc((count ? count : 1) * sizeof(*segments));
     if (!enclave->segments)
         return diag_set(diag, -ENOMEM, TEEMATE_STEP_MAP, ENOMEM, 0, "no memory for %zu segments", count);

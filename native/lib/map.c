@@ -97,17 +97,26 @@ static const char *hostile_runtime(void)
     return NULL;
 }
 
-int teemate_map(struct teemate_enclave *enclave, struct teemate_diag *diag)
+int enclave_check_runtime(struct teemate_diag *diag)
 {
     const char *runtime = hostile_runtime();
+
+    if (runtime == NULL)
+        return 0;
+    return diag_set(diag, -ENOTSUP, TEEMATE_STEP_MAP, 0, 0,
+                    "a program built with %s cannot hold an enclave: its runtime owns the address window", runtime);
+}
+
+int teemate_map(struct teemate_enclave *enclave, struct teemate_diag *diag)
+{
     int error = 0;
 
     if (!enclave_is_ours(enclave))
         return diag_set(diag, -ENOTCONN, TEEMATE_STEP_MAP, 0, 0,
                         "this enclave was opened before fork(): the child has to attach itself");
-    if (runtime)
-        return diag_set(diag, -ENOTSUP, TEEMATE_STEP_MAP, 0, 0,
-                        "a program built with %s cannot hold an enclave: its runtime owns the address window", runtime);
+    error = enclave_check_runtime(diag);
+    if (error)
+        return error;
     if (!enclave->finished)
         return diag_set(diag, -EINVAL, TEEMATE_STEP_MAP, 0, 0, "an enclave is mapped after EINIT");
     pthread_mutex_lock(&enclave->lock);
