@@ -43,9 +43,10 @@ with teemate.connect(socket) as broker, broker.attach("faults", slots=1) as encl
         elif how == "deaf":  # nothing of the library's takes the call back
             from teemate._native import ffi, lib
             call = ffi.new("struct teemate_call *")
-            error = lib.teemate_slot_call(slot._handle, b"loop", 4, b"", 0, ffi.NULL, 0, 0, call)
-            while not error and call.outcome == lib.TEEMATE_CALL_PAUSED:
-                error = lib.teemate_slot_resume(slot._handle, 0, call)
+            with slot._busy:  # as in any call: else the slot is closed where this one is paused
+                error = lib.teemate_slot_call(slot._handle, b"loop", 4, b"", 0, ffi.NULL, 0, 0, call)
+                while not error and call.outcome == lib.TEEMATE_CALL_PAUSED:
+                    error = lib.teemate_slot_resume(slot._handle, 0, call)
             print("ended" if error or call.outcome != lib.TEEMATE_CALL_DONE else "done", flush=True)
             sys.stdin.read()
         elif how == "park":
