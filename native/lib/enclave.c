@@ -2,6 +2,7 @@
 /* An enclave as a value: made or opened, looked at, closed. */
 #include "enclave.h"
 
+#include <dlfcn.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
@@ -101,6 +102,26 @@ static uint32_t count_tcs(const struct teemate_enclave *enclave)
         if (enclave->segments[i].type == SGX_PT_TCS)
             pages += enclave->segments[i].size / SGX_PAGE;
     return (uint32_t)pages;
+}
+
+/* Their shadow memory has no place for our window: a plain message instead of a crash. */
+static const char *hostile_runtime(void)
+{
+    if (dlsym(RTLD_DEFAULT, "__tsan_init"))
+        return "ThreadSanitizer";
+    if (dlsym(RTLD_DEFAULT, "__msan_init"))
+        return "MemorySanitizer";
+    return NULL;
+}
+
+int enclave_check_runtime(struct teemate_diag *diag)
+{
+    const char *runtime = hostile_runtime();
+
+    if (runtime == NULL)
+        return 0;
+    return diag_set(diag, -ENOTSUP, TEEMATE_STEP_MAP, 0, 0,
+                    "a program built with %s cannot hold an enclave: its runtime owns the address window", runtime);
 }
 
 static int open_checked(struct teemate_enclave *enclave, const struct teemate_segment *segments, size_t count,

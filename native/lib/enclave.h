@@ -115,7 +115,7 @@ int backend_choose(int wanted, const struct backend **backend, struct teemate_di
 /* enclave.c: an empty enclave; teemate_close ends it at any stage of building. */
 int enclave_new(const struct backend *backend, struct teemate_enclave **enclave, struct teemate_diag *diag);
 
-/* map.c: -ENOTSUP in a program whose sanitizer has the address window: nothing can be mapped there. */
+/* enclave.c: -ENOTSUP in a program whose sanitizer has the address window: nothing can be mapped there. */
 int enclave_check_runtime(struct teemate_diag *diag);
 /* map.c: take away all that was mapped for the enclave (also nothing); called by teemate_close. */
 void enclave_unmap(struct teemate_enclave *enclave);

@@ -10,7 +10,6 @@
  * long as attaching to a small one.  Linux's driver looks at every page of a range that is
  * mapped (sgx_encl_may_map), so there it grows with segments and pages.
  */
-#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -85,26 +84,6 @@ static int reserve(struct teemate_enclave *enclave, struct teemate_diag *diag)
                         "cannot reserve %" PRIu64 " MiB of address space at %#" PRIx64 ": %s; look at RLIMIT_AS (ulimit -v)",
                         size >> 20, enclave->base, strerror(error));
     return 0;
-}
-
-/* Their shadow memory has no place for our window: a plain message instead of a crash. */
-static const char *hostile_runtime(void)
-{
-    if (dlsym(RTLD_DEFAULT, "__tsan_init"))
-        return "ThreadSanitizer";
-    if (dlsym(RTLD_DEFAULT, "__msan_init"))
-        return "MemorySanitizer";
-    return NULL;
-}
-
-int enclave_check_runtime(struct teemate_diag *diag)
-{
-    const char *runtime = hostile_runtime();
-
-    if (runtime == NULL)
-        return 0;
-    return diag_set(diag, -ENOTSUP, TEEMATE_STEP_MAP, 0, 0,
-                    "a program built with %s cannot hold an enclave: its runtime owns the address window", runtime);
 }
 
 int teemate_map(struct teemate_enclave *enclave, struct teemate_diag *diag)
