@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from backends import PATIENCE
@@ -46,4 +47,21 @@ def wait_for_end(pids: Iterable[int]) -> None:
     left, deadline = list(pids), time.monotonic() + DEADLINE
     while left := [pid for pid in left if not has_ended(pid)]:
         assert time.monotonic() < deadline, f"processes {left} do not end"
+        time.sleep(0.001)
+
+
+def descriptors(pid: int) -> dict[Path, str]:
+    """What the process has open, by its place in /proc; without what it closes meanwhile."""
+    found = {}
+    for place in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found[place] = os.readlink(place)
+    return found
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    """Return when the condition holds; `what` says what it is."""
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline, f"not so within {DEADLINE:g} s: {what}"
         time.sleep(0.001)

@@ -17,6 +17,7 @@ from backends import NUMBER, PATIENCE
 from c_programs import EXAMPLES, EXTRA_FLAGS, PREFIX, Program, Refused, compile_program, flags
 from images import Images
 from policies import enclave_policy
+from processes import wait_until
 from running_broker import RunningBroker
 
 import teemate
@@ -29,11 +30,15 @@ TOTAL = {"vault": 12, "faults": 8}
 """Slots of the images that the shared broker has."""
 
 
-def free_slots(running: RunningBroker, name: str) -> int:
-    """Slots of an enclave that nobody has."""
+def slots_of(running: RunningBroker, name: str) -> teemate.SlotCounts:
     with teemate.connect(running.socket) as connection:
         (slots,) = [info.slots for info in connection.enclaves() if info.name == name]
-        return slots.free
+        return slots
+
+
+def free_slots(running: RunningBroker, name: str) -> int:
+    """Slots of an enclave that nobody has."""
+    return slots_of(running, name).free
 
 
 def all_come_back(running: RunningBroker, name: str, expected: int) -> bool:
@@ -351,6 +356,7 @@ def test_detaching_ends_the_waiting_of_other_threads_for_slots(
     lease = user.take(grant)
     user.do("start", 0, "take", grant, 60000)
     user.do("start", 1, "acquire", grant, 1, 60000)
+    wait_until(lambda: slots_of(running, "small").waiting, "a thread waits for another slot")
     with pytest.raises(Refused, match="waits for slots") as caught:
         user.do("detach", grant)  # the broker is still asked for one
     assert caught.value.code == "busy"
