@@ -321,8 +321,8 @@ def boot(command: Command, machine: Machine, *, timeout: float, output: BinaryIO
             line = _qemu(
                 machine, command, qemu=qemu, kernel=kernel, files=files, output=pipes[0], errors=pipes[-1]
             )
-            # timeout(1) ends QEMU even if this process is killed.
-            bound = ["timeout", "--kill-after=5", str(timeout)]
+            # timeout(1) ends QEMU in any case, and at once if this process is killed.
+            bound = ["setpriv", "--pdeathsig", "TERM", "timeout", "--kill-after=5", str(timeout)]
             stack.enter_context(_following(console, copy=machine.verbose))
             with subprocess.Popen([*bound, *line], stdin=subprocess.DEVNULL, pass_fds=pipes) as process:
                 try:
