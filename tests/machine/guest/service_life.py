@@ -69,6 +69,7 @@ def write_policy(uid: int) -> None:
 
 def install() -> None:
     shutil.copytree(Path(sys.argv[1]).parent, IMAGES)  # the service has a /tmp of its own
+    IMAGES.chmod(0o755)  # and is another user than the tests
     for file in IMAGES.glob(f"{Path(sys.argv[1]).stem}.*"):
         file.rename(IMAGES / f"vault{file.suffix}")
     tell("installed", said=run("teemate-broker", "install").count("installed"))
