@@ -1,0 +1,194 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The database's ECALLs, as its callers see them: SQLite in the enclave, one connection
+ * per slot.  The mirror for Python is teemate.db.
+ *
+ * All integers are little endian, nothing is padded.  A status that is not 0 is the SDK's
+ * (enum tm_status): the call was not understood, or not done at all.  What SQLite has to say
+ * comes back as a result.
+ *
+ *   db_open       struct db_open, name                   -> struct db_opened
+ *   db_run        struct db_run, operations              -> results
+ *   db_close      nothing                                -> nothing; what is open is rolled back
+ *   db_interrupt  struct db_interrupt                    -> nothing
+ *   db_statistics nothing                                -> struct db_statistics
+ *
+ * A slot whose holder is gone, however, is as one that said db_close: its transaction
+ * is rolled back and its locks are free when the slot is repaired.
+ *
+ * ROWS AND PARAMETERS of n values: n types, one byte each (enum db_type); n fields of 8 bytes: the
+ * integer, the double, the length of the text or blob in bytes, 0 for NULL; then the
+ * bytes of texts (UTF-8) and blobs, one after the other.
+ */
+#ifndef TEEMATE_DB_H
+#define TEEMATE_DB_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define DB_VERSION 1u
+#define DB_NAME_MAX 64u
+
+enum db_type { DB_NULL = 0, DB_INTEGER = 1, DB_REAL = 2, DB_TEXT = 3, DB_BLOB = 4 };
+
+enum db_open_flags {
+    DB_OPEN_READONLY = 1, /* nothing can be written; the database has to be there */
+    DB_OPEN_CREATE = 2,   /* make it if it is not there */
+    DB_OPEN_MEMORY = 4,   /* of this slot alone, in EPC; no name */
+};
+
+/*
+ * Followed by the name: 1 to DB_NAME_MAX of A-Z a-z 0-9 _ - and . (not first).  A slot has one
+ * connection: TM_E_STATE when it is open already.  0 takes the default.
+ */
+struct db_open {
+    uint32_t version; /* DB_VERSION */
+    uint32_t flags;
+    uint32_t busy_ms;      /* how long to wait for another connection's lock; 0: not at all */
+    uint32_t cursors;      /* most at a time; default and most DB_CURSORS_MAX */
+    uint64_t memory;       /* bytes that the connection may take of the enclave's heap, its page cache included */
+    uint32_t statement_ms; /* how long one operation may take; 0: no limit.  Counted by the enclave's clock: a quarter of a second coarse */
+    uint32_t name_length;
+};
+_Static_assert(sizeof(struct db_open) == 32, "db_open");
+
+#define DB_CURSORS_MAX 256u
+#define DB_MEMORY_DEFAULT (8u << 20)
+#define DB_MEMORY_MIN (1u << 20)
+
+/* A failed open has a struct db_error in its place: the status of the ECALL is then DB_FAILED. */
+struct db_opened {
+    uint64_t connection; /* for db_interrupt */
+    uint32_t slot;
+    uint32_t sqlite_version; /* 3054000 */
+};
+_Static_assert(sizeof(struct db_opened) == 16, "db_opened");
+
+#define DB_FAILED 1 /* status */
+
+/* ---- db_run ------------------------------------------------------------------ */
+
+/*
+ * Operations are done in their order; the first that fails is the last that has a result (kind
+ * DB_ERROR).  There may be fewer results than operations without an error: then the reply was full,
+ * and the rest was not begun.
+ */
+struct db_run {
+    uint32_t count;    /* of operations */
+    uint32_t reserved; /* 0 */
+    uint64_t interrupt; /* 0, or where in the caller's memory a uint32_t lies that is looked at while a statement runs: SQLITE_INTERRUPT once it is not 0 */
+};
+_Static_assert(sizeof(struct db_run) == 16, "db_run");
+
+enum db_kind {
+    DB_EXECUTE = 1, /* one statement; results DB_ROWS */
+    DB_FETCH = 2,   /* more rows of `cursor`; result DB_ROWS */
+    DB_END = 3,     /* forget `cursor`; no error when it is gone; result DB_ROWS with nothing in it */
+    DB_SCRIPT = 4,  /* statements without parameters, rows are dropped; result DB_ROWS */
+};
+
+enum db_execute_flags {
+    DB_NAMED = 1,    /* parameters are given by name, see below */
+    DB_DESCRIBE = 2, /* columns are wanted in the result */
+    DB_ONCE = 4,     /* do not keep the statement prepared */
+};
+
+enum db_begin { DB_BEGIN_NONE = 0, DB_BEGIN_DEFERRED = 1, DB_BEGIN_IMMEDIATE = 2, DB_BEGIN_EXCLUSIVE = 3 };
+
+/*
+ * Followed by the text of SQL (UTF-8, no NUL), then `sets` sets of `parameters` values.  With
+ * DB_NAMED there come before the sets, once, `parameters` names: uint16_t length and the name without its
+ * ':', '@' or '$'; a statement's parameter that has no value is an error, a name that it does not
+ * have is not.  Without: as many values as the statement has parameters.
+ *
+ * A statement that returns rows wants one set (or none when it has no parameters).  Others are done
+ * once for each set; with no sets and no parameters once.  0 sets but parameters in the statement: an error.
+ */
+struct db_operation {
+    uint8_t kind;
+    uint8_t flags;
+    uint8_t begin; /* DB_EXECUTE: begin a transaction before an INSERT, UPDATE, DELETE or REPLACE when none is open */
+    uint8_t reserved; /* 0 */
+    uint16_t parameters;
+    uint16_t reserved2; /* 0 */
+    uint32_t sets;
+    uint32_t rows;   /* at most so many in this result; 0: the cursor is opened (or left) without fetching */
+    uint32_t cursor; /* FETCH, END */
+    uint32_t text;   /* bytes of SQL */
+    uint32_t length; /* bytes of names and sets */
+};
+_Static_assert(sizeof(struct db_operation) == 28, "db_operation");
+
+enum db_result_kind { DB_ROWS = 1, DB_ERROR = 2 };
+
+enum db_result_flags {
+    DB_MORE = 1,        /* there may be more rows: `cursor` is open until DB_END, or the DB_FETCH that has no DB_MORE */
+    DB_TRANSACTION = 2, /* a transaction is open now */
+    DB_READS = 4,       /* the statement writes nothing */
+    DB_CHANGES = 8,     /* it was an INSERT, UPDATE, DELETE or REPLACE: `changes` counts */
+};
+
+/*
+ * Followed by the columns when they were wanted (uint16_t length and name, uint16_t length and declared type, each;
+ * a length of 65535: none), then the rows.
+ */
+struct db_rows {
+    uint8_t kind; /* DB_ROWS */
+    uint8_t flags;
+    uint16_t columns; /* 0: the statement returns no rows */
+    uint32_t count;   /* of rows here */
+    uint32_t cursor;  /* 0 without DB_MORE */
+    uint32_t described; /* bytes of the columns' names and types */
+    uint32_t length;  /* bytes of the rows */
+    uint32_t reserved;
+    int64_t changes;  /* rows that all sets together have changed */
+    int64_t last_rowid; /* of the connection */
+};
+_Static_assert(sizeof(struct db_rows) == 40, "db_rows");
+
+/* Followed by the message, UTF-8. */
+struct db_error {
+    uint8_t kind; /* DB_ERROR */
+    uint8_t flags; /* DB_TRANSACTION */
+    uint16_t reserved;
+    int32_t code;     /* SQLite's extended result code, or a negative enum db_own_code */
+    int32_t offset;   /* in the text of SQL, or -1 */
+    uint32_t set;     /* which set of parameters */
+    uint32_t needed;  /* DB_E_ROOM: bytes that the reply should have room for */
+    uint32_t length;  /* of the message */
+};
+_Static_assert(sizeof(struct db_error) == 24, "db_error");
+
+enum db_own_code {
+    DB_E_TAMPERED = -1,   /* a file is not what the enclave wrote: changed, swapped, or an older one */
+    DB_E_PARAMETERS = -2, /* too many or too few for the statement */
+    DB_E_STATEMENTS = -3, /* more than one statement, where one is wanted */
+    DB_E_CURSOR = -4,     /* no such cursor: it was ended */
+    DB_E_CURSORS = -5,    /* more open at once than the connection may have */
+    DB_E_ROOM = -6,       /* not even one row fits: fetch again from a reply with `needed` bytes; `set` is the cursor */
+    DB_E_TIME = -7,       /* the statement took longer than statement_ms */
+    DB_E_REQUEST = -8,    /* the operation is none: a length or number in it cannot be */
+};
+
+/* Bytes that the reply needs whatever happens: smaller ones are TM_E_SPACE. */
+#define DB_REPLY_MIN 1024u
+
+/* ---- the rest ------------------------------------------------------------------ */
+
+/* From any slot of the same identity: its statement ends with SQLITE_INTERRUPT.  TM_E_STATE: it is closed. */
+struct db_interrupt {
+    uint32_t slot;
+    uint32_t reserved; /* 0 */
+    uint64_t connection;
+};
+_Static_assert(sizeof(struct db_interrupt) == 16, "db_interrupt");
+
+struct db_statistics {
+    uint64_t memory_now, memory_most, memory_limit; /* bytes of this connection */
+    uint64_t cursors, statements;                   /* open cursors, statements that are kept prepared */
+    uint64_t heap_free_largest;                     /* of the enclave, bytes */
+    uint64_t cache_hits, cache_misses;              /* of this connection's page cache */
+};
+_Static_assert(sizeof(struct db_statistics) == 64, "db_statistics");
+
+#endif
