@@ -27,7 +27,7 @@
 #include <stdint.h>
 
 #define DB_VERSION 1u
-#define DB_NAME_MAX 64u
+#define DB_NAME_MAX 48u
 
 enum db_type { DB_NULL = 0, DB_INTEGER = 1, DB_REAL = 2, DB_TEXT = 3, DB_BLOB = 4 };
 
@@ -38,8 +38,8 @@ enum db_open_flags {
 };
 
 /*
- * Followed by the name: 1 to DB_NAME_MAX of A-Z a-z 0-9 _ - and . (not first).  A slot has one
- * connection: TM_E_STATE when it is open already.  0 takes the default.
+ * Followed by the name: 1 to DB_NAME_MAX of A-Z a-z 0-9, from the second on also . _ and -, not ending
+ * in -wal or -journal.  A slot has one connection: TM_E_STATE when it is open already.  0 takes the default.
  */
 struct db_open {
     uint32_t version; /* DB_VERSION */
