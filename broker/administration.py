@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, final
@@ -13,6 +14,7 @@ import trio
 
 from teemate import errors
 from teemate._backend import choose_backend
+from teemate.broker.building import Builds
 from teemate.broker.enclaves import (
     PAGE,
     SIGSTRUCT_SIZE,
@@ -50,19 +52,14 @@ class Administration:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._copies = ImageCopies()
-        self.building: set[str] = set()
-        """Names of enclaves that are being built, or will be before the broker is ready."""
-        self._not_building = trio.lowlevel.ParkingLot()
+        self.building = Builds()
         self.not_built: set[str] = set()
         """Enclaves of the policy that failed to start with the broker."""
 
     # -- making ----------------------------------------------------------------
 
-    async def start_boot_enclaves(self) -> None:
-        """Build the enclaves that the policy wants from the start, one after the other.
-
-        One that cannot be built is logged with the reason; the others and the broker go on.
-        """
+    def expect_boot_enclaves(self) -> list[EnclavePolicy]:
+        """Return what the policy wants from the start and nobody builds yet: attaches wait from here on."""
         service = self._service
         wanted = [
             policy
@@ -73,34 +70,37 @@ class Administration:
             and service.lifecycle.stored(policy.name) is None
             and not service.lifecycle.emptied
         ]
-        self.building.update(policy.name for policy in wanted)
-        self.not_built.clear()
         for policy in wanted:
+            self.building.begin(policy, self._backend(policy), requested=False)
+        return wanted
+
+    async def start_boot_enclaves(self, expected: Sequence[EnclavePolicy] = ()) -> None:
+        """Build what was `expected`, and what else the policy wants from the start, one after the other.
+
+        One that cannot be built is logged with the reason; the others and the broker go on.
+        """
+        service = self._service
+        self.not_built.clear()
+        for policy in [*expected, *self.expect_boot_enclaves()]:
             assert policy.image is not None  # the policy's reader wants one for "boot"
             assert policy.sigstruct is not None
             try:
                 self._require_filled()
                 sigstruct = _read_sigstruct(policy.sigstruct)
                 fd = os.open(policy.image, os.O_RDONLY | os.O_CLOEXEC)
-                backend = policy.backend if policy.backend != "auto" else service.backend
-                await self._make(policy, backend, ImageSource(fd, sigstruct, str(policy.image)), None)
+                source = ImageSource(fd, sigstruct, str(policy.image))
+                await self._make(policy, self._backend(policy), source, None)
             except (OSError, errors.Error, WardenError) as error:
                 self.not_built.add(policy.name)
                 service.log.warning(
                     "enclave not built", enclave=policy.name, image=str(policy.image), reason=str(error)
                 )
             finally:
-                self.end_building(policy.name)
+                self.building.end(policy.name)
 
-    def end_building(self, name: str) -> None:
-        """It is built or not: others may use the name."""
-        self.building.discard(name)
-        self._not_building.unpark_all()
-
-    async def wait_built(self) -> None:
-        """Return when nothing is being built."""
-        while self.building:
-            await self._not_building.park()
+    def _backend(self, policy: EnclavePolicy, wanted: str = "auto") -> str:
+        """Which backend the enclave gets: what a request wants, else its entry, else the broker's."""
+        return next((name for name in (wanted, policy.backend) if name != "auto"), self._service.backend)
 
     def _require_filled(self) -> None:
         """Raise Draining when the host is being emptied, or is empty."""
@@ -119,7 +119,8 @@ class Administration:
         except BaseException:
             client.dispose((image_fd,))
             raise
-        self.building.add(args.name)
+        backend = self._backend(policy, args.backend)
+        self.building.begin(replace(policy, debug=args.debug), backend, requested=True)
         return self._create(client, args, image_fd, policy, rules, maker)
 
     def _check_create(self, client: Client, args: Create) -> tuple[EnclavePolicy, list[CreateRule]]:
@@ -177,7 +178,7 @@ class Administration:
         finally:
             if enclave is None and source is not None:
                 source.close()
-            self.end_building(args.name)
+            self.building.end(args.name)
         service.audit.changed(client.identity, client=client.number, operation="create", enclave=enclave.name)
         return Answer(enclave.info())
 
@@ -237,6 +238,9 @@ class Administration:
         `instead_of`, which the caller retires.
         """
         assert self._service.enclaves.get(enclave.name) is instead_of
+        # It may have changed since the building began.
+        entry = self._service.policy.entry_for(enclave.policy, requested=enclave.requested)
+        enclave.policy = entry or enclave.policy
         enclave.state = EnclaveState.DRAINING if enclave.drained else EnclaveState.READY
         enclave.reason = enclave.drained
         self._service.enclaves[enclave.name] = enclave

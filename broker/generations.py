@@ -59,6 +59,14 @@ class Generations:
         """Return what is set when its next generation is there or was given up; None when none is due."""
         return self._pending.get(enclave)
 
+    @staticmethod
+    def late(enclave: Enclave, waited: float) -> errors.EnclaveLost:
+        """Return the error for who has waited so many seconds for its next generation."""
+        return errors.EnclaveLost(
+            f"enclave {enclave.name!r} is {enclave.state.value}: {enclave.reason}; its next generation was"
+            f" not there within {waited:g} s, which [[enclave]] wait bounds: attach again later"
+        )
+
     def begin(self, enclave: Enclave) -> trio.Event:
         """Have attaches wait while an upgrade builds the next generation; :meth:`finish` ends that."""
         self._pending[enclave] = done = trio.Event()

@@ -6,7 +6,9 @@ so an attach that finds slots free is answered in the task that received it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, final
 
 import trio
@@ -22,6 +24,7 @@ from teemate.broker.slots import SlotState, Ticket
 
 if TYPE_CHECKING:
     from teemate.broker.clients import Client
+    from teemate.broker.policy import EnclavePolicy
     from teemate.broker.service import Service
 
 __all__ = ["Granting"]
@@ -38,13 +41,20 @@ class Granting:
 
     def attach(self, client: Client, args: requests.Attach) -> requests.Result:
         """Give a grant with `args.slots` slots, now or when they are free."""
+        build = self._service.administration.building.get(args.enclave)
+        if build is not None:
+            missing = build.missing_rule(client.identity, self._service.cgroup_tree)
+            if missing is not None:
+                raise self._service.denied(client, "attach", missing)
+            return self._attach_when(build.over, build.policy, build.late, client, args)
         enclave = self._service.enclave(args.enclave)
         missing = self._service.missing_rule(client, enclave)
         if missing is not None:
             raise self._service.denied(client, "attach", missing)
         rebuilt = self._service.generations.pending(enclave)
         if rebuilt is not None:
-            return self._attach_when_rebuilt(client, args, enclave, rebuilt)
+            late = partial(self._service.generations.late, enclave)
+            return self._attach_when(rebuilt, enclave.policy, late, client, args)
         self._require_ready(enclave)
         policy = enclave.policy
         uid = client.identity.uid
@@ -73,19 +83,21 @@ class Granting:
             return self._attached(grant, ticket.slots)
         return self._attach_later(grant, ticket, args.wait)
 
-    async def _attach_when_rebuilt(
-        self, client: Client, args: requests.Attach, enclave: Enclave, rebuilt: trio.Event
+    async def _attach_when(
+        self,
+        there: trio.Event,
+        policy: EnclavePolicy,
+        late: Callable[[float], errors.Error],
+        client: Client,
+        args: requests.Attach,
     ) -> Answer:
-        """Wait for the next generation as for slots, then attach to it."""
-        longest = enclave.policy.wait if args.wait is None else min(args.wait, enclave.policy.wait)
+        """Wait for an enclave as for slots, then attach to it within what is left of the time."""
+        longest = _longest(policy, args.wait)
         started = trio.current_time()
         with trio.move_on_after(longest):
-            await rebuilt.wait()
-        if not rebuilt.is_set():
-            raise errors.EnclaveLost(
-                f"enclave {enclave.name!r} is {enclave.state.value}: {enclave.reason}; its next generation"
-                f" was not there within {longest:g} s, which [[enclave]] wait bounds: attach again later"
-            )
+            await there.wait()
+        if not there.is_set():
+            raise late(longest)
         left = max(0.0, longest - (trio.current_time() - started))
         result = self.attach(client, replace(args, wait=left))
         return result if isinstance(result, Answer) else await result
@@ -224,7 +236,7 @@ class Granting:
         """Return the ticket's slots when it is served; gives everything back when it is not."""
         enclave = grant.enclave
         waiter = self._service.reclaimer.waiters[ticket]
-        longest = enclave.policy.wait if wait is None else min(wait, enclave.policy.wait)
+        longest = _longest(enclave.policy, wait)
         taken = False
         try:
             await enclave.recovered.wait()  # after a restart slots are not free yet that were, or will be
@@ -383,3 +395,8 @@ class Granting:
         self._service.audit.ended(
             client.identity, client=client.number, enclave=enclave.name, grant=grant.number, why=why
         )
+
+
+def _longest(policy: EnclavePolicy, wait: float | None) -> float:
+    """How many seconds a request waits that said `wait`."""
+    return policy.wait if wait is None else min(wait, policy.wait)

@@ -163,7 +163,7 @@ class Lifecycle:
                     nursery.start_soon(one, enclave, deadline)
             if args.enclave is None:  # what is being made is taken down again
                 with trio.move_on_at(deadline):
-                    await service.administration.wait_built()
+                    await service.administration.building.wait_all()
 
         await service.revocation.finish_in_background(run)
         return Answer({"enclaves": sorted(told, key=lambda info: str(info["enclave"]))})
@@ -321,7 +321,8 @@ class Lifecycle:
         if stored is None:
             return "it is being built already, or was destroyed"
         del self._stored[name]
-        service.administration.building.add(name)
+        building = service.administration.building
+        building.begin(stored.policy, stored.backend, requested=stored.payer is not None)
         try:
             enclave = await service.administration.build(
                 stored.policy, stored.backend, stored.source, None, generation=stored.generation + 1
@@ -335,7 +336,7 @@ class Lifecycle:
             service.log.warning("enclave not built", enclave=name, image=image, reason=str(error))
             return str(error)
         finally:
-            service.administration.end_building(name)
+            building.end(name)
         enclave.source, enclave.charge = stored.source, stored.charge
         enclave.payer, enclave.maker = stored.payer, stored.maker
         enclave.requested = stored.payer is not None

@@ -110,6 +110,7 @@ class Reloading:
             if found is None and not enclave.requested:
                 self.warn_of_missing(enclave.name)
             enclave.policy = found or enclave.policy
+        service.administration.building.adopt(policy)
         service.lifecycle.adopt(policy)
         service.state.write_enclaves()
         service.log.info("policy taken", policy=policy.source, enclaves=len(policy.enclaves))

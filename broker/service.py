@@ -163,7 +163,7 @@ class Service:
         """
         enclave = self.enclaves.get(name)
         if enclave is None and name in self.administration.building:
-            raise errors.Busy(f"enclave {name!r} is still being built: try again")
+            raise errors.Busy(f"enclave {name!r} is being built: try again")
         if enclave is None and self.lifecycle.stored(name) is not None:
             raise errors.Draining(
                 f"enclave {name!r} was taken down to empty the host: `teemate undrain --all` brings it back"
@@ -241,9 +241,10 @@ class Service:
                 await nursery.start(self.reclaimer.run)
                 nursery.start_soon(self.state.run)
                 nursery.start_soon(self.resumption.run)
+                expected = self.administration.expect_boot_enclaves()
                 self.running.set()
                 await self.restoration.recover()
-                await self.administration.start_boot_enclaves()
+                await self.administration.start_boot_enclaves(expected)
                 task_status.started()
         finally:
             with trio.CancelScope(shield=True):

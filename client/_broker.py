@@ -151,14 +151,14 @@ class Broker:
         slots
             How many threads of this process can be inside at once.
         wait
-            Seconds to wait for slots when all are in use.
+            Seconds to wait for slots when all are in use, or for the enclave while it is being built.
 
         Raises
         ------
         NotFound, Denied, LimitReached, Draining
             As the broker answers.
         Busy
-            Not enough slots got free within `wait`.
+            Not enough slots got free within `wait`, or the enclave was not built within it.
         AddressInUse
             Something else is mapped at the enclave's address; the message names it.
 

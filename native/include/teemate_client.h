@@ -163,9 +163,9 @@ struct teemate_grant;
 /*
  * Map the enclave `name` into this process, at the address that it has everywhere, and get `slots`
  * of its TCSs: as many threads of this process can be inside at once.  Waits up to `wait_ms` for
- * slots when all are in use.  *grant is the caller's until teemate_detach or teemate_disconnect;
- * the enclave's descriptor is the grant's.
- * Fails with NOT_FOUND, DENIED, BUSY (not enough slots within wait_ms), LIMIT_REACHED, DRAINING,
+ * slots when all are in use, or for the enclave while it is being built.  *grant is the caller's until
+ * teemate_detach or teemate_disconnect; the enclave's descriptor is the grant's.
+ * Fails with NOT_FOUND, DENIED, BUSY (no enclave or not enough slots within wait_ms), LIMIT_REACHED, DRAINING,
  * ENCLAVE_LOST, ADDRESS_IN_USE, UNSUPPORTED (this process cannot enter it: no SGX, or a runtime such as
  * ThreadSanitizer owns the addresses).
  */

@@ -17,7 +17,7 @@ from pathlib import Path
 from backends import BACKEND
 from running_broker import DEADLINE
 
-__all__ = ["Message", "PlayedManager", "played_manager"]
+__all__ = ["HeldBarriers", "Message", "PlayedManager", "played_manager"]
 
 Message = dict[str, str]
 _BECOME = """
@@ -115,6 +115,21 @@ class PlayedManager:
         elif message.get("FDSTORE") == "1":
             assert message["FDNAME"] not in self.stored
             self.stored[message["FDNAME"]] = fds.pop()
+
+
+class HeldBarriers:
+    """For `heed`: what the broker waits for is not confirmed before :meth:`release`."""
+
+    def __init__(self) -> None:
+        self._released = threading.Event()
+
+    def __call__(self, message: Message) -> bool:
+        if message.get("BARRIER") == "1":
+            self._released.wait()
+        return True
+
+    def release(self) -> None:
+        self._released.set()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from images import Images
-from played_manager import Message, PlayedManager, played_manager
+from played_manager import HeldBarriers, Message, PlayedManager, played_manager
 from raw_client import RawClient, raw_client
 
 POLICY = f"[administrators]\nuids = [0]\n[[create]]\nuid = {os.geteuid()}\n"
@@ -36,21 +36,6 @@ def make(client: RawClient, images: Images, name: str = "mine") -> tuple[int, Ca
             client.send({"id": number, "op": "create", "args": args}, (image.fileno(),))
 
     return number, again
-
-
-class Held:
-    """Barriers that wait until the test lets them through."""
-
-    def __init__(self) -> None:
-        self._released = threading.Event()
-
-    def __call__(self, message: Message) -> bool:
-        if message.get("BARRIER") == "1":
-            self._released.wait()
-        return True
-
-    def release(self) -> None:
-        self._released.set()
 
 
 @pytest.mark.parametrize("removed", [0, 1, 2, 3])
@@ -80,7 +65,7 @@ def test_a_destroy_that_is_asked_again_is_answered_when_the_store_has_nothing_le
         assert dead.wait(30)
         manager.kill()
         assert len(kinds(manager)) == 3 - removed
-        held = Held()
+        held = HeldBarriers()
         manager.heed = held
         starting = threading.Thread(target=manager.start)  # it is ready when the leftovers are gone
         starting.start()
@@ -108,7 +93,7 @@ def test_an_undrain_that_comes_while_the_broker_starts_brings_each_enclave_back_
         assert kinds(manager) == ["image"]
         manager.kill()
         manager.stored["image-9999"] = os.memfd_create("left over")  # what the start waits for
-        held = Held()
+        held = HeldBarriers()
         manager.heed = held
         starting = threading.Thread(target=manager.start)
         starting.start()
@@ -116,7 +101,7 @@ def test_an_undrain_that_comes_while_the_broker_starts_brings_each_enclave_back_
             client.reconnect()
             number = client.post("undrain", all=True)
             with raw_client(manager.socket) as other:  # `busy` when it is being built
-                while other.call("attach", enclave="vault")["error"]["code"] == "draining":
+                while other.call("attach", enclave="vault", wait=0)["error"]["code"] == "draining":
                     pass
         finally:
             held.release()
