@@ -13,7 +13,7 @@ from teemate._faults import native_error, new_diag
 from teemate._native import ffi, lib
 from teemate._slot import Slot
 from teemate._types import SlotGrant
-from teemate.errors import ImageError, Unsupported
+from teemate.errors import Denied, ImageError, NotFound, Unsupported
 
 __all__ = ["create_enclave"]
 
@@ -44,6 +44,7 @@ def create_enclave(
     *,
     debug: bool = False,
     name: str | None = None,
+    storage: str | os.PathLike[str] | None = None,
 ) -> Enclave:
     """Build an enclave that belongs to this process alone, and map it.
 
@@ -56,6 +57,10 @@ def create_enclave(
         ``sgx``, ``sim``, or ``auto``: sgx where it works.
     debug
         Set the DEBUG attribute, if the SIGSTRUCT allows it.
+    storage
+        A folder that exists, for the files of the enclave's code, which this process then reads
+        and writes for it; None: it has none.  Files are made with mode 0600.  Whoever can write there
+        can change them: what they are worth is for the enclave's code to check.
 
     Raises
     ------
@@ -92,6 +97,8 @@ def create_enclave(
     map_enclave(native, label)
     try:
         _start(native, info, label)
+        if storage is not None:
+            _give_storage(native, info, Path(storage), label)
         enclave = PrivateEnclave(
             native,
             name=label,
@@ -117,6 +124,27 @@ def _start(native: Any, info: Any, label: str) -> None:
         error = lib.teemate_private_start(native, diag)
     if error:
         raise native_error(error, diag, f"starting enclave {label!r}")
+
+
+def _give_storage(native: Any, info: Any, folder: Path, label: str) -> None:
+    """Let the enclave's code keep its files in `folder`."""
+    if not info.sdk:
+        raise Unsupported(f"enclave {label!r}: storage is for images that were built with the SDK")
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        kind = Denied if isinstance(error, PermissionError) else NotFound
+        raise kind(
+            f"enclave {label!r}: storage={str(folder)!r}: {error.strerror}:"
+            " name a folder that this process may write to",
+            {"storage": str(folder)},
+        ) from error
+    try:
+        status = lib.teemate_private_storage(native, fd, 0)
+    finally:
+        os.close(fd)
+    if status:
+        raise native_error(status, new_diag(), f"giving enclave {label!r} its storage {str(folder)!r}")
 
 
 def interrupted_at(native: Any, index: int, elf: Path | None) -> tuple[int, str] | None:

@@ -367,6 +367,21 @@ int teemate_private_slot(struct teemate_enclave *enclave, uint32_t n, struct tee
 int teemate_private_control(struct teemate_enclave *enclave, void *tm_control, void *tm_control_result,
                             int32_t *status);
 
+/*
+ * Does what the code of a private enclave asks of its files: struct tm_file_request of teemate_abi.h, with the data
+ * to be written, or room for `length` bytes to be read.  Returns what that structure says.  Called by the thread
+ * whose call asks, outside of the enclave, one request at a time.
+ */
+typedef int64_t teemate_disk(void *context, const void *tm_file_request, void *data);
+/*
+ * Keep the files of a private enclave in the folder `directory` (the fd stays the caller's).  `limit`: bytes, each
+ * file in blocks of 4 KiB; 0: none.  Fails with -EALREADY when it has a folder, or the errno of reading that; else as
+ * teemate_private_control.
+ */
+int teemate_private_storage(struct teemate_enclave *enclave, int directory, uint64_t limit);
+/* The same, and the program itself is the disk: for tests of what a disk may do. */
+int teemate_private_disk(struct teemate_enclave *enclave, teemate_disk *disk, void *context);
+
 /* ---- the sim's own ----------------------------------------------------------- */
 
 /* 1 when `fd` is a sim enclave (also an unfinished one), 0 when not. */

@@ -100,6 +100,8 @@ enum tm_selector {
      * Needs the control key; reads and writes nothing outside, so it has no MAC.
      */
     TM_SEL_UNWIND = 17,
+    /* Through an I/O slot at CSSA 0: RSI is struct tm_io_step.  Needs the control key. */
+    TM_SEL_IO = 18,
 };
 
 enum tm_exit {
@@ -163,6 +165,8 @@ enum tm_ocall {
     TM_OCALL_WAIT = 1,  /* request: struct tm_ocall_wait; libteemate does it */
     TM_OCALL_WAKE = 2,  /* request: struct tm_ocall_wait; libteemate does it */
     TM_OCALL_PRINT = 3, /* request: text for stderr; debug images only; libteemate does it */
+    TM_OCALL_FILE = 4,  /* request: struct tm_file_request, then what is to be written; libteemate does it
+                         * for a private enclave.  Answer: i64 result, then what was read */
 };
 
 /*
@@ -177,6 +181,63 @@ struct tm_ocall_wait {
 
 #define TM_ARENA_WORDS 1024u /* 32-bit wake counters, one page, at base + size + 4096 */
 #define TM_ARENA_SIZE 4096u
+
+/* ---- files ------------------------------------------------------------------ */
+
+enum tm_file_op {
+    TM_FILE_OP_OPEN = 1, /* is it there?  TM_FILE_OP_CREATE: make it when it is not */
+    TM_FILE_OP_READ = 2,
+    TM_FILE_OP_WRITE = 3,
+    TM_FILE_OP_SYNC = 4,
+    TM_FILE_OP_SIZE = 5,
+    TM_FILE_OP_TRUNCATE = 6,
+    TM_FILE_OP_DELETE = 7,
+};
+
+#define TM_FILE_OP_CREATE 0x1u
+/* A warden that is no more took the same request and may have done it. */
+#define TM_FILE_OP_AGAIN 0x2u
+
+#define TM_FILE_DATA 65536u /* bytes in one request */
+
+/*
+ * What enclave code wants of its host.  Every request is whole in itself, so that any warden can do it,
+ * and twice does what once does.  The result is a count of bytes, a size, 0, or a negative errno of Linux.
+ */
+struct tm_file_request {
+    uint32_t op;
+    uint32_t flags;
+    uint64_t offset; /* READ, WRITE; TRUNCATE: the size */
+    uint64_t length; /* READ, WRITE; TM_FILE_DATA at most */
+    char name[64];   /* zero padded: 1 to 63 of A-Z a-z 0-9 . _ -, the first of them no other than a letter or digit */
+};
+_Static_assert(sizeof(struct tm_file_request) == 88, "tm_file_request");
+
+/*
+ * One entry of the warden's I/O thread: with the answer to the request that it took by the
+ * last one, out with the next.  In the warden's memory; copied in once.  All state is in the enclave: a
+ * warden that ends between two entries leaves nothing half done, and its successor's REINIT of the I/O
+ * slot gives back what was taken.
+ */
+struct tm_io_step {
+    uint64_t ticket;   /* of the request that is answered; out: of the next; 0: none */
+    int64_t result;
+    uint64_t data;     /* TM_FILE_DATA bytes: in what was read, out what is to be written */
+    uint32_t wake;     /* out: arena word to increment, with its waiters woken; TM_ARENA_WORDS: none */
+    uint32_t idle;     /* out, when there is no request: arena word to wait at while it is `expected` */
+    uint32_t expected;
+    uint32_t reserved; /* 0 */
+    struct tm_file_request request; /* out */
+};
+_Static_assert(sizeof(struct tm_io_step) == 128, "tm_io_step");
+
+/* TM_CTL_STORAGE: who does what files.h asks for. */
+enum tm_storage {
+    TM_STORAGE_NONE = 0,   /* nobody; after WARDEN this means MOVED */
+    TM_STORAGE_WARDEN = 1, /* the warden's I/O thread */
+    TM_STORAGE_CALLER = 2, /* the calling process: TM_OCALL_FILE */
+    TM_STORAGE_MOVED = 3,  /* nobody any more: the enclave's next generation has it */
+};
 
 /* ---- identity ------------------------------------------------------------- */
 
@@ -232,7 +293,8 @@ enum tm_control_op {
      * MAC.  As PROBE and REINIT it takes no lock: whoever held one may be dead. */
     TM_CTL_REWRITE = 7,
     /* Forget what `slot`'s warden thread was doing, after its frames are gone: locks
-     * and half-done operations.  Harmless when it was doing nothing.  MAC. */
+     * and half-done operations.  Harmless when it was doing nothing.  Of an I/O slot: what
+     * it took and did not answer is to be taken again.  MAC. */
     TM_CTL_REINIT = 8,
     /* `argument`: nanoseconds of CLOCK_REALTIME; time never goes back. MAC. */
     TM_CTL_TIME = 9,
@@ -242,6 +304,8 @@ enum tm_control_op {
     /* EREPORT for the target in `data` (TARGETINFO's first 64 bytes are enough
      * for ourselves: zeros mean this enclave) with reportdata; result: REPORT. */
     TM_CTL_REPORT = 11,
+    /* `argument`: enum tm_storage.  MAC. */
+    TM_CTL_STORAGE = 12,
 };
 
 /* A control ECALL's request, in the warden's memory; copied in once. */

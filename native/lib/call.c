@@ -7,7 +7,7 @@
  * next.  So a pause, an error of the entry itself and a refused handler all
  * leave a slot that can go on or be given up.
  *
- * OCALLs that the SDK itself makes (wait, wake, print) are done here.  A wait is
+ * OCALLs that the SDK itself makes (wait, wake, print, and files of a private enclave) are done here.  A wait is
  * bounded, and its wake-up is only a hint: whoever maps the arena can write it.
  * The enclave looks again in any case.
  */
@@ -171,6 +171,13 @@ static int slot_ocall(struct teemate_slot *slot, uint64_t kind, uint64_t length,
     case TM_OCALL_PRINT:
         slot_prepare_return(slot, ocall_print(buffer, length), 0);
         return 1;
+    case TM_OCALL_FILE: {
+        uint64_t answer = 0;
+
+        status = private_file(slot->enclave, slot->ocall_buffer, length, &answer);
+        slot_prepare_return(slot, status, answer);
+        return 1;
+    }
     case TM_OCALL_NAMED:
         if (length < sizeof(name_length))
             return slot_nonsense(slot);

@@ -151,6 +151,30 @@ void control_enter(struct teemate_enclave *enclave, uint64_t tcs_offset, const s
     }
 }
 
+int control_io(struct teemate_enclave *enclave, uint64_t tcs_offset, const struct control_key *key,
+               struct tm_io_step *step, struct control_exit *exit)
+{
+    struct teemate_regs regs = {.rdi = TM_SEL_IO, .rsi = (uintptr_t)step};
+    struct sgx_enclave_run run = {0};
+    uint32_t function;
+    int outcome = control_go(enclave, tcs_offset, key, &regs, &run, &function);
+
+    memset(exit, 0, sizeof(*exit));
+    if (outcome < 0)
+        exit->status = outcome;
+    else if (outcome == TEEMATE_LANDED)
+        exit->status = -EACCES;
+    else if (run.function != SGX_EEXIT)
+        control_faulted(&run, function, exit);
+    else if (regs.rdi != TM_EXIT_DONE || (int64_t)regs.rsi > 0 || (int64_t)regs.rsi < INT32_MIN)
+        exit->status = -EBADMSG;
+    else {
+        exit->entered = 1;
+        exit->status = (int32_t)(int64_t)regs.rsi;
+    }
+    return exit->status;
+}
+
 /* count runs of `length` bytes, `stride` apart, from `offset`: all inside of `size`? */
 static bool runs_fit(uint64_t size, uint64_t offset, uint64_t stride, uint64_t length, uint64_t count)
 {

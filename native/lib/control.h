@@ -70,6 +70,13 @@ struct control_slot {
 int control_unwind(struct teemate_enclave *enclave, uint64_t tcs_offset, const struct control_key *key,
                    uint64_t generation, struct control_slot *slot, struct control_exit *exit);
 
+/*
+ * TM_SEL_IO through the TCS of an I/O slot (mapped before): one step, which the enclave reads and writes.
+ * Returns exit->status: 0, a tm_status when `entered`, or the errno of control_enter().
+ */
+int control_io(struct teemate_enclave *enclave, uint64_t tcs_offset, const struct control_key *key,
+               struct tm_io_step *step, struct control_exit *exit);
+
 /* The image's header, checked: offsets lie in ELRANGE, counts within their limits.  -ENOTSUP when not. */
 int control_header(const struct teemate_enclave_info *info, struct tm_image_header *header,
                    struct teemate_diag *diag);

@@ -10,6 +10,7 @@
 #include "private.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/random.h>
@@ -18,6 +19,7 @@
 
 #include "control.h"
 #include "crypto.h"
+#include "files.h"
 #include "repair.h"
 #include "slot.h"
 
@@ -32,6 +34,11 @@ struct private_warden {
     struct tm_image_header header;
     _Atomic uint64_t ticked_at; /* CLOCK_MONOTONIC_COARSE, ns */
     uint64_t generation;
+    pthread_mutex_t disk_lock; /* what follows: one request at a time */
+    teemate_disk *disk;        /* NULL: no storage */
+    void *disk_context;
+    int directory;             /* owned; -1: none */
+    struct files *files;       /* owned */
     uint8_t slot_keys[][16]; /* of the client slots */
 };
 
@@ -196,6 +203,8 @@ int teemate_private_start(struct teemate_enclave *enclave, struct teemate_diag *
     warden->header = header;
     warden->generation = 1;
     pthread_mutex_init(&warden->lock, NULL);
+    pthread_mutex_init(&warden->disk_lock, NULL);
+    warden->directory = -1;
     result = draw_random(key, sizeof(key));
     if (result == 0)
         result = draw_random(warden->slot_keys, header.client_slots * sizeof(warden->slot_keys[0]));
@@ -233,6 +242,10 @@ void private_end(struct teemate_enclave *enclave)
         return; /* a child of fork: nothing is mapped here, and the size was wiped too */
     for (uint64_t slot = 0; slot < TM_WARDEN_SLOTS; slot++)
         teemate_unmap_tcs(enclave, tcs_offset(&warden->header, slot));
+    files_close(warden->files);
+    if (warden->directory >= 0)
+        close(warden->directory);
+    pthread_mutex_destroy(&warden->disk_lock);
     pthread_mutex_destroy(&warden->lock);
     secret_unmap(warden, warden->size);
 }
@@ -313,5 +326,90 @@ int teemate_private_control(struct teemate_enclave *enclave, void *tm_control, v
     if (!exit.entered)
         return exit.status;
     *status = exit.status;
+    return 0;
+}
+
+/* ---- storage --------------------------------------------------------------------------- */
+
+static int64_t folder_disk(void *context, const void *request, void *data)
+{
+    return files_do(context, request, data);
+}
+
+int teemate_private_disk(struct teemate_enclave *enclave, teemate_disk *disk, void *context)
+{
+    struct tm_control control = {.op = TM_CTL_STORAGE, .argument = TM_STORAGE_CALLER};
+    struct tm_control_result result;
+    int32_t status;
+    int error;
+
+    if (enclave == NULL || enclave->warden == NULL || disk == NULL)
+        return -EINVAL;
+    if (enclave->warden->present == 0)
+        return -ENOTCONN;
+    pthread_mutex_lock(&enclave->warden->disk_lock);
+    enclave->warden->disk = disk;
+    enclave->warden->disk_context = context;
+    pthread_mutex_unlock(&enclave->warden->disk_lock);
+    error = teemate_private_control(enclave, &control, &result, &status);
+    if (error < 0)
+        return error;
+    return status == TM_OK ? 0 : -EIO;
+}
+
+int teemate_private_storage(struct teemate_enclave *enclave, int directory, uint64_t limit)
+{
+    struct private_warden *warden;
+    struct files *files;
+    int own;
+    int error;
+
+    if (enclave == NULL || enclave->warden == NULL)
+        return -EINVAL;
+    warden = enclave->warden;
+    if (warden->present == 0)
+        return -ENOTCONN;
+    if (warden->files != NULL)
+        return -EALREADY;
+    own = fcntl(directory, F_DUPFD_CLOEXEC, 0);
+    if (own < 0)
+        return -errno;
+    error = files_open(own, limit, &files);
+    if (error < 0) {
+        close(own);
+        return error;
+    }
+    warden->directory = own;
+    warden->files = files;
+    return teemate_private_disk(enclave, folder_disk, files);
+}
+
+int32_t private_file(struct teemate_enclave *enclave, uint8_t *buffer, uint64_t length, uint64_t *answer)
+{
+    struct private_warden *warden = enclave->warden;
+    struct tm_file_request request;
+    uint64_t data = 0, room = 0;
+    int64_t result;
+
+    if (warden == NULL || warden->present == 0 || length < sizeof(request))
+        return TM_E_OCALL;
+    memcpy(&request, buffer, sizeof(request));
+    if (request.op == TM_FILE_OP_READ)
+        room = request.length;
+    else if (request.op == TM_FILE_OP_WRITE)
+        data = request.length;
+    if (room > TM_FILE_DATA || data > TM_FILE_DATA || length != sizeof(request) + data)
+        return TM_E_OCALL;
+    pthread_mutex_lock(&warden->disk_lock);
+    if (warden->disk == NULL)
+        result = -ENOSYS;
+    else
+        result = warden->disk(warden->disk_context, &request,
+                              buffer + (data != 0 ? sizeof(request) : sizeof(result)));
+    pthread_mutex_unlock(&warden->disk_lock);
+    if (room != 0 && result > (int64_t)room)
+        result = -EIO;
+    memcpy(buffer, &result, sizeof(result));
+    *answer = sizeof(result) + (room != 0 && result > 0 ? (uint64_t)result : 0);
     return 0;
 }

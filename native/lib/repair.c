@@ -79,14 +79,41 @@ static int repair_probe(struct repair *repair, uint64_t slot, uint64_t *cssa, st
                     exit.status, (int)exit.vector - 1);
 }
 
-static int repair_one(struct repair *repair, uint64_t slot, struct teemate_diag *diag)
+/* As repair_probe(); an I/O slot's TCS says it without a stack, since all others share the control ECALLs' one. */
+static int repair_look(struct repair *repair, uint64_t slot, uint64_t *cssa, struct teemate_diag *diag)
 {
-    uint64_t other = 1 - slot;
+    struct timespec begin, now;
+    struct control_slot found;
+    struct control_exit exit;
+    int result;
 
+    clock_gettime(CLOCK_MONOTONIC, &begin);
+    do {
+        result = control_unwind(repair->enclave, repair->tcs[slot], repair->key, 0, &found, &exit);
+        if (result == 0 && found.cssa < repair->nssa) {
+            *cssa = found.cssa;
+            return 0;
+        }
+        clock_gettime(CLOCK_MONOTONIC, &now);
+    } while ((result == -EBUSY || result == -EAGAIN) &&
+             (now.tv_sec - begin.tv_sec) * 1000000000ll + (now.tv_nsec - begin.tv_nsec) < BUSY_TRYING_NS);
+    if (result == -EBUSY) {
+        *cssa = repair->nssa;
+        return 0;
+    }
+    return diag_set(diag, result == 0 ? -EIO : result, TEEMATE_STEP_ENTER, 0, slot,
+                    "TCS %llu does not tell its CSSA: %s, exception %d", (unsigned long long)slot, strerror(-result),
+                    (int)exit.vector - 1);
+}
+
+/* Until `slot` stands at CSSA 0, its frames rewritten through `other`. */
+static int repair_one(struct repair *repair, uint64_t slot, uint64_t other, struct teemate_diag *diag)
+{
     for (uint32_t tries = 0; tries < repair_limit(repair); tries++) {
         struct tm_control rewrite = {.op = TM_CTL_REWRITE, .slot = slot};
         uint64_t cssa;
-        int result = repair_probe(repair, slot, &cssa, diag);
+        int result = slot < TM_WARDEN_SLOTS ? repair_probe(repair, slot, &cssa, diag)
+                                            : repair_look(repair, slot, &cssa, diag);
 
         if (result < 0 || cssa == 0)
             return result;
@@ -117,7 +144,7 @@ int repair_run(struct repair *repair, struct teemate_diag *diag)
         order[1] = 0;
     }
     for (size_t i = 0; result == 0 && i < TM_WARDEN_SLOTS; i++)
-        result = repair_one(repair, order[i], diag);
+        result = repair_one(repair, order[i], 1 - order[i], diag);
     /* Also after nothing was to do: the last repair may have ended right before this. */
     for (uint64_t slot = 0; result == 0 && slot < TM_WARDEN_SLOTS; slot++) {
         struct tm_control reinit = {.op = TM_CTL_REINIT, .slot = slot};
@@ -125,4 +152,12 @@ int repair_run(struct repair *repair, struct teemate_diag *diag)
         result = repair_ask(repair, 1 - slot, &reinit, "forgetting the last control ECALL", diag);
     }
     return result;
+}
+
+int repair_io(struct repair *repair, uint64_t slot, struct teemate_diag *diag)
+{
+    struct tm_control reinit = {.op = TM_CTL_REINIT, .slot = slot};
+    int result = repair_one(repair, slot, 0, diag);
+
+    return result < 0 ? result : repair_ask(repair, 0, &reinit, "taking back what the last I/O thread took", diag);
 }

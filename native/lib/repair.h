@@ -22,7 +22,7 @@
 struct repair {
     struct teemate_enclave *enclave;
     struct control_key *key;
-    const uint64_t *tcs; /* offsets of the warden's TCSs, both mapped */
+    const uint64_t *tcs; /* offsets of the warden's TCSs, both mapped; for repair_io() of the I/O slot's too */
     uint32_t nssa;
     /*
      * ERESUME the TCS once, and return when that has ended: 0 when it came to the
@@ -40,5 +40,11 @@ struct repair {
  * does not know our key), or the errno of `resume`.
  */
 int repair_run(struct repair *repair, struct teemate_diag *diag);
+
+/*
+ * The same for the TCS of an I/O slot, through TCS 0, which repair_run() has seen at CSSA 0; what the last
+ * I/O thread took and did not answer is to be taken again.  Only while no thread of ours is in there.
+ */
+int repair_io(struct repair *repair, uint64_t slot, struct teemate_diag *diag);
 
 #endif

@@ -11,6 +11,7 @@
  * waits for a lock here.
  */
 #include "crypto.h"
+#include "io.h"
 #include "thread.h"
 
 _Atomic uint32_t tm_control_state;
@@ -175,6 +176,7 @@ static void scrub(uint64_t slot, struct thread *thread, bool may_free)
         thread->used = TM_WORD_GENERATION(thread->word) + 1;
     if (may_free)
         owned_release(thread);
+    io_release(thread);
 #ifndef TM_TEST_NO_SCRUB
     memset((void *)(enclave_base() + thread->fixed.stack_top - header()->stack_size), 0,
            header()->stack_size);
@@ -190,14 +192,14 @@ static void scrub(uint64_t slot, struct thread *thread, bool may_free)
     (void)from;
     (void)to;
 #endif
-    if (slot >= TM_WARDEN_SLOTS)
+    if (!is_wardens(slot))
         tm_on_slot_reset((uint32_t)slot);
     __atomic_store_n(&thread->used, 0, __ATOMIC_RELEASE);
 }
 
 static int64_t reset(struct thread *self, uint64_t cssa, struct thread *thread, uint64_t slot)
 {
-    if (cssa || self->fixed.index >= TM_WARDEN_SLOTS || slot < TM_WARDEN_SLOTS || (thread->word & 0xff) != TM_SLOT_FREE)
+    if (cssa || self->fixed.index >= TM_WARDEN_SLOTS || is_wardens(slot) || (thread->word & 0xff) != TM_SLOT_FREE)
         return TM_E_STATE;
     scrub(slot, thread, true);
     return 0;
@@ -208,12 +210,12 @@ static int64_t rewrite(struct thread *self, struct thread *thread, const struct 
 {
     uint64_t word = thread->word, slot = request->slot;
 
-    if (thread == self || request->argument > header()->nssa || (slot >= TM_WARDEN_SLOTS && !request->generation))
+    if (thread == self || request->argument > header()->nssa || (!is_wardens(slot) && !request->generation))
         return TM_E_ARGUMENT;
-    if (slot >= TM_WARDEN_SLOTS && !is_cleared(word, request->generation))
+    if (!is_wardens(slot) && !is_cleared(word, request->generation))
         return TM_E_STATE;
     tm_gate_rewrite(frame_at(slot, 0), request->argument, header()->ssa_frame_size, (uint64_t)thread);
-    if (slot >= TM_WARDEN_SLOTS && !swap_word(thread, &word, TM_WORD(request->generation, TM_SLOT_FREE)))
+    if (!is_wardens(slot) && !swap_word(thread, &word, TM_WORD(request->generation, TM_SLOT_FREE)))
         return TM_E_STATE;
     return 0;
 }
@@ -221,9 +223,11 @@ static int64_t rewrite(struct thread *self, struct thread *thread, const struct 
 /* Locks and pending operations of the warden thread that is no more. */
 static int64_t reinit(struct thread *self, uint64_t cssa, struct thread *thread, uint64_t slot)
 {
-    if (slot >= TM_WARDEN_SLOTS || thread == self)
+    if (!is_wardens(slot) || thread == self)
         return TM_E_ARGUMENT;
     scrub(slot, thread, !cssa && self->fixed.index < TM_WARDEN_SLOTS);
+    if (slot >= TM_WARDEN_SLOTS)
+        io_retake();
     return 0;
 }
 
@@ -268,7 +272,7 @@ static int64_t report(const struct tm_control *request, struct tm_control_result
 static bool needs_mac(uint32_t op)
 {
     return op == TM_CTL_ARM || op == TM_CTL_CLEAR || op == TM_CTL_RESET || op == TM_CTL_REWRITE ||
-           op == TM_CTL_REINIT || op == TM_CTL_TIME || op == TM_CTL_AUTHOR;
+           op == TM_CTL_REINIT || op == TM_CTL_TIME || op == TM_CTL_AUTHOR || op == TM_CTL_STORAGE;
 }
 
 static int64_t control(struct thread *self, const struct tm_control *request, uint64_t cssa,
@@ -312,10 +316,10 @@ static int64_t control(struct thread *self, const struct tm_control *request, ui
     int64_t status;
     switch (request->op) {
     case TM_CTL_ARM:
-        status = request->slot < TM_WARDEN_SLOTS ? TM_E_ARGUMENT : arm(thread, request);
+        status = is_wardens(request->slot) ? TM_E_ARGUMENT : arm(thread, request);
         break;
     case TM_CTL_CLEAR:
-        status = request->slot < TM_WARDEN_SLOTS ? TM_E_ARGUMENT : clear(thread, request->generation);
+        status = is_wardens(request->slot) ? TM_E_ARGUMENT : clear(thread, request->generation);
         break;
     case TM_CTL_RESET:
         status = reset(self, cssa, thread, request->slot);
@@ -331,6 +335,9 @@ static int64_t control(struct thread *self, const struct tm_control *request, ui
         break;
     case TM_CTL_REPORT:
         status = report(request, result);
+        break;
+    case TM_CTL_STORAGE:
+        status = io_storage(request->argument);
         break;
     default:
         status = TM_E_UNKNOWN;

@@ -21,6 +21,7 @@
 #define SEL_OCALL_RETURN 1
 #define SEL_CONTROL 16
 #define SEL_UNWIND 17
+#define SEL_IO 18
 #define SLOT_ARMED 1
 #define SLOT_PARKED 3
 #define EXIT_OCALL 1
@@ -241,6 +242,8 @@ tm_gate_turned_away:
         jnz     .Lrefuse_wipe
         cmpq    $SEL_UNWIND, %rdi
         je      .Lunwind
+        cmpq    $SEL_IO, %rdi
+        je      .Lio
 .Lfirst:                                /* no key yet: tm_gate_control takes SET_KEY only */
         cmpq    $SEL_CONTROL, %rdi
         jne     .Lrefuse_wipe
@@ -254,13 +257,30 @@ tm_gate_turned_away:
          * A warden's TCS that nobody was interrupted on has its own stack.  All
          * other control entries share one that no slot uses: there is one warden.
          */
+        leaq    tm_gate_control(%rip), %r9
         testl   %eax, %eax
         jnz     .Lcontrol_stack
         cmpq    $TM_WARDEN_TCS, %fs:TD_INDEX
         jae     .Lcontrol_stack
+.Lown_stack:
         leaq    __tm_base(%rip), %r14
         addq    %fs:TD_STACK_TOP, %r14
         jmp     .Lcontrol
+        /* The warden's I/O thread: on an I/O slot, beside whatever control ECALL is under way. */
+.Lio:
+        testl   %eax, %eax
+        jnz     .Lrefuse_wipe
+        leaq    __tm_base(%rip), %rbx
+        movl    HEADER_IO_SLOTS(%rbx), %r10d
+        movq    %fs:TD_INDEX, %r11
+        subq    $TM_WARDEN_TCS, %r11
+        cmpq    %r10, %r11
+        jae     .Lrefuse_wipe
+        movq    %rsi, %rdi              /* struct tm_io_step */
+        xorl    %r12d, %r12d
+        xorl    %r13d, %r13d
+        leaq    tm_gate_io(%rip), %r9
+        jmp     .Lown_stack
 .Lcontrol_stack:
         leaq    tm_control_stack + CONTROL_STACK_SIZE(%rip), %r14
 .Lcontrol:
@@ -281,7 +301,7 @@ tm_gate_turned_away:
 2:      movq    %r8, %rcx
         xorl    %ebx, %ebx
         xorl    %ebp, %ebp
-        call    tm_gate_control         /* (request, CSSA, key, key) */
+        call    *%r9                    /* tm_gate_control(request, CSSA, key, key), tm_gate_io(step) */
         movq    %rax, %rsi
         jmp     .Ldone
         /*

@@ -14,7 +14,6 @@
 #define WAITERS (1ull << 63)    /* somebody waits: unlocking wakes */
 #define OWNERDEAD (1ull << 62)  /* set by repair; stays until tm_mutex_consistent() */
 #define HOLDER(word) ((word) & ~(WAITERS | OWNERDEAD))
-#define WAIT_NS 100000000ull
 #define SPINS 200u
 /* While another lock is held nobody may leave: about 50 ms of PAUSE. */
 #define NESTED_SPINS (1u << 20)
@@ -26,7 +25,7 @@ static uint64_t me(const struct thread *self)
     return TM_WORD_GENERATION(self->word) << 16 | (self->fixed.index + 1);
 }
 
-static uint32_t arena_index(const void *object)
+uint32_t arena_index(const void *object)
 {
     uint64_t hash = ((uint64_t)object - enclave_base()) * 0x9e3779b97f4a7c15ull;
 
@@ -34,7 +33,7 @@ static uint32_t arena_index(const void *object)
 }
 _Static_assert(TM_ARENA_WORDS == 1024, "arena_index");
 
-static uint32_t arena_read(uint32_t index)
+uint32_t arena_read(uint32_t index)
 {
     const uint32_t *arena = (const void *)TM_ARENA(enclave_base(), header()->size);
 

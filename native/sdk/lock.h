@@ -9,6 +9,14 @@
 bool ocall_possible(void);
 void ocall_wait(enum tm_ocall kind, uint32_t index, uint32_t expected, uint64_t timeout_ns);
 
+/* The arena's word for waits at `object`, and its value: read that before the condition. */
+uint32_t arena_index(const void *object);
+uint32_t arena_read(uint32_t index);
+#define WAIT_NS 100000000ull /* the longest wait: then look again */
+
+/* ocall.c: the calling process does it (TM_STORAGE_CALLER); `data` is written or read. */
+int64_t ocall_file(const struct tm_file_request *request, void *data);
+
 /* tm_trylock(), so often: who cannot wait for a lock may still meet one that is about to be given back. */
 int lock_spin(struct tm_mutex *mutex, uint32_t spins);
 

@@ -2,6 +2,7 @@
 /* OCALLs: out with a request in the caller's buffer, back with its answer in the same place. */
 #include <stdarg.h>
 
+#include "files.h"
 #include "lock.h"
 
 /*
@@ -68,6 +69,33 @@ void ocall_wait(enum tm_ocall kind, uint32_t index, uint32_t expected, uint64_t 
 
     memcpy((void *)thread_self()->call.ocall_buf, &request, sizeof(request));
     leave(kind, sizeof(request));
+}
+
+int64_t ocall_file(const struct tm_file_request *request, void *data)
+{
+    struct thread *self = thread_self();
+    uint8_t *buffer = (uint8_t *)self->call.ocall_buf;
+    bool writes = request->op == TM_FILE_OP_WRITE;
+    uint64_t room = request->op == TM_FILE_OP_READ ? request->length : 0;
+    uint64_t total = sizeof(*request) + (writes ? request->length : 0);
+    struct ocall_answer answer;
+    int64_t result;
+
+    if (total > self->call.ocall_cap || sizeof(result) + room > self->call.ocall_cap)
+        return -TM_EINVAL;
+    memcpy(buffer, request, sizeof(*request));
+    if (writes)
+        memcpy(buffer + sizeof(*request), data, request->length);
+    answer = leave(TM_OCALL_FILE, total);
+    if (answer.status || answer.length < sizeof(result) || answer.length > sizeof(result) + room)
+        return -TM_EIO;
+    memcpy(&result, buffer, sizeof(result));
+    if (room && result > 0) {
+        if ((uint64_t)result != answer.length - sizeof(result))
+            return -TM_EIO;
+        memcpy(data, buffer + sizeof(result), (size_t)result);
+    }
+    return result;
 }
 
 struct text {

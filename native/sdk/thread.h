@@ -14,7 +14,8 @@
 #define TD_KEY 0x38
 #define TD_NONCE 0x48
 #define TD_SAVED_RSP 0x50
-#define HEADER_NSSA 0x18 /* of tm_image_header */
+#define HEADER_IO_SLOTS 0x10 /* of tm_image_header */
+#define HEADER_NSSA 0x18
 #define HEADER_SSA_FRAME_SIZE 0x1c
 #define HEADER_SIZE 0x20
 #define HEADER_SSA_OFFSET 0x58
@@ -71,11 +72,15 @@ struct thread {
     uint64_t unlisted; /* not 0: it owns more than the list has room for */
     uint64_t given_up; /* generation whose blocks, and those of all before, are nobody's */
     uint64_t owned[TD_OWNED]; /* addresses of their headers, or 0 */
+    /* What this slot asks of its host (io.h): they outlive a holder, whose last request may be under way. */
+    _Atomic uint64_t io_word;
+    struct mailbox *mailbox; /* kept; NULL until it has asked for something */
 };
 _Static_assert(offsetof(struct thread, word) == TD_WORD, "entry.S");
 _Static_assert(offsetof(struct thread, key) == TD_KEY, "entry.S");
 _Static_assert(offsetof(struct thread, nonce) == TD_NONCE, "entry.S");
 _Static_assert(offsetof(struct thread, saved_rsp) == TD_SAVED_RSP, "entry.S");
+_Static_assert(offsetof(struct tm_image_header, io_slots) == HEADER_IO_SLOTS, "entry.S");
 _Static_assert(offsetof(struct tm_image_header, nssa) == HEADER_NSSA, "entry.S");
 _Static_assert(offsetof(struct tm_image_header, ssa_frame_size) == HEADER_SSA_FRAME_SIZE, "entry.S");
 _Static_assert(offsetof(struct tm_image_header, size) == HEADER_SIZE, "entry.S");
@@ -99,6 +104,12 @@ static inline const volatile struct tm_image_header *header(void)
 static inline uint32_t slot_count(void)
 {
     return TM_WARDEN_SLOTS + header()->io_slots + header()->client_slots;
+}
+
+/* Its own two, and those for its I/O. */
+static inline bool is_wardens(uint64_t slot)
+{
+    return slot < TM_WARDEN_SLOTS + header()->io_slots;
 }
 
 static inline struct thread *thread_self(void)
@@ -139,6 +150,7 @@ struct gate_result {
 };
 struct gate_result tm_gate_client(uint64_t selector, uint64_t argument);
 struct gate_result tm_gate_control(uint64_t argument, uint64_t cssa, uint64_t key0, uint64_t key1);
+struct gate_result tm_gate_io(uint64_t argument);
 
 int bind_identity(struct thread *self, uint64_t address);
 int64_t ecall(struct thread *self, uint64_t address, uint64_t *length);

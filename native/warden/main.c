@@ -3,6 +3,10 @@
  * teemate-warden: started by the broker, one per enclave, with one end of a
  * SOCK_SEQPACKET socketpair as descriptor 3.  Answers one request after the other and
  * ends when the other end is closed.
+ *
+ *     teemate-warden [storage LIMIT]
+ *
+ * With `storage`, descriptor 4 is the folder of the enclave's files, which may take LIMIT bytes (0: no limit).
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -157,11 +161,28 @@ static int serve(struct warden *warden)
     }
 }
 
-int main(void)
+/* Whether the enclave has storage is known before anything of the enclave is: it decides what may be called. */
+static int read_arguments(struct warden *warden, int count, char **arguments)
+{
+    char *end = NULL;
+
+    if (count == 1)
+        return 0;
+    if (count != 3 || strcmp(arguments[1], "storage") != 0)
+        return -EINVAL;
+    warden->storage = true;
+    warden->storage_limit = strtoull(arguments[2], &end, 10);
+    return *end == '\0' && end != arguments[2] ? 0 : -EINVAL;
+}
+
+int main(int count, char **arguments)
 {
     struct warden warden = {0};
-    const char *step = "";
-    int result = sandbox_enter(&step);
+    const char *step = "arguments: none, or `storage LIMIT`";
+    int result = read_arguments(&warden, count, arguments);
+
+    if (result == 0)
+        result = sandbox_enter(warden.storage, &step);
 
     if (result == 0) {
         step = "memory for the control key";
@@ -170,7 +191,7 @@ int main(void)
     }
     if (result == 0) {
         step = "seccomp";
-        result = sandbox_filter();
+        result = sandbox_filter(warden.storage);
     }
     if (result == 0) {
         step = "watching the socketpair";

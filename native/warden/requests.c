@@ -139,7 +139,7 @@ static int start_run(struct warden *warden, const struct warden_request *request
     if (result == 1)
         return diag_set(diag, -EIO, TEEMATE_STEP_CONTROL, TM_E_STATE, 0, "the enclave does not start: status %d",
                         TM_E_STATE);
-    return result;
+    return result < 0 ? result : warden_io_start(warden, &reply->repaired, diag);
 }
 
 static void handle_start(struct warden *warden, const struct warden_request *request, struct warden_fds *fds,

@@ -14,6 +14,7 @@
 #include <linux/audit.h>
 #include <linux/capability.h>
 #include <linux/filter.h>
+#include <linux/landlock.h>
 #include <linux/seccomp.h>
 #include <sched.h>
 #include <signal.h>
@@ -115,6 +116,22 @@ static const struct rule warden_rules[] = {
     ANY(exit_group),
 };
 
+/*
+ * Files in the one folder, in addition, when the enclave has storage.  openat2 and unlinkat want a folder's
+ * descriptor, and this is the only one; a path that begins at the root they would take all the
+ * same, which a filter cannot see and Landlock refuses.
+ */
+static const struct rule storage_rules[] = {
+    ONLY(openat2, 0, STORAGE_DIRECTORY, STORAGE_DIRECTORY, STORAGE_DIRECTORY),
+    ONLY(unlinkat, 0, STORAGE_DIRECTORY, STORAGE_DIRECTORY, STORAGE_DIRECTORY),
+    ONLY(getdents64, 0, STORAGE_DIRECTORY, STORAGE_DIRECTORY, STORAGE_DIRECTORY), /* what counts for the limit */
+    ONLY(flock, 0, STORAGE_DIRECTORY, STORAGE_DIRECTORY, STORAGE_DIRECTORY),
+    ONLY(fsync, 0, STORAGE_DIRECTORY, STORAGE_DIRECTORY, STORAGE_DIRECTORY), /* names */
+    ANY(pwrite64),
+    ANY(ftruncate),
+    ANY(fdatasync),
+};
+
 /* After the child has mapped the TCS it only enters, takes ticks, and ends. */
 static const struct rule child_rules[] = {
     /* entering, as above */
@@ -186,9 +203,15 @@ static size_t emit_rule(struct sock_filter *code, size_t at, const struct rule *
     return emit(code, at, BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS, 0, 0);
 }
 
-static int install(const struct rule *rules, size_t count)
+struct rules {
+    const struct rule *first;
+    size_t count;
+};
+#define RULES(list) ((struct rules){list, sizeof(list) / sizeof((list)[0])})
+
+static int install(struct rules rules, struct rules more)
 {
-    struct sock_filter *code = calloc(count * 9 + 8, sizeof(*code));
+    struct sock_filter *code = calloc((rules.count + more.count) * 9 + 8, sizeof(*code));
     struct sock_fprog program;
     size_t at = 0;
     int result = 0;
@@ -199,8 +222,10 @@ static int install(const struct rule *rules, size_t count)
     at = emit(code, at, BPF_JMP | BPF_JEQ | BPF_K, AUDIT_ARCH_X86_64, 1, 0);
     at = emit(code, at, BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS, 0, 0);
     at = emit(code, at, BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr), 0, 0);
-    for (size_t i = 0; i < count; i++)
-        at = emit_rule(code, at, &rules[i]);
+    for (size_t i = 0; i < rules.count; i++)
+        at = emit_rule(code, at, &rules.first[i]);
+    for (size_t i = 0; i < more.count; i++)
+        at = emit_rule(code, at, &more.first[i]);
     at = emit(code, at, BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS, 0, 0);
     program.len = (unsigned short)at;
     program.filter = code;
@@ -210,14 +235,14 @@ static int install(const struct rule *rules, size_t count)
     return result;
 }
 
-int sandbox_filter(void)
+int sandbox_filter(bool storage)
 {
-    return install(warden_rules, sizeof(warden_rules) / sizeof(warden_rules[0]));
+    return install(RULES(warden_rules), storage ? RULES(storage_rules) : (struct rules){0});
 }
 
 int sandbox_filter_child(void)
 {
-    return install(child_rules, sizeof(child_rules) / sizeof(child_rules[0]));
+    return install(RULES(child_rules), (struct rules){0});
 }
 
 /* ---- the rest ---------------------------------------------------------------------- */
@@ -240,8 +265,9 @@ static int drop_capabilities(void)
     return 0;
 }
 
-static int drop_descriptors(void)
+static int drop_descriptors(bool storage)
 {
+    unsigned kept = storage ? STORAGE_DIRECTORY : WARDEN_SOCKET;
     int null = open("/dev/null", O_RDWR | O_CLOEXEC);
 
     if (null < 0)
@@ -250,17 +276,61 @@ static int drop_descriptors(void)
         return -errno;
     if (fcntl(STDERR_FILENO, F_GETFD) < 0 && dup2(null, STDERR_FILENO) < 0)
         return -errno;
-    if (close_range(4, ~0u, 0) != 0)
+    if (close_range(kept + 1, ~0u, 0) != 0)
         return -errno;
-    if (null == 3)
-        return -EBADF; /* there was no socketpair */
+    if (null >= WARDEN_SOCKET && (unsigned)null <= kept)
+        return -EBADF; /* there was no socketpair, or no folder */
     return 0;
 }
 
-static int set_limits(void)
+/* The folder by a description of our own: locks belong to those, and the broker's may live on in others. */
+static int own_directory(void)
+{
+    int fd = openat(STORAGE_DIRECTORY, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int result = 0;
+
+    if (fd < 0)
+        return -errno;
+    if (dup3(fd, STORAGE_DIRECTORY, O_CLOEXEC) < 0)
+        result = -errno;
+    close(fd);
+    return result;
+}
+
+/*
+ * Nothing outside of the folder can be opened or unlinked any more, by whatever path.  A kernel without
+ * Landlock, and a container that does not let us, leave that to openat2's own flags.
+ */
+static int confine_to_directory(void)
+{
+    const uint64_t allowed = LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_WRITE_FILE | LANDLOCK_ACCESS_FS_READ_DIR |
+                             LANDLOCK_ACCESS_FS_MAKE_REG | LANDLOCK_ACCESS_FS_REMOVE_FILE;
+    long version = syscall(SYS_landlock_create_ruleset, NULL, 0, LANDLOCK_CREATE_RULESET_VERSION);
+    /* Bits are added at the upper end: 13 at first, then REFER and TRUNCATE. */
+    struct landlock_ruleset_attr handled = {
+        .handled_access_fs = (1ull << (13 + (version < 3 ? version - 1 : 2))) - 1,
+    };
+    struct landlock_path_beneath_attr beneath = {.parent_fd = STORAGE_DIRECTORY};
+    int result = 0;
+    long rules;
+
+    if (version < 1)
+        return 0;
+    beneath.allowed_access = allowed | (version >= 3 ? 1ull << 14 : 0);
+    rules = syscall(SYS_landlock_create_ruleset, &handled, sizeof(handled), 0);
+    if (rules < 0)
+        return -errno;
+    if (syscall(SYS_landlock_add_rule, rules, LANDLOCK_RULE_PATH_BENEATH, &beneath, 0) != 0 ||
+        syscall(SYS_landlock_restrict_self, rules, 0) != 0)
+        result = -errno;
+    close((int)rules);
+    return result;
+}
+
+static int set_limits(bool storage)
 {
     const struct rlimit none = {0, 0};
-    const struct rlimit files = {32, 32};
+    const struct rlimit files = {storage ? 128 : 32, storage ? 128 : 32};
 
     if (setrlimit(RLIMIT_CORE, &none) != 0 || setrlimit(RLIMIT_NOFILE, &files) != 0 ||
         setrlimit(RLIMIT_MSGQUEUE, &none) != 0)
@@ -268,7 +338,7 @@ static int set_limits(void)
     return 0;
 }
 
-int sandbox_enter(const char **step)
+int sandbox_enter(bool storage, const char **step)
 {
     int result;
 
@@ -276,13 +346,21 @@ int sandbox_enter(const char **step)
     if (prctl(PR_SET_NAME, "teemate-warden", 0, 0, 0) != 0 || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0)
         return -errno;
     *step = "descriptors";
-    result = drop_descriptors();
+    result = drop_descriptors(storage);
     if (result < 0)
         return result;
     *step = "capabilities";
     result = drop_capabilities();
     if (result < 0)
         return result;
+    *step = "the enclave's folder, descriptor 4";
+    result = storage ? own_directory() : 0;
+    if (result < 0)
+        return result;
+    *step = "Landlock";
+    result = storage ? confine_to_directory() : 0;
+    if (result < 0)
+        return result;
     *step = "limits";
-    return set_limits();
+    return set_limits(storage);
 }

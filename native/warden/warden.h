@@ -6,6 +6,7 @@
  *   requests.c  what each request does
  *   unwind.c    the repair of a client's slot
  *   resume.c    the disposable child that resumes a rewritten SSA frame
+ *   io.c        the thread that does what enclave code asks of its files
  *   sandbox.c   what the process gives up
  */
 #ifndef TEEMATE_WARDEN_H
@@ -19,7 +20,6 @@
 #include "protocol.h"
 #include "repair.h"
 
-#define WARDEN_SOCKET 3
 #define WARDEN_TICK_MS 100
 
 struct warden {
@@ -30,6 +30,8 @@ struct warden {
     struct tm_image_header header;   /* as the enclave gave it */
     bool started;                    /* START has succeeded */
     bool damaged;                    /* a control ECALL has faulted: repair before the next */
+    bool storage;                    /* STORAGE_DIRECTORY is the enclave's folder */
+    uint64_t storage_limit;          /* bytes; 0: none */
     uint32_t contended;              /* entries that found their TCS busy, since the last reply */
 };
 
@@ -78,6 +80,12 @@ void warden_mark(struct teemate_enclave *enclave);
 int warden_resume(struct teemate_enclave *enclave, uint64_t tcs_offset);
 /* `resume` of struct repair: of the warden's own two TCSs. */
 int warden_resume_own(struct repair *repair, uint64_t tcs_offset);
+
+/*
+ * io.c: at the end of START, once.  Repairs the I/O slot, tells the enclave whether it has storage, and starts the
+ * thread when it has; *frames counts resumed ones.
+ */
+int warden_io_start(struct warden *warden, uint32_t *frames, struct teemate_diag *diag);
 
 /* unwind.c: WARDEN_REPAIR. */
 void warden_unwind(struct warden *warden, const struct warden_request *request, struct warden_reply *reply);

@@ -130,7 +130,7 @@ def test_the_request_and_the_result_must_lie_outside(faults: Gate) -> None:
 
 
 def test_an_unknown_operation_is_an_error(faults: Gate) -> None:
-    assert faults.control(12).status == UNKNOWN
+    assert faults.control(99).status == UNKNOWN
     assert faults.control(0).status == UNKNOWN
 
 

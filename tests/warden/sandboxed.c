@@ -5,9 +5,12 @@
  *   sandboxed fork                             fork and wait as the warden does
  *   sandboxed open                             open a file; exits with the errno
  *   sandboxed show                             prints what was given up (before the filter)
+ *   sandboxed outside PATH                     opens PATH by the enclave's folder; exits with the errno
+ * After `storage`: the same with storage, descriptor 4 being its folder.
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/openat2.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,13 +28,12 @@ static int show(void)
     char line[256];
     FILE *status = fopen("/proc/self/status", "r");
 
-    if (status == NULL)
-        return 1;
-    while (fgets(line, sizeof(line), status) != NULL) {
+    while (status != NULL && fgets(line, sizeof(line), status) != NULL) {
         if (strncmp(line, "Cap", 3) == 0 || strncmp(line, "NoNewPrivs", 10) == 0 || strncmp(line, "Name", 4) == 0)
             fputs(line, stderr);
     }
-    fclose(status);
+    if (status != NULL) /* with storage and Landlock it cannot be opened */
+        fclose(status);
     getrlimit(RLIMIT_CORE, &core);
     fprintf(stderr, "core: %lu\n", (unsigned long)core.rlim_max);
     for (int fd = 0; fd < 64; fd++) {
@@ -48,19 +50,27 @@ static void *nothing(void *argument)
 
 int main(int argc, char **argv)
 {
+    bool storage = argc > 1 && strcmp(argv[1], "storage") == 0;
     const char *step;
-    int result = sandbox_enter(&step);
+    int result = sandbox_enter(storage, &step);
     int status = 0;
     pthread_t thread;
 
+    argc -= storage;
+    argv += storage;
     if (result < 0 || argc < 2) {
         fprintf(stderr, "%s: %s\n", step, strerror(-result));
         return 2;
     }
     if (strcmp(argv[1], "show") == 0)
         return show();
-    if (sandbox_filter() < 0)
+    if (sandbox_filter(storage) < 0)
         return 2;
+    if (strcmp(argv[1], "outside") == 0 && argc > 2) {
+        struct open_how how = {.flags = O_RDONLY};
+
+        return syscall(SYS_openat2, STORAGE_DIRECTORY, argv[2], &how, sizeof(how)) < 0 ? errno : 0;
+    }
     if (strcmp(argv[1], "fork") == 0) {
         pid_t child = fork();
 

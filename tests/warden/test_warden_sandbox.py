@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import signal
@@ -122,3 +123,59 @@ def test_without_a_socketpair_it_does_not_start(sandboxed: Path) -> None:
     failed = run(sandboxed, "show", fds="3<&-")
     assert failed.returncode == 2
     assert "descriptors" in failed.stderr
+
+
+# ---- with storage ----------------------------------------------------------------------------
+
+FOLDER = "3</dev/null 4</tmp 6</tmp"
+# Number, and what it is about: a descriptor that the filter looks at, or -1.
+FILE_CALLS = {
+    "openat2": (437, 4),
+    "unlinkat": (263, 4),
+    "getdents64": (217, 4),
+    "flock": (73, 4),
+    "fsync": (74, 4),
+    "pwrite64": (18, -1),
+    "ftruncate": (77, -1),
+    "fdatasync": (75, -1),
+}
+
+
+@pytest.mark.parametrize("name", sorted(FILE_CALLS))
+def test_files_are_for_wardens_with_storage_alone(sandboxed: Path, name: str) -> None:
+    number, folder = FILE_CALLS[name]
+    assert run(sandboxed, "warden", str(number), str(folder), fds=FOLDER).returncode == -signal.SIGSYS
+    assert run(sandboxed, "storage", "warden", str(number), str(folder), fds=FOLDER).returncode == 0
+    if folder != -1:  # nor by another descriptor, nor by the working directory
+        for other in ("3", "-100"):
+            tried = run(sandboxed, "storage", "warden", str(number), other, fds=FOLDER)
+            assert tried.returncode == -signal.SIGSYS
+
+
+@pytest.mark.parametrize("name", sorted(set(CALLS) - {"getpid", "clock_gettime"}))
+def test_storage_brings_nothing_else(sandboxed: Path, name: str) -> None:
+    tried = run(sandboxed, "storage", "warden", str(CALLS[name]), fds=FOLDER)
+    assert tried.returncode == -signal.SIGSYS
+
+
+def test_with_storage_it_keeps_the_folder_and_no_other_descriptor(sandboxed: Path) -> None:
+    shown = run(sandboxed, "storage", "show", fds=FOLDER).stderr.splitlines()
+    assert [line for line in shown if line.startswith("open")] == [f"open: {n}" for n in (0, 1, 3, 4)]
+    failed = run(sandboxed, "storage", "show", fds="3</dev/null 4<&-")
+    assert failed.returncode == 2
+    assert "descriptors" in failed.stderr
+
+
+def has_landlock() -> bool:
+    """Whether the kernel has it: landlock_create_ruleset(NULL, 0, LANDLOCK_CREATE_RULESET_VERSION)."""
+    return ctypes.CDLL(None).syscall(444, None, 0, 1) >= 1
+
+
+def test_no_path_leads_out_of_the_folder(sandboxed: Path, tmp_path: Path) -> None:
+    (tmp_path / "inside").write_text("")
+    fds = f"3</dev/null 4<'{tmp_path}'"
+    assert run(sandboxed, "storage", "outside", "inside", fds=fds).returncode == 0
+    if not has_landlock():
+        pytest.skip("this kernel has no Landlock: openat2's own flags are what is left")
+    for path in ("/etc/passwd", "../../../../../../etc/passwd"):
+        assert run(sandboxed, "storage", "outside", path, fds=fds).returncode == errno.EACCES
