@@ -28,7 +28,7 @@ from teemate.broker.enclaves import (
 from teemate.broker.epc import warn_when_full
 from teemate.broker.image_copy import ImageCopies
 from teemate.broker.limits import Charge, Resource
-from teemate.broker.policy import CreateRule, EnclavePolicy, Rule
+from teemate.broker.policy import CreateRule, DenialReason, EnclavePolicy, Missing, Rule
 from teemate.broker.programs import warden_program
 from teemate.broker.requests import Answer, Clients, Create, Result
 from teemate.broker.source import ImageSource
@@ -133,7 +133,7 @@ class Administration:
         policy = self._policy_for(args.name, owner)
         if policy.owner != identity.uid and not service.policy.administrators.includes(identity):
             rule = f"[[enclave]] {args.name} belongs to uid {policy.owner}, not to {identity.uid}"
-            raise service.denied(client, "create", rule)
+            raise service.denied(client, "create", Missing(DenialReason.NAME, rule))
         self._require_filled()
         if args.name in self.building:
             raise errors.Busy(f"enclave {args.name!r} is being built")
@@ -187,7 +187,8 @@ class Administration:
         service, identity = self._service, client.identity
         rules = [rule for rule in service.policy.create if rule.who.matches(identity, service.cgroup_tree)]
         if not rules:
-            raise service.denied(client, operation, "[[create]] for this process")
+            missing = Missing(DenialReason.CREATE_RULE, "[[create]] for this process")
+            raise service.denied(client, operation, missing)
         return rules
 
     def require_rule(
@@ -196,7 +197,8 @@ class Administration:
         """Raise Denied unless the image satisfies all of one of the rules."""
         reasons = [reason for rule in rules if (reason := _refusal(rule, facts, debug))]
         if len(reasons) == len(rules):
-            raise self._service.denied(client, operation, "; ".join(reasons))
+            missing = Missing(DenialReason.IMAGE, "; ".join(reasons))
+            raise self._service.denied(client, operation, missing)
 
     def _policy_for(self, name: str, owner: int) -> EnclavePolicy:
         """What the policy has for an enclave that is made by request: its own entry, or its owner alone."""

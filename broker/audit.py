@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import TextIO, cast, final
 
@@ -20,6 +21,7 @@ from teemate.broker.identity import Identity
 from teemate.broker.journal import Journal, is_journal, render
 from teemate.broker.limits import TokenBucket
 from teemate.broker.log_file import LogFile
+from teemate.broker.policy import DenialReason, Missing
 
 __all__ = ["Audit", "Complaints", "Denial", "configure_log"]
 
@@ -124,6 +126,8 @@ class Audit:
         self.granted_count = 0
         self.denied_count = 0
         self.revoked_count = 0
+        self.denied_by: Counter[tuple[str, DenialReason]] = Counter()
+        """Denials by operation and reason."""
         self.recent_denials: dict[tuple[int, str, str, str], Denial] = {}
         """The newest last, for who asks without a log at hand."""
 
@@ -142,14 +146,15 @@ class Audit:
             grant=grant, why=why,
         )  # fmt: skip
 
-    def denied(self, identity: Identity, *, client: int, operation: str, rule: str) -> None:
-        """The policy has no rule that allows it; `rule` is the one that is missing."""
+    def denied(self, identity: Identity, *, client: int, operation: str, missing: Missing) -> None:
+        """The policy has no rule that allows it."""
         self.denied_count += 1
-        self._remember(identity, operation, rule)
+        self.denied_by[operation, missing.reason] += 1
+        self._remember(identity, operation, missing.rule)
         self._log.warning(
             "denied", audit="denial", client=client, pid=identity.pid, uid=identity.uid, gid=identity.gid,
             groups=sorted(identity.groups), label=identity.label, cgroup=identity.cgroup_text,
-            operation=operation, missing_rule=rule,
+            operation=operation, missing_rule=missing.rule,
         )  # fmt: skip
 
     def _remember(self, identity: Identity, operation: str, rule: str) -> None:

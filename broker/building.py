@@ -29,7 +29,7 @@ class Build:
     over: trio.Event = field(default_factory=trio.Event)
     """Set when it is there or could not be built."""
 
-    def missing_rule(self, identity: Identity, tree: CgroupTree) -> str | None:
+    def missing_rule(self, identity: Identity, tree: CgroupTree) -> Missing | None:
         """As :meth:`EnclavePolicy.missing_for_attach`: who may not have it is not let wait for it."""
         return self.policy.missing_for_attach(identity, tree, backend=self.backend, debug=self.policy.debug)
 

@@ -144,6 +144,12 @@ def summarize(policy: Policy) -> Iterator[str]:
         yield from _enclave(enclave)
     for create in policy.create:
         yield f"may create enclaves of up to {create.pages} pages: {_rule(create.who)}"
+    metrics = policy.metrics
+    if metrics.socket is not None:
+        yield f"metrics at {metrics.socket}, mode {metrics.socket_mode:04o}"
+    if metrics.listen is not None:
+        host, port = metrics.listen
+        yield f"metrics at {host} port {port}, for every user of this host"
     who = [*map(_user, sorted(policy.administrators.uids)), *map(_group, sorted(policy.administrators.gids))]
     yield f"administrators: {', '.join(who) or 'nobody'}"
 

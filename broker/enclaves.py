@@ -20,6 +20,7 @@ import trio
 from teemate import errors, wire
 from teemate._native import ffi, lib
 from teemate.broker.control import ControlKey, SlotKey
+from teemate.broker.durations import WAIT_BOUNDS, Durations, DurationStatistics
 from teemate.broker.limits import Charge
 from teemate.broker.policy import EnclavePolicy
 from teemate.broker.slots import SlotStatistics, SlotTable
@@ -249,6 +250,8 @@ class EnclaveStatistics:
     attaches: int
     recycled: int
     repaired: int
+    waits: DurationStatistics
+    """Of requests that had to wait for slots, also of those that got none."""
     slots: SlotStatistics
     warden: WardenStatistics | None
 
@@ -321,6 +324,7 @@ class Enclave:
         self.recycled = 0
         self.repaired = 0
         """Slots that came back with a call in them: interrupted, parked or stolen."""
+        self.waits = Durations(WAIT_BOUNDS)
         self.slot_work: defaultdict[int, trio.Lock] = defaultdict(trio.Lock)
         """By slot: who clears, repairs, resets and arms it."""
         self.charge = charge
@@ -418,6 +422,7 @@ class Enclave:
             attaches=self.attaches,
             recycled=self.recycled,
             repaired=self.repaired,
+            waits=self.waits.statistics(),
             slots=self.slots.statistics(),
             warden=self.warden.statistics() if self.warden else None,
         )

@@ -6,8 +6,9 @@ so an attach that finds slots free is answered in the task that received it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, final
 
@@ -15,6 +16,7 @@ import trio
 
 from teemate import errors
 from teemate.broker import requests
+from teemate.broker.durations import ATTACH_BOUNDS, Durations, DurationStatistics
 from teemate.broker.enclaves import Enclave, EnclaveState
 from teemate.broker.grants import Grant, Waiter
 from teemate.broker.identity import principal
@@ -27,7 +29,14 @@ if TYPE_CHECKING:
     from teemate.broker.policy import EnclavePolicy
     from teemate.broker.service import Service
 
-__all__ = ["Granting"]
+__all__ = ["Granting", "GrantingStatistics"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrantingStatistics:
+    """How long attaches took: from when the request was read until its reply was sent or queued."""
+
+    attaches: DurationStatistics
 
 
 @final
@@ -36,17 +45,19 @@ class Granting:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._attaches = Durations(ATTACH_BOUNDS)
 
     # -- attach and acquire ----------------------------------------------------
 
-    def attach(self, client: Client, args: requests.Attach) -> requests.Result:
-        """Give a grant with `args.slots` slots, now or when they are free."""
+    def attach(self, client: Client, args: requests.Attach, asked: float | None = None) -> requests.Result:
+        """Give a grant with `args.slots` slots, now or when they are free; `asked`: if that was before."""
+        asked = time.monotonic() if asked is None else asked
         build = self._service.administration.building.get(args.enclave)
         if build is not None:
             missing = build.missing_rule(client.identity, self._service.cgroup_tree)
             if missing is not None:
                 raise self._service.denied(client, "attach", missing)
-            return self._attach_when(build.over, build.policy, build.late, client, args)
+            return self._attach_when(build.over, build.policy, build.late, client, args, asked)
         enclave = self._service.enclave(args.enclave)
         missing = self._service.missing_rule(client, enclave)
         if missing is not None:
@@ -54,7 +65,7 @@ class Granting:
         rebuilt = self._service.generations.pending(enclave)
         if rebuilt is not None:
             late = partial(self._service.generations.late, enclave)
-            return self._attach_when(rebuilt, enclave.policy, late, client, args)
+            return self._attach_when(rebuilt, enclave.policy, late, client, args, asked)
         self._require_ready(enclave)
         policy = enclave.policy
         uid = client.identity.uid
@@ -80,8 +91,8 @@ class Granting:
         if first:
             enclave.clients_by_uid[uid] = enclave.clients_by_uid.get(uid, 0) + 1
         if ticket.slots is not None:
-            return self._attached(grant, ticket.slots)
-        return self._attach_later(grant, ticket, args.wait)
+            return self._attached(grant, ticket.slots, asked)
+        return self._attach_later(grant, ticket, args.wait, asked)
 
     async def _attach_when(
         self,
@@ -90,6 +101,7 @@ class Granting:
         late: Callable[[float], errors.Error],
         client: Client,
         args: requests.Attach,
+        asked: float,
     ) -> Answer:
         """Wait for an enclave as for slots, then attach to it within what is left of the time."""
         longest = _longest(policy, args.wait)
@@ -99,28 +111,33 @@ class Granting:
         if not there.is_set():
             raise late(longest)
         left = max(0.0, longest - (trio.current_time() - started))
-        result = self.attach(client, replace(args, wait=left))
+        result = self.attach(client, replace(args, wait=left), asked)
         return result if isinstance(result, Answer) else await result
 
-    async def _attach_later(self, grant: Grant, ticket: Ticket, wait: float | None) -> Answer:
+    async def _attach_later(self, grant: Grant, ticket: Ticket, wait: float | None, asked: float) -> Answer:
         try:
-            return self._attached(grant, await self._wait(grant, ticket, wait))
+            return self._attached(grant, await self._wait(grant, ticket, wait), asked)
         except BaseException:
             if not grant.over:
                 self._end(grant, "no slots")
             raise
 
-    def _attached(self, grant: Grant, slots: tuple[int, ...]) -> Answer:
+    def _attached(self, grant: Grant, slots: tuple[int, ...], asked: float) -> Answer:
         enclave = grant.enclave
         built = enclave.built
         enclave.attaches += 1
         grant.handed_out = True
         ok = self._attach_ok(grant, slots)
         outcome: dict[str, object] = {"grant": grant.number, "slots": slots}
+
+        def sent() -> None:
+            self._attaches.observe(time.monotonic() - asked)
+            self._handed_out(grant, slots)
+
         return Answer(
             ok,
             (built.fd, built.arena),
-            lambda: self._handed_out(grant, slots),
+            sent,
             outcome=outcome,
             undo=lambda: self._not_handed_out(grant, slots),
         )
@@ -264,6 +281,7 @@ class Granting:
             return ticket.slots
         finally:
             del self._service.reclaimer.waiters[ticket]
+            enclave.waits.observe(time.monotonic() - waiter.since)
             grant.awaited -= ticket.count
             if not taken:
                 for charge in waiter.charges:
@@ -312,6 +330,10 @@ class Granting:
             grant=grant.number,
             slots=list(slots),
         )
+
+    def statistics(self) -> GrantingStatistics:
+        """What was given so far."""
+        return GrantingStatistics(attaches=self._attaches.statistics())
 
     # -- release and detach ----------------------------------------------------
 

@@ -42,6 +42,8 @@ class Grant:
     in_reclaim: int = 0
     """Slots that were given back and that the warden has not finished with."""
     revoked: bool = False
+    leaked: bool = False
+    """Whether it was revoked and its holder neither ended nor acknowledged in time."""
     over: bool = False
     handed_out: bool = False
     """Whether the client has it, and not only asked for it."""
@@ -53,6 +55,13 @@ class Grant:
     def slots(self) -> list[int]:
         """The slots that the client holds, ascending."""
         return sorted(self.charges)
+
+    @property
+    def mapped_still(self) -> bool:
+        """Whether its mapping is leaked: revoked, and its holder lives and has not said that it is gone."""
+        if not self.leaked:
+            return False
+        return bool(self.charges) if self.outcome is None else not self.outcome.finished.is_set()
 
     def settle(self) -> None:
         """Tell who revokes this grant when everything of it is back."""

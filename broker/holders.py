@@ -49,7 +49,7 @@ class Looking:
         """List an enclave's slots from `first` on, and with the first of all the requests that wait."""
         service = self._service
         enclave = service.enclave(args.enclave)
-        grants = self._grants()
+        grants = self.every_grant()
         room = _BYTES
         waiting: list[dict[str, object]] = []
         now = time.monotonic()
@@ -84,7 +84,7 @@ class Looking:
             slots.append(entry)
         return Answer(answer)
 
-    def _grants(self) -> dict[int, Grant]:
+    def every_grant(self) -> dict[int, Grant]:
         """Every grant with a slot that is not back: those held, and those given up with slots withheld."""
         service = self._service
         found = dict(service.grants)

@@ -188,6 +188,7 @@ class Account:
         used = self.used[resource]
         if used + amount > limit:
             self.refused += 1
+            self._ledger.refused[resource] += 1
             raise LimitReached(
                 f"uid {self.uid} holds {used} of {limit} {resource.value.replace('_', ' ')} and asked for"
                 f" {amount} more: the broker's policy sets this in [limits] {resource.value}",
@@ -229,9 +230,10 @@ class Account:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LedgerStatistics:
-    """Every account that is in use."""
+    """Every account that is in use, and how often each limit said no to anybody, by keys of ``[limits]``."""
 
     accounts: tuple[AccountStatistics, ...]
+    refused: dict[str, int]
 
 
 @final
@@ -246,6 +248,7 @@ class Ledger:
         }
         self.rounds = Rounds()
         """For whoever runs the scheduler to add to it."""
+        self.refused: dict[Resource, int] = dict.fromkeys(Resource, 0)
         self._accounts: dict[int, Account] = {}
 
     def account(self, uid: int) -> Account:
@@ -269,4 +272,7 @@ class Ledger:
 
     def statistics(self) -> LedgerStatistics:
         """What all users hold at this moment."""
-        return LedgerStatistics(accounts=tuple(account.statistics() for account in self._accounts.values()))
+        return LedgerStatistics(
+            accounts=tuple(account.statistics() for account in self._accounts.values()),
+            refused={resource.value: count for resource, count in self.refused.items()},
+        )

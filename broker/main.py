@@ -30,6 +30,7 @@ from teemate.broker.install import install
 from teemate.broker.keeper import KEEPER_FD_NAME, REFUSED
 from teemate.broker.kept import FIRST_FD, LISTENER
 from teemate.broker.log_file import LogFile
+from teemate.broker.metrics_server import serve_metrics
 from teemate.broker.policy import Policy, PolicyError
 from teemate.broker.restoration import Found, read_found
 from teemate.broker.server import Server, bind, listens
@@ -151,6 +152,7 @@ async def run(start: _Start) -> None:
                 gc.freeze()  # modules and enclaves stay: collections need not look at them again and again
                 notify(f"READY=1\nSTATUS={status_text(service)}")
                 serving.start_soon(beat, service)
+                serving.start_soon(serve_metrics, service)
             # Only now: clients that leave give their slots back to what is kept.
             with contextlib.suppress(OSError):  # the keeper may be what ended
                 notify("STOPPING=1")

@@ -6,6 +6,8 @@ missing, for the log; the client hears only that it may not.
 
 from __future__ import annotations
 
+import enum
+import ipaddress
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +22,10 @@ __all__ = [
     "Administrators",
     "BrokerSettings",
     "CreateRule",
+    "DenialReason",
     "EnclavePolicy",
+    "MetricsSettings",
+    "Missing",
     "Policy",
     "PolicyError",
     "Rule",
@@ -48,6 +53,34 @@ class Rule:
         if self.gids is not None and identity.gid not in self.gids and not self.gids & identity.groups:
             return False
         return self.cgroups is None or tree.matches(self.cgroups, identity.cgroup)
+
+
+class DenialReason(enum.Enum):
+    """What kind of rule was missing: few values, so that denials can be counted by them."""
+
+    ATTACH_RULE = "attach_rule"
+    """No ``[[enclave.attach]]`` is about this process."""
+    OWNER = "owner"
+    """Another uid than the owner's, and the enclave is not shared."""
+    DEBUG = "debug"
+    """The same, of a debug enclave, which is never shared."""
+    ADMINISTRATORS = "administrators"
+    """Only administrators may."""
+    CREATE_RULE = "create_rule"
+    """No ``[[create]]`` is about this process."""
+    NAME = "name"
+    """The enclave's name is another owner's in the policy."""
+    IMAGE = "image"
+    """The image satisfies none of the ``[[create]]`` that are about this process."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """The rule that something would have needed; `rule` names it to the log."""
+
+    reason: DenialReason
+    rule: str
 
 
 @final
@@ -83,21 +116,23 @@ class EnclavePolicy:
 
     def missing_for_attach(
         self, identity: Identity, tree: CgroupTree, *, backend: str, debug: bool
-    ) -> str | None:
+    ) -> Missing | None:
         """Return the rule that is missing for `identity` to attach, None when it may."""
         if identity.uid != self.owner:
             if debug:
-                return f"enclave {self.name}: debug enclaves are never shared between owners"
+                rule = f"enclave {self.name}: debug enclaves are never shared between owners"
+                return Missing(DenialReason.DEBUG, rule)
             shared, setting = (
                 (self.share_sim, "insecure_sim_sharing = true")
                 if backend == "sim"
                 else (self.share_sgx, 'share_between_owners = "unfenced"')
             )
             if not shared:
-                return f"enclave {self.name}: uid {identity.uid} is not owner {self.owner}, and no {setting}"
+                rule = f"enclave {self.name}: uid {identity.uid} is not owner {self.owner}, and no {setting}"
+                return Missing(DenialReason.OWNER, rule)
         if any(rule.matches(identity, tree) for rule in self.attach):
             return None
-        return f"enclave {self.name}: no [[enclave.attach]] matches"
+        return Missing(DenialReason.ATTACH_RULE, f"enclave {self.name}: no [[enclave.attach]] matches")
 
 
 @final
@@ -145,6 +180,18 @@ class BrokerSettings:
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsSettings:
+    """``[metrics]``: where they can be read; nowhere unless it says so."""
+
+    socket: str | None = None
+    socket_mode: int = 0o660
+    socket_gid: int | None = None
+    listen: tuple[str, int] | None = None
+    """Address and port of the loopback interface."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """The whole file."""
 
@@ -154,6 +201,7 @@ class Policy:
     enclaves: tuple[EnclavePolicy, ...] = ()
     create: tuple[CreateRule, ...] = ()
     administrators: Administrators = field(default_factory=Administrators)
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
 
     def entry_for(self, old: EnclavePolicy, *, requested: bool) -> EnclavePolicy | None:
         """What the file says now of an enclave that is there already; None when it says nothing any more.
@@ -183,6 +231,36 @@ def _broker(table: Table) -> BrokerSettings:
     )
     table.finish()
     return settings
+
+
+def _metrics(table: Table) -> MetricsSettings:
+    gids = table.gids("socket_group")
+    if gids is not None and len(gids) != 1:
+        raise table.error("socket_group", "expected one group")
+    settings = MetricsSettings(
+        socket=table.text("socket", "") or None,
+        socket_mode=table.octal("socket_mode", 0o660),
+        socket_gid=next(iter(gids)) if gids else None,
+        listen=_loopback(table, "listen"),
+    )
+    table.finish()
+    return settings
+
+
+def _loopback(table: Table, key: str) -> tuple[str, int] | None:
+    text = table.text(key, "")
+    if not text:
+        return None
+    host, _, port = text.rpartition(":")
+    try:
+        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        raise table.error(key, f'expected an address and a port, "127.0.0.1:9842", not {text!r}') from None
+    if not address.is_loopback:
+        raise table.error(key, f"{address} is no address of this host alone: a proxy may pass metrics on")
+    if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+        raise table.error(key, f"expected a port from 1 to 65535, not {port!r}")
+    return str(address), int(port)
 
 
 def _limits(table: Table) -> Limits:
@@ -325,6 +403,7 @@ def load_policy(path: Path, *, default_owner: int) -> Policy:
         limits=_limits(top.table("limits")),
         enclaves=tuple(_enclave(table, path.parent, default_owner) for table in top.tables("enclave")),
         create=tuple(_create(table) for table in top.tables("create")),
+        metrics=_metrics(top.table("metrics")),
         administrators=Administrators(
             uids=administrators.uids("uids") or frozenset(), gids=administrators.gids("gids") or frozenset()
         ),

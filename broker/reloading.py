@@ -114,6 +114,8 @@ class Reloading:
         service.lifecycle.adopt(policy)
         service.state.write_enclaves()
         service.log.info("policy taken", policy=policy.source, enclaves=len(policy.enclaves))
+        if policy.metrics != old.metrics:
+            waiting.append("[metrics]")
         if waiting:
             service.log.warning(
                 "settings wait for a restart",

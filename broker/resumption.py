@@ -38,10 +38,14 @@ _TOKEN_SIZE = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResumptionStatistics:
-    """Clients that wait to be resumed, that were, that ended meanwhile, and whose time ran out."""
+    """Clients that wait to be resumed, that were, that ended meanwhile, and whose time ran out.
+
+    `grants`: of those that were.
+    """
 
     suspended: int
     resumed: int
+    grants: int
     ended: int
     expired: int
 
@@ -55,6 +59,7 @@ class Resumption:
         self._suspended: dict[int, Client] = {}
         self._by_token: dict[bytes, Client] = {}
         self._resumed = 0
+        self._grants = 0
         self._ended = 0
         self._expired = 0
 
@@ -102,6 +107,7 @@ class Resumption:
             return None
         self._forget(client)
         self._resumed += 1
+        self._grants += len(client.grants)
         connection = newcomer.connection
         assert connection is not None  # it has just brought the token
         del service.clients[newcomer.number]
@@ -163,6 +169,7 @@ class Resumption:
         return ResumptionStatistics(
             suspended=len(self._suspended),
             resumed=self._resumed,
+            grants=self._grants,
             ended=self._ended,
             expired=self._expired,
         )

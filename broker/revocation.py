@@ -47,11 +47,18 @@ _LATER_PAUSE = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RevocationStatistics:
-    """Clients that were killed, slots that stayed mapped, and of those in which a thread stayed too."""
+    """Clients that were killed, slots that stayed mapped, and of those in which a thread stayed too.
+
+    `cleared` and `quarantined` are slots as well.  `outcomes` counts grants by how their revocation ended:
+    ``returned`` (acknowledged, or ended by themselves), ``killed``, ``leaked`` or ``uncleared``.
+    """
 
     killed: int
     leaked: int
     busy: int
+    cleared: int
+    quarantined: int
+    outcomes: dict[str, int]
 
 
 @final
@@ -63,6 +70,9 @@ class Revocation:
         self._killed = 0
         self._leaked = 0
         self._busy = 0
+        self._cleared = 0
+        self._quarantined = 0
+        self._outcomes = dict.fromkeys(("returned", "killed", "leaked", "uncleared"), 0)
 
     def revoke(self, client: Client, args: Revoke) -> Awaitable[Answer]:
         """Take back one grant, all of a client, or all on an enclave."""
@@ -147,7 +157,8 @@ class Revocation:
         )
         with trio.move_on_after(seconds):
             await outcome.finished.wait()
-        if not outcome.finished.is_set() and enclave.policy.revoke_kill and not grant.over:
+        kill = not outcome.finished.is_set() and enclave.policy.revoke_kill and not grant.over
+        if kill:
             await self._kill(grant, outcome)
         ruined: list[int] = []
         busy = await self._repair_left(grant, ruined)
@@ -158,15 +169,25 @@ class Revocation:
         service.state.write_client(client)
         if not leaked and not grant.over and not outcome.finished.is_set():
             leaked = 1  # it holds no slots, but the mapping
-        self._leaked += leaked
-        self._busy += len(busy)
-        return {
+        grant.leaked = bool(leaked)
+        counts = {
             "cleared": outcome.cleared,
             "quarantined": outcome.quarantined + len(ruined),
             "leaked": leaked,
             "busy": len(busy),
             "uncleared": 0 if enclave.state is EnclaveState.LOST else len(grant.uncleared.union(uncleared)),
         }
+        self._count(counts, killed=kill)
+        return counts
+
+    def _count(self, counts: dict[str, int], *, killed: bool) -> None:
+        self._leaked += counts["leaked"]
+        self._busy += counts["busy"]
+        self._cleared += counts["cleared"]
+        self._quarantined += counts["quarantined"]
+        fallback = "killed" if killed else "returned"
+        how = next((how for how in ("uncleared", "leaked") if counts[how]), fallback)
+        self._outcomes[how] += 1
 
     @staticmethod
     async def _wait_returned(grant: Grant) -> None:
@@ -272,7 +293,14 @@ class Revocation:
 
     def statistics(self) -> RevocationStatistics:
         """What revocations ended with so far."""
-        return RevocationStatistics(killed=self._killed, leaked=self._leaked, busy=self._busy)
+        return RevocationStatistics(
+            killed=self._killed,
+            leaked=self._leaked,
+            busy=self._busy,
+            cleared=self._cleared,
+            quarantined=self._quarantined,
+            outcomes=dict(self._outcomes),
+        )
 
     async def finish_in_background(self, run: Callable[[], Awaitable[None]]) -> None:
         """Wait for `run`, which goes on when the connection that asked for it ends in the middle."""

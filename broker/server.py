@@ -30,7 +30,9 @@ _RESERVE = 256
 """Descriptors, or an eighth of all if that is fewer, that are kept from new connections."""
 
 
-def bind(path: str, *, mode: int, gid: int | None) -> socket.socket:
+def bind(
+    path: str, *, mode: int, gid: int | None, kind: socket.SocketKind = socket.SOCK_SEQPACKET
+) -> socket.socket:
     """Return a listening socket at `path`; a socket that nobody listens on is replaced.
 
     Raises
@@ -39,9 +41,9 @@ def bind(path: str, *, mode: int, gid: int | None) -> socket.socket:
         EADDRINUSE when another broker answers there, or what is there is no socket.
 
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    sock = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
     try:
-        _remove_stale(path)
+        _remove_stale(path, kind)
         mask = os.umask(0o777)  # until the mode is set, nobody connects
         try:
             sock.bind(path)
@@ -65,15 +67,15 @@ def listens(fd: int) -> bool:
         return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
-def _remove_stale(path: str) -> None:
+def _remove_stale(path: str, kind: socket.SocketKind) -> None:
     with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(os.lstat(path).st_mode) or _somebody_listens(path):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode) or _somebody_listens(path, kind):
             raise OSError(errno.EADDRINUSE, "another broker listens there, or a file lies there", path)
         os.unlink(path)
 
 
-def _somebody_listens(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as probe:
+def _somebody_listens(path: str, kind: socket.SocketKind) -> bool:
+    with socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC) as probe:
         probe.setblocking(False)
         try:
             probe.connect(path)

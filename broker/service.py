@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -28,7 +29,7 @@ from teemate.broker.holders import Looking
 from teemate.broker.intruders import Intruders
 from teemate.broker.lifecycle import Lifecycle
 from teemate.broker.limits import Ledger
-from teemate.broker.policy import Policy
+from teemate.broker.policy import DenialReason, Missing, Policy
 from teemate.broker.processes import Processes
 from teemate.broker.reclaim import Reclaimer
 from teemate.broker.reloading import Reloading, demand_backends
@@ -41,6 +42,7 @@ from teemate.broker.upgrade import Upgrades
 
 if TYPE_CHECKING:
     from teemate.broker.clients import Client
+    from teemate.broker.metrics_server import MetricsServerStatistics
 
 __all__ = ["ServerStatistics", "Service"]
 
@@ -106,6 +108,8 @@ class Service:
         self.leaving = False
         """Whether the broker ends and leaves everything to the next one."""
         self.server_statistics: Callable[[], ServerStatistics] | None = None
+        self.metrics_statistics: Callable[[], MetricsServerStatistics] | None = None
+        self.started_at = time.time()
         self.restoration = Restoration(self, found)
         self.restoration.place()
 
@@ -142,11 +146,12 @@ class Service:
     def require_administrator(self, client: Client, operation: str) -> None:
         """Raise Denied unless the client is an administrator."""
         if not self.policy.administrators.includes(client.identity):
-            raise self.denied(client, operation, "[administrators] uids or gids")
+            missing = Missing(DenialReason.ADMINISTRATORS, "[administrators] uids or gids")
+            raise self.denied(client, operation, missing)
 
-    def denied(self, client: Client, operation: str, rule: str) -> errors.Denied:
+    def denied(self, client: Client, operation: str, missing: Missing) -> errors.Denied:
         """Return the error for a denial, recorded: the log names the rule, the client hears nothing of it."""
-        self.audit.denied(client.identity, client=client.number, operation=operation, rule=rule)
+        self.audit.denied(client.identity, client=client.number, operation=operation, missing=missing)
         return errors.Denied(
             f"the policy does not allow {operation} to uid {client.identity.uid}: its log names the rule"
         )
@@ -202,7 +207,7 @@ class Service:
             or self.missing_rule(client, enclave) is None
         ]
 
-    def missing_rule(self, client: Client, enclave: Enclave) -> str | None:
+    def missing_rule(self, client: Client, enclave: Enclave) -> Missing | None:
         return enclave.policy.missing_for_attach(
             client.identity, self.cgroup_tree, backend=enclave.backend, debug=enclave.built.debug
         )
@@ -216,10 +221,13 @@ class Service:
             "denied": self.audit.denied_count,
             "revoked": self.audit.revoked_count,
             "server": asdict(self.server_statistics()) if self.server_statistics else {},
+            "metrics": asdict(self.metrics_statistics()) if self.metrics_statistics else {},
             "addresses": asdict(self.addresses.statistics()),
             "processes": asdict(self.processes.statistics()),
             "disposal": asdict(self.disposal.statistics()),
             "users": [asdict(account) for account in self.ledger.statistics().accounts],
+            "granting": asdict(self.granting.statistics()),
+            "refused": self.ledger.statistics().refused,
             "enclaves": [asdict(enclave.statistics()) for enclave in self.enclaves.values()],
             "state": asdict(self.state.statistics()),
             "resumption": asdict(self.resumption.statistics()),

@@ -29,8 +29,9 @@ everything, and its large requests are not overtaken by its small ones.
 from __future__ import annotations
 
 import enum
+import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import final
 
@@ -47,11 +48,14 @@ class SlotState(enum.Enum):
     QUARANTINED = "quarantined"
 
 
+_HELD = frozenset({SlotState.ASSIGNED, SlotState.WITHHELD})
+
+
 @final
 class Slot:
     """One slot; only the table changes it."""
 
-    __slots__ = ("grant", "index", "reason", "state", "uid")
+    __slots__ = ("grant", "index", "reason", "since", "state", "uid")
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -60,6 +64,8 @@ class Slot:
         self.uid: int | None = None
         """Whom it counts for: its holder, then its last one until it is armed again."""
         self.reason = ""
+        self.since = 0.0
+        """When it was assigned."""
 
 
 @final
@@ -77,7 +83,11 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotStatistics:
-    """How many slots are in which state, and how many requests wait for slots."""
+    """How many slots are in which state, and how many requests wait for slots.
+
+    `held_seconds`: how long all slots together were somebody's, from each assignment until the slot was given
+    back or its holder had ended, counted since this table was made.
+    """
 
     total: int
     arming: int
@@ -86,13 +96,16 @@ class SlotStatistics:
     withheld: int
     quarantined: int
     waiting: int
+    held_seconds: float
 
 
 @final
 class SlotTable:
     """The slots of one enclave that clients can get; all of them start as ``arming``."""
 
-    def __init__(self, indices: Iterable[int]) -> None:
+    def __init__(self, indices: Iterable[int], clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._held_seconds = 0.0  # of the slots in use, less their clocks at their assignment
         self.slots = {index: Slot(index) for index in indices}
         self._counts = dict.fromkeys(SlotState, 0)
         self._counts[SlotState.ARMING] = len(self.slots)
@@ -197,6 +210,7 @@ class SlotTable:
         slot = self.slots[index]
         if slot.state not in expected:
             raise ValueError(f"slot {index} is {slot.state.value}, cannot become {new.value}")
+        self._keep_time(slot, new)
         self._counts[slot.state] -= 1
         self._counts[new] += 1
         slot.state = new
@@ -205,6 +219,14 @@ class SlotTable:
             slot.grant = None
         if new in (SlotState.FREE, SlotState.QUARANTINED):
             self._count_for(slot, None)
+
+    def _keep_time(self, slot: Slot, new: SlotState) -> None:
+        was_held, is_held = slot.state in _HELD, new in _HELD
+        if is_held and not was_held:
+            slot.since = self._clock()
+            self._held_seconds -= slot.since
+        elif was_held and not is_held:
+            self._held_seconds += self._clock()
 
     def _count_for(self, slot: Slot, uid: int | None) -> None:
         if slot.uid is not None:
@@ -284,4 +306,5 @@ class SlotTable:
             withheld=counts[SlotState.WITHHELD],
             quarantined=counts[SlotState.QUARANTINED],
             waiting=sum(len(queue) for queue in self._queues.values()),
+            held_seconds=self._held_seconds + self.in_use * self._clock(),
         )

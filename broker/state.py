@@ -65,10 +65,11 @@ def image_name(serial: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateStatistics:
-    """What is kept for the next broker; None where nothing is."""
+    """What is kept for the next broker; None where nothing is.  `starts`: of brokers over what is kept."""
 
     snapshot: SnapshotStatistics | None
     stored: int
+    starts: int
 
 
 @final
@@ -78,7 +79,7 @@ class State:
     def __init__(self, store: DescriptorStore | None, snapshot: Snapshot | None) -> None:
         self._store = store
         self._snapshot = snapshot
-        self._numbers = {"client": 0, "grant": 0, "enclave": 0}
+        self._numbers = {"client": 0, "grant": 0, "enclave": 0, "start": 0}
         self._reserved = dict(self._numbers)
         self._changed: set[Enclave] = set()
         self._wake = trio.Event()
@@ -93,11 +94,15 @@ class State:
         return self._snapshot is not None
 
     async def begin(self) -> None:
-        """Make the snapshot, where there is a store and none came with it."""
+        """Count this start; make the snapshot, where there is a store and none came with it."""
         if self._store is not None and self._snapshot is None:
             self._snapshot = Snapshot.create()
             await self._store.put(SNAPSHOT, self._snapshot.fd)
             await self._store.confirm()
+        self._numbers["start"] += 1
+        self._reserved["start"] = self._numbers["start"]
+        if self._snapshot is not None:
+            self._snapshot.write(COUNTERS, dict(self._reserved))
 
     def next_number(self, kind: str) -> int:
         """Return a number that no client, grant or enclave has had."""
@@ -285,4 +290,5 @@ class State:
         return StateStatistics(
             snapshot=self._snapshot.statistics() if self._snapshot is not None else None,
             stored=len(self._store) if self._store is not None else 0,
+            starts=self._numbers["start"],
         )

@@ -13,6 +13,7 @@ import pytest
 from teemate.broker.audit import Audit, configure_log
 from teemate.broker.identity import Identity
 from teemate.broker.journal import MESSAGE_IDS, Journal, is_journal, render
+from teemate.broker.policy import DenialReason, Missing
 
 WHO = Identity(
     pid=42, uid=1000, gid=100, groups=frozenset({4, 100}), label="", cgroup="/system.slice/a\nMESSAGE=forged"
@@ -51,7 +52,8 @@ def sink(tmp_path: Path) -> Iterator[Journal]:
 
 def test_who_was_denied_what_and_why_are_fields(journald: socket.socket, sink: Journal) -> None:
     log = configure_log("journal", journal=sink)
-    Audit(log).denied(WHO, client=7, operation="attach", rule="enclave vault: no [[enclave.attach]] matches")
+    missing = Missing(DenialReason.ATTACH_RULE, "enclave vault: no [[enclave.attach]] matches")
+    Audit(log).denied(WHO, client=7, operation="attach", missing=missing)
     fields = parse(journald.recv(65536))
     assert fields["TEEMATE_AUDIT"] == ["denial"]
     assert fields["TEEMATE_CLIENT"] == ["7"]

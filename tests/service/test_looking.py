@@ -204,11 +204,12 @@ def test_denials_are_remembered_to_a_bound() -> None:
 
     from teemate.broker.audit import _DENIALS_REMEMBERED, Audit
     from teemate.broker.identity import Identity
+    from teemate.broker.policy import DenialReason, Missing
 
     audit = Audit(structlog.wrap_logger(structlog.ReturnLogger()))
     for uid in range(_DENIALS_REMEMBERED + 10):
         who = Identity(pid=1, uid=uid, gid=0, groups=frozenset(), label="", cgroup="/")
-        audit.denied(who, client=1, operation="attach", rule="none")
+        audit.denied(who, client=1, operation="attach", missing=Missing(DenialReason.ATTACH_RULE, "none"))
     assert len(audit.recent_denials) == _DENIALS_REMEMBERED
     assert {denial.uid for denial in audit.recent_denials.values()} == set(
         range(10, _DENIALS_REMEMBERED + 10)
