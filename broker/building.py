@@ -12,7 +12,7 @@ from teemate import errors
 if TYPE_CHECKING:
     from teemate.broker.cgroups import CgroupTree
     from teemate.broker.identity import Identity
-    from teemate.broker.policy import EnclavePolicy, Policy
+    from teemate.broker.policy import EnclavePolicy, Missing, Policy
 
 __all__ = ["Build", "Builds"]
 
