@@ -56,7 +56,7 @@ def _extract(tree: Path) -> None:
 def build(folder: Path, *, retry: bool) -> Path:
     """Build the selftests, unmodified: ``test_sgx``, and the enclave ``test_encl.elf`` beside it.
 
-    :param retry: with an ioctl() that goes on after EAGAIN, as later kernels' selftests do (retry.c).
+    :param retry: with an ioctl() that goes on after EAGAIN and EBUSY (retry.c says why).
     """
     source = kernel_source()
     tests = source / "tools/testing/selftests/sgx"

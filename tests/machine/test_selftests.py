@@ -29,7 +29,8 @@ TESTS = {
 }
 
 # Changes the type of more pages than the EPC holds with one ioctl, and takes for a failure that the ioctl
-# returns EAGAIN when the reclaimer just has one of them.  The kernel's developers corrected the test later.
+# returns EAGAIN or EBUSY when the reclaimer just has one of them.  The kernel's developers corrected the
+# test for the first of them later.
 IMPATIENT = "unclobbered_vdso_oversubscribed_remove"
 
 
@@ -46,7 +47,7 @@ def run(folder: Path, **properties: object) -> str:
         machine=machine.Machine(**properties),  # type: ignore[arg-type]
     )
     assert "KERNEL IN TROUBLE" not in done.stdout, done.stdout
-    return done.stdout
+    return done.stdout + done.stderr  # where something fails is told there
 
 
 def test_the_selftests_of_the_kernel_pass_as_they_are(tmp_path: Path) -> None:
@@ -56,7 +57,9 @@ def test_the_selftests_of_the_kernel_pass_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("cpus", "epc"), [(1, "64M"), (2, "24M")])
-def test_all_of_them_pass_when_their_ioctl_goes_on_after_eagain(tmp_path: Path, cpus: int, epc: str) -> None:
+def test_all_of_them_pass_when_their_ioctl_is_patient_with_the_reclaimer(
+    tmp_path: Path, cpus: int, epc: str
+) -> None:
     selftests.build(tmp_path, retry=True)
     output = run(tmp_path, cpus=cpus, epc=epc)
     assert passed(output) == TESTS, output

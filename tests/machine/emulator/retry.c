@@ -1,9 +1,11 @@
 /*
- * ioctl() for the kernel's selftests, which goes on after EAGAIN
+ * ioctl() for the kernel's selftests, which goes on after EAGAIN and EBUSY
  *
  * The ioctls that work on a range of pages return EAGAIN, and how far they
- * came, when they meet a page that is just being reclaimed.  The selftests of
- * Linux 6.1 do not know that, those of later versions do.
+ * came, when they meet a page that is just being reclaimed; and the one that
+ * removes pages EBUSY, when the reclaimer has taken the page from its list and
+ * not begun yet.  The selftests of Linux 6.1 know of neither, those of later
+ * versions of EAGAIN.
  */
 
 #include <errno.h>
@@ -39,7 +41,7 @@ int ioctl_retry(int fd, unsigned long cmd, ...)
 
     offset = range[0];
     length = range[1];
-    while ((r = ioctl(fd, cmd, range)) == -1 && errno == EAGAIN) {
+    while ((r = ioctl(fd, cmd, range)) == -1 && (errno == EAGAIN || errno == EBUSY)) {
         done += *count;
         range[0] += *count;
         range[1] -= *count;
