@@ -357,8 +357,6 @@ class Granting:
         """End a grant; its slots go the way of `release`."""
         grant = self._grant(client, args.grant)
         self._give_back(grant, grant.slots, clean=args.clean)
-        if grant.charges:
-            client.withheld.append(grant)
         self._end(grant, "detached")
         return Answer({})
 
@@ -375,8 +373,6 @@ class Granting:
                     grant, indices, f"the connection ended ({why}), its process has not"
                 )
             self._end(grant, why)
-            if grant.charges:
-                client.withheld.append(grant)
 
     def _give_back(self, grant: Grant, indices: list[int], *, clean: bool) -> int:
         """Returns how many of the slots are withheld."""
@@ -394,16 +390,22 @@ class Granting:
         return grant.enclave.slots.slots[index].state
 
     def _grant(self, client: Client, number: int) -> Grant:
-        """Return a grant of this client; others' are not there for it."""
+        """Return a grant of this client; others' are not there for it, nor is one that it was not told of.
+
+        Who guesses the number of a grant that still waits for its slots would get some for it, and
+        when the waiting fails afterwards they would be nobody's.
+        """
         grant = client.grants.get(number)
-        if grant is None:
+        if grant is None or not grant.handed_out:
             raise errors.NotFound(f"this connection holds no grant {number}")
         return grant
 
     def _end(self, grant: Grant, why: str) -> None:
-        """The client holds the grant no more; slots that are not back yet come back by themselves."""
+        """The client holds the grant no more; slots that are not back come back when its process ends."""
         enclave, client = grant.enclave, grant.client
         grant.over = True
+        if grant.charges:
+            client.withheld.append(grant)
         del client.grants[grant.number], self._service.grants[grant.number]
         enclave.grants.discard(grant.number)
         if not any(other.enclave is enclave for other in client.grants.values()):

@@ -9,7 +9,8 @@ a high rate.  *Over the socket*: a real broker, connections of two users, packet
 descriptors at random, clients that do not read; a witness is served all along.
 
 It fails when the broker logs an internal error, does not answer, ends, keeps a charge or a
-descriptor, or grows.  The message that did it is written to ``crash-message`` where that is known.
+descriptor, charges for a slot that nobody has (looked at all along), or grows.  The message that did it
+is written to ``crash-message`` where that is known.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ import trio
 for folder in ("", "broker"):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / folder))
 
+from charged_slots import charged_slots, owned_slots  # noqa: E402
 from images import Images  # noqa: E402
 from protocol_mutations import Mutator, record  # noqa: E402
 from raw_client import RawClient  # noqa: E402
@@ -274,6 +276,11 @@ async def in_process(policy: Path, corpus: list[dict[str, Any]], images: Images,
                         await trio.lowlevel.checkpoint()
                 target.drain()
                 done += BATCH
+                if charged_slots(service) != owned_slots(service):
+                    raise FuzzingError(
+                        f"until message {done} of seed {options.seed}: {charged_slots(service)} slots are"
+                        f" charged, {owned_slots(service)} of them for somebody: {_held()}"
+                    )
                 if done % (10 * BATCH) == 0:
                     WardenReply.parse(os.urandom(REPLY_SIZE))  # any bytes of the right length are a reply
                     await target.again()

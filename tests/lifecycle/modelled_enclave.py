@@ -230,12 +230,18 @@ class ModelledWarden:
         status = target.repair(generation, holder_dead=holder_dead)
         return _reply(target, status, entered=status != EBUSY, found=found)
 
+    def lose(self) -> None:
+        """The host was suspended: no key opens anything any more, and the warden's entries say why."""
+        self.gone = "its EPC is empty"
+        for slot in self._slots.values():
+            slot.key = b""
+
     async def close(self) -> None:
         """The enclave is destroyed."""
 
     def statistics(self) -> WardenStatistics:
         """What was asked so far."""
-        return WardenStatistics(pid=None, requests=self._requests, started=1, killed=0, failed=0)
+        return WardenStatistics(pid=None, requests=self._requests, started=1, killed=0, failed=0, contended=0)
 
 
 def _result(slot: ModelledSlot) -> ControlResult:

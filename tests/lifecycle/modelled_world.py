@@ -91,6 +91,8 @@ class World:
         run_module = trio._core._run
         self._cleanup.enter_context(mock.patch.object(run_module, "_ALLOW_DETERMINISTIC_SCHEDULING", True))
         run_module._r.seed(0)
+        # A turn is so much of the processor's time, which is never the same.
+        self._cleanup.enter_context(mock.patch("teemate.broker.turns.SHARE", 3600.0))
         self._thread.start()
         self._started.wait()
         if self._failure is not None:
@@ -148,6 +150,10 @@ class World:
             assert self._failure is not None
             raise self._failure from None
 
+    def shuffle(self, seed: int) -> None:
+        """Have the broker's tasks take turns in another order from here on."""
+        self.step(lambda: trio._core._run._r.seed(seed))
+
     def pass_time(self, seconds: float) -> None:
         """Move the clock, in steps that no deadline is jumped over by more than."""
         left = seconds
@@ -182,13 +188,18 @@ class World:
         """Another connection of a process that closed its last."""
         self.step(lambda: process.connect(self._address))
 
+    @staticmethod
+    def pid(process: ModelledProcess) -> int:
+        """As the broker knows the process."""
+        return 10_000 + process.number
+
     def _identify(self, sock: socket.socket, _tree: object, *, trust_pid: bool = False) -> Peer:
         name = sock.getpeername()
         process = self.processes[int((name.decode() if isinstance(name, bytes) else name).rpartition("-")[2])]
         if process.ended:
             raise ConnectionLost("the process ended before it was identified")
         identity = Identity(
-            pid=10_000 + process.number,
+            pid=self.pid(process),
             uid=process.uid,
             gid=process.uid,
             groups=frozenset(),

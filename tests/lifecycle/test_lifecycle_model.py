@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from crowded_machine import Crowd
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.errors import Flaky
 from hypothesis.stateful import run_state_machine_as_test
@@ -35,6 +36,8 @@ LONG = pytest.mark.skipif(
 
 TestLifecycle = Lifecycle.TestCase
 TestLifecycle.settings = settings(QUIET, max_examples=RUNS or 60, derandomize=not RUNS)
+TestCrowd = Crowd.TestCase
+TestCrowd.settings = settings(QUIET, max_examples=RUNS or 40, derandomize=not RUNS)
 
 
 # ---- a broker with one mistake in it is found out ------------------------------------------------
