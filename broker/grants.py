@@ -49,7 +49,7 @@ class Grant:
     """Whether the client has it, and not only asked for it."""
     outcome: Outcome | None = None
     uncleared: set[int] = field(default_factory=set)
-    """Slots that came back and whose keys no warden could take away."""
+    """Slots that are in quarantine, and whose keys no warden could take away."""
 
     @property
     def slots(self) -> list[int]:

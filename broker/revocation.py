@@ -165,6 +165,7 @@ class Revocation:
         await self._wait_returned(grant)
         # Of what came back meanwhile the reclaimer knows whether its key is gone.
         uncleared = [index for index in uncleared if index in grant.charges or index in ruined]
+        grant.uncleared.update(index for index in uncleared if index in ruined)
         leaked = self._put_aside(grant, busy, ruined, why)
         service.state.write_client(client)
         if not leaked and not grant.over and not outcome.finished.is_set():
@@ -196,15 +197,20 @@ class Revocation:
             await grant.enclave.changed.park()
 
     async def _clear_keys(self, grant: Grant) -> list[int]:
-        """No key of the grant opens anything from here on, but those of the slots that are returned."""
+        """No key of the grant opens anything from here on, but those of the slots that are returned.
+
+        Those that an earlier attempt left are tried again: their slots are in quarantine.
+        """
         enclave, uncleared = grant.enclave, []
-        for index in grant.slots:
-            if index not in grant.charges:  # given back meanwhile: it may have its next holder's key
-                continue
+        for index in sorted(grant.uncleared.union(grant.charges)):
+            if index not in grant.charges and index not in grant.uncleared:
+                continue  # given back meanwhile: it may have its next holder's key
             generation = enclave.slot_keys[index].generation
             word = await self._service.reclaimer.clear(enclave, index, generation)
             if word is None and enclave.warden is not None:
                 uncleared.append(index)
+            else:
+                grant.uncleared.discard(index)
         return uncleared
 
     async def _kill(self, grant: Grant, outcome: Outcome) -> None:

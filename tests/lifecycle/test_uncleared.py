@@ -121,6 +121,23 @@ def test_a_slot_that_was_given_back_and_whose_key_stays_fails_the_revocation(
     assert reply.error["detail"] == {"uncleared": 1}
 
 
+def test_a_second_revocation_does_not_end_well_before_the_key_is_gone(
+    world: World, holder: ModelledProcess
+) -> None:
+    """The slot is in quarantine then, and not the grant's any more; its holder can enter it all the same."""
+    grant, index, key = attach(world, holder)
+    world.warden.failures = 1000
+    for _ in range(2):
+        reply = ask(world, world.administrator, "revoke", grant=grant, grace=0)
+        assert world.enclave.slots[index].opens(key), "the guard of this test: the key is there still"
+        assert reply.error is not None
+        assert reply.error["detail"] == {"uncleared": 1}
+    world.warden.failures = 0
+    reply = ask(world, world.administrator, "revoke", grant=grant, grace=0)
+    assert reply.ok is not None
+    assert not world.enclave.slots[index].opens(key)
+
+
 def test_without_the_wait_the_answer_comes_while_the_key_opens(
     world: World, holder: ModelledProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
