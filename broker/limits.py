@@ -4,7 +4,9 @@ One :class:`Account` per uid, so that a user with a hundred processes gets no mo
 with one.  Whoever takes something from the account holds a :class:`Charge` until it gives it
 back; releasing is never left to the garbage collector, and a charge that is forgotten is a
 bug that the interpreter reports.  An account disappears with its last charge, except that it
-stays for a while when its bucket of tokens is not full yet: else reconnecting would refill it.
+stays for a while when its bucket of tokens is not full yet: else reconnecting would refill it;
+and for as long as a client that holds nothing refers to it (one that is suspended): never are there two
+accounts of one uid.
 
 Requests cost tokens.  The bucket is asked *before* a message is received, so a client that
 floods is slowed down in its own socket buffer and nothing of it is in our memory.  Large
@@ -16,6 +18,7 @@ from __future__ import annotations
 import enum
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
@@ -164,7 +167,7 @@ class AccountStatistics:
 class Account:
     """What the processes of one uid hold together."""
 
-    __slots__ = ("_ledger", "bucket", "refused", "turn", "uid", "used")
+    __slots__ = ("__weakref__", "_ledger", "bucket", "refused", "turn", "uid", "used")
 
     def __init__(self, ledger: Ledger, uid: int) -> None:
         limits = ledger.limits
@@ -250,19 +253,24 @@ class Ledger:
         """For whoever runs the scheduler to add to it."""
         self.refused: dict[Resource, int] = dict.fromkeys(Resource, 0)
         self._accounts: dict[int, Account] = {}
+        self._known: weakref.WeakValueDictionary[int, Account] = weakref.WeakValueDictionary()
+        """Also those that are closed, while somebody refers to them: who comes back gets the same."""
 
     def account(self, uid: int) -> Account:
         """Return the account of `uid`, opened when it is not there yet."""
         account = self._accounts.get(uid)
         if account is None:
-            account = self._accounts[uid] = Account(self, uid)
+            account = self._known.get(uid)
+            if account is None:
+                account = self._known[uid] = Account(self, uid)
+            self._accounts[uid] = account
         return account
 
     def adopt(self, limits: Limits) -> None:
         """Bound everybody by `limits` from now on; who holds more than that keeps it, and gets no more."""
         self.limits = limits
         self.bounds = {resource: getattr(limits, resource.value) for resource in Resource}
-        for account in self._accounts.values():
+        for account in self._known.values():
             account.bucket.rate, account.bucket.burst = limits.requests_per_second, limits.burst
 
     def forget_unused(self) -> None:

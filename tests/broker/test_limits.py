@@ -69,3 +69,17 @@ def test_a_bucket_lets_a_burst_through_and_then_its_rate() -> None:
     clock.now = 100.0
     assert bucket.full
     assert [bucket.take() for _ in range(3)] == [0.0, 0.0, 0.0], "tokens do not pile up beyond the burst"
+
+
+def test_who_refers_to_an_account_has_the_one_of_the_uid_however_long_it_holds_nothing() -> None:
+    """A client that is suspended holds nothing, while others of its user come and go."""
+    ledger = Ledger(Limits(grants=2))
+    suspended = ledger.account(1)
+    suspended.charge(Resource.CONNECTIONS).release()
+    assert ledger.statistics().accounts == (), "the guard of this test: it is closed"
+    ledger.adopt(Limits(grants=1, burst=7))
+    assert suspended.bucket.burst == 7
+    newcomer = ledger.account(1)
+    with newcomer.charge(Resource.GRANTS), pytest.raises(LimitReached):
+        suspended.charge(Resource.GRANTS)
+    assert len(ledger.statistics().accounts) == 1
