@@ -29,6 +29,7 @@ from teemate.broker.requests import (
     Release,
     Result,
     Revoke,
+    Stats,
     Undrain,
     Upgrade,
 )
@@ -234,7 +235,7 @@ def reload(client: Client, _args: Nothing, _fds: tuple[int, ...]) -> Result:
     return client.service.reloading.reload_for_client()
 
 
-@method("stats", Nothing.parse, administrators=True)
-def stats(client: Client, _args: Nothing, _fds: tuple[int, ...]) -> Result:
+@method("stats", Stats.parse, administrators=True)
+def stats(client: Client, args: Stats, _fds: tuple[int, ...]) -> Result:
     """Tell what every part counts."""
-    return client.service.stats()
+    return client.service.stats(args)

@@ -30,6 +30,7 @@ __all__ = [
     "Request",
     "Result",
     "Revoke",
+    "Stats",
     "Undrain",
     "Upgrade",
     "parse_request",
@@ -425,6 +426,22 @@ class Denials:
     def parse(cls, untrusted: Arguments) -> Denials:
         """Check and convert."""
         return cls(untrusted.uint("uid", 0xFFFFFFFF) if untrusted.has("uid") else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Arguments of `stats`: of the users those above a uid, of the enclaves those behind a name."""
+
+    users_after: int | None
+    enclaves_after: str | None
+
+    @classmethod
+    def parse(cls, untrusted: Arguments) -> Stats:
+        """Check and convert."""
+        return cls(
+            untrusted.uint("users_after") if untrusted.has("users_after") else None,
+            untrusted.name("enclaves_after") if untrusted.has("enclaves_after") else None,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,11 +29,12 @@ from teemate.broker.holders import Looking
 from teemate.broker.intruders import Intruders
 from teemate.broker.lifecycle import Lifecycle
 from teemate.broker.limits import Ledger
+from teemate.broker.pages import fill_page
 from teemate.broker.policy import DenialReason, Missing, Policy
 from teemate.broker.processes import Processes
 from teemate.broker.reclaim import Reclaimer
 from teemate.broker.reloading import Reloading, demand_backends
-from teemate.broker.requests import Answer
+from teemate.broker.requests import Answer, Stats
 from teemate.broker.restoration import Found, Restoration
 from teemate.broker.resumption import Resumption
 from teemate.broker.revocation import Revocation
@@ -212,8 +213,12 @@ class Service:
             client.identity, self.cgroup_tree, backend=enclave.backend, debug=enclave.built.debug
         )
 
-    def stats(self) -> Answer:
-        """Return the statistics of every part."""
+    def stats(self, args: Stats) -> Answer:
+        """Return the statistics of every part; of users and enclaves as many as fit, and where to go on."""
+        users = [(account.uid, asdict(account)) for account in self.ledger.statistics().accounts]
+        users_page = fill_page(users, after=args.users_after)
+        enclaves = [(name, asdict(enclave.statistics())) for name, enclave in self.enclaves.items()]
+        enclaves_page = fill_page(enclaves, after=args.enclaves_after)
         parts: dict[str, object] = {
             "clients": len(self.clients),
             "grants": len(self.grants),
@@ -225,10 +230,10 @@ class Service:
             "addresses": asdict(self.addresses.statistics()),
             "processes": asdict(self.processes.statistics()),
             "disposal": asdict(self.disposal.statistics()),
-            "users": [asdict(account) for account in self.ledger.statistics().accounts],
+            "users": users_page.entries,
             "granting": asdict(self.granting.statistics()),
             "refused": self.ledger.statistics().refused,
-            "enclaves": [asdict(enclave.statistics()) for enclave in self.enclaves.values()],
+            "enclaves": enclaves_page.entries,
             "state": asdict(self.state.statistics()),
             "resumption": asdict(self.resumption.statistics()),
             "revocations": asdict(self.revocation.statistics()),
@@ -237,7 +242,10 @@ class Service:
             "lifecycle": asdict(self.lifecycle.statistics()),
             "reloading": asdict(self.reloading.statistics()),
         }
-        return Answer({"stats": parts})
+        if not (users_page.more or enclaves_page.more):
+            return Answer({"stats": parts})
+        last = {"users_after": users_page.last, "enclaves_after": enclaves_page.last}
+        return Answer({"stats": parts, "next": {key: at for key, at in last.items() if at is not None}})
 
     # -- running ---------------------------------------------------------------
 

@@ -403,7 +403,12 @@ class Broker:
 
     def stats(self) -> dict[str, Any]:
         """Return the broker's statistics, by part."""
-        stats: dict[str, Any] = self._request("stats")["stats"]
+        ok = self._request("stats")
+        stats: dict[str, Any] = ok["stats"]
+        while "next" in ok:  # a reply has as many users and enclaves as fit into a message
+            ok = self._request("stats", ok["next"])
+            for part in ("users", "enclaves"):
+                stats[part] += ok["stats"][part]
         return stats
 
     # ---- inside ----------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import teemate
 from teemate import wire
 from teemate._connection import Connection
 from teemate._requests import Reply
@@ -321,3 +322,28 @@ def test_a_request_is_answered_while_a_listener_reads(
         connection.listen()
         for _ in range(rounds):
             assert connection.request("ping").ok == {}
+
+
+def test_statistics_that_come_in_several_replies_are_put_together(script: Script) -> None:
+    def page(users: list[int], enclaves: list[str], following: dict[str, object]) -> dict[str, object]:
+        lists = {"users": [{"uid": uid} for uid in users], "enclaves": [{"name": name} for name in enclaves]}
+        return {"stats": {"clients": 7, **lists}} | ({"next": following} if following else {})
+
+    asked: list[dict[str, object]] = []
+
+    def broker(peer: Peer) -> None:
+        peer.greet()
+        first, second = {"users_after": 2, "enclaves_after": "a"}, {"users_after": 3, "enclaves_after": "b"}
+        for reply in (page([1, 2], ["a"], first), page([3], ["b"], second), page([4], [], {})):
+            request = peer.read()
+            asked.append(request.get("args") or {})
+            peer.say({"id": request["id"], "ok": reply})
+        assert peer.sock.recv(1) == b""
+
+    script.run(broker)
+    with teemate.connect(script.path) as connection:
+        stats = connection.stats()
+    assert asked == [{}, {"users_after": 2, "enclaves_after": "a"}, {"users_after": 3, "enclaves_after": "b"}]
+    assert stats["clients"] == 7
+    assert [user["uid"] for user in stats["users"]] == [1, 2, 3, 4]
+    assert [enclave["name"] for enclave in stats["enclaves"]] == ["a", "b"]
