@@ -66,6 +66,7 @@ class Connection:
         """The user's turn while it is ours: who resumes may belong to another account afterwards."""
         self._greeting = trio.Event()
         self._silent: errors.LimitReached | None = None
+        self._monitoring = client.service.monitoring
 
     @property
     def closing(self) -> bool:
@@ -207,11 +208,17 @@ class Connection:
         untrusted_fds = packet.fds
         self.client.requests += 1
         request: Request | None = None
+        untrusted_message: dict[str, object] | None = None
         try:
-            request = parse_request(wire.decode(packet.data))
+            untrusted_message = wire.decode(packet.data)
+            if self._monitoring.viewers:
+                self._monitoring.received(self, untrusted_message, packet.data, untrusted_fds)
+            request = parse_request(untrusted_message)
             method = find_method(request.operation)
             self._check_frame(request, method, len(untrusted_fds))
-        except errors.ProtocolError:
+        except errors.ProtocolError as error:
+            if untrusted_message is None and self._monitoring.viewers:
+                self._monitoring.malformed(self, packet.data, untrusted_fds, error.message)
             self.client.dispose(untrusted_fds)
             raise
         try:
@@ -282,7 +289,10 @@ class Connection:
             outcome = answer.ok if answer.outcome is None else answer.outcome
             self.client.service.state.answered(self.client, number, request.operation, outcome)
         if answer.patient:
-            self.outbox.hold({"id": number, "ok": answer.ok})
+            message = {"id": number, "ok": answer.ok}
+            data = self.outbox.hold(message)
+            if self._monitoring.viewers:
+                self._monitoring.sent(self, message, data, ())
         else:
             try:
                 self.send({"id": number, "ok": answer.ok}, answer.fds)
@@ -318,7 +328,9 @@ class Connection:
             Descriptors cannot be sent now; nothing was.
 
         """
-        self.outbox.send(message, fds)
+        data = self.outbox.send(message, fds)
+        if data and self._monitoring.viewers:
+            self._monitoring.sent(self, message, data, fds)
 
     # -- ending ----------------------------------------------------------------
 

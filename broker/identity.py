@@ -27,7 +27,16 @@ from typing import final
 from teemate.broker.cgroups import CgroupTree
 from teemate.errors import ConnectionLost
 
-__all__ = ["Identity", "Peer", "identify", "peer_uid", "process_ended", "reopen_process", "start_time"]
+__all__ = [
+    "Identity",
+    "Peer",
+    "command_of",
+    "identify",
+    "peer_uid",
+    "process_ended",
+    "reopen_process",
+    "start_time",
+]
 
 # asm-generic/socket.h; Python's socket module has none of them yet.
 _SO_PEERSEC = 31
@@ -129,6 +138,15 @@ def start_time(pid: int, pidfd: int) -> int | None:
         return None
     started = int(stat.rpartition(b")")[2].split()[19])
     return None if process_ended(pidfd) else started
+
+
+def command_of(pid: int, pidfd: int) -> str:
+    """Return what the process behind `pidfd` runs (proc(5), comm); empty when that cannot be told."""
+    try:
+        command = _read(f"/proc/{pid}/comm")
+    except OSError:
+        return ""
+    return "" if process_ended(pidfd) else command.decode("utf-8", "backslashreplace").rstrip("\n")
 
 
 def reopen_process(pid: int, started: int) -> int | None:

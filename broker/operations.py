@@ -25,6 +25,7 @@ from teemate.broker.requests import (
     Drain,
     Hello,
     Holders,
+    Monitor,
     Nothing,
     Release,
     Result,
@@ -227,6 +228,12 @@ def holders(client: Client, args: Holders, _fds: tuple[int, ...]) -> Result:
 def denials(client: Client, args: Denials, _fds: tuple[int, ...]) -> Result:
     """List who was denied what lately, and by which missing rule."""
     return client.service.looking.denials(args)
+
+
+@method("monitor", Monitor.parse, administrators=True)
+def monitor(client: Client, args: Monitor, _fds: tuple[int, ...]) -> Result:
+    """Show the traffic from now on, by events."""
+    return client.service.monitoring.begin(client, args)
 
 
 @method("reload", Nothing.parse, administrators=True)

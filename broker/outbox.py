@@ -75,8 +75,10 @@ class Outbox:
 
     # -- for the connection ----------------------------------------------------
 
-    def send(self, message: Mapping[str, object], fds: tuple[int, ...] = ()) -> None:
+    def send(self, message: Mapping[str, object], fds: tuple[int, ...] = ()) -> bytes:
         """Send one message, now or when the client reads again; `fds` stay the caller's.
+
+        Returns its encoding, empty when the connection is over.
 
         Raises
         ------
@@ -85,18 +87,31 @@ class Outbox:
 
         """
         if self.closed:
-            return
+            return b""
         data = wire.encode(message)
         self.send_held()
         self._transmit(data, fds)
+        return data
 
-    def hold(self, message: Mapping[str, object]) -> None:
-        """Send a message with the next one, or with :meth:`send_held`.
+    def hold(self, message: Mapping[str, object]) -> bytes:
+        """Send a message with the next one, or with :meth:`send_held`; returns its encoding.
 
         A client that says hello and attach at once is woken when both are answered, not twice.
         """
         self.send_held()
         self._held = wire.encode(message)
+        return self._held
+
+    def offer(self, data: bytes) -> bool:
+        """Send an encoded message if it has not to wait for the client; returns whether it was sent."""
+        self.send_held()
+        if self.closed or self._queue:
+            return False
+        try:
+            wire.send(self._sock, data)
+        except OSError:  # full, or gone: the reader finds out by itself
+            return False
+        return True
 
     def send_held(self) -> None:
         """Send what was held back for another message, which will not come soon."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, final
 
 from teemate import errors
+from teemate.traffic.description import Filter
 
 __all__ = [
     "Acquire",
@@ -25,6 +26,7 @@ __all__ = [
     "Detach",
     "Drain",
     "Hello",
+    "Monitor",
     "Nothing",
     "Release",
     "Request",
@@ -441,6 +443,25 @@ class Stats:
         return cls(
             untrusted.uint("users_after") if untrusted.has("users_after") else None,
             untrusted.name("enclaves_after") if untrusted.has("enclaves_after") else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Monitor:
+    """Arguments of `monitor`: which messages."""
+
+    filter: Filter
+
+    @classmethod
+    def parse(cls, untrusted: Arguments) -> Monitor:
+        """Check and convert."""
+        return cls(
+            Filter(
+                enclave=untrusted.name("enclave") if untrusted.has("enclave") else None,
+                client=untrusted.uint("client") if untrusted.has("client") else None,
+                op=untrusted.text("op", 64) if untrusted.has("op") else None,
+                error=untrusted.text("error", 64) if untrusted.has("error") else None,
+            )
         )
 
 

@@ -238,6 +238,7 @@ class Server:
             why = "internal error"
             service.log.exception("internal error", client=client.number, exc_info=error)
         finally:
+            service.monitoring.ended(connection)
             client = connection.client  # another one than before if it was resumed
             client.connection = None
             del service.clients[client.number]

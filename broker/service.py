@@ -29,6 +29,7 @@ from teemate.broker.holders import Looking
 from teemate.broker.intruders import Intruders
 from teemate.broker.lifecycle import Lifecycle
 from teemate.broker.limits import Ledger
+from teemate.broker.monitoring import Monitoring
 from teemate.broker.pages import fill_page
 from teemate.broker.policy import DenialReason, Missing, Policy
 from teemate.broker.processes import Processes
@@ -101,6 +102,7 @@ class Service:
         self.resumption = Resumption(self)
         self.reloading = Reloading(self)
         self.looking = Looking(self)
+        self.monitoring = Monitoring()
         self.clients: dict[int, Client] = {}
         self.enclaves: dict[str, Enclave] = {}
         self.grants: dict[int, Grant] = {}
@@ -241,6 +243,7 @@ class Service:
             "intruders": asdict(self.intruders.statistics()),
             "lifecycle": asdict(self.lifecycle.statistics()),
             "reloading": asdict(self.reloading.statistics()),
+            "monitoring": asdict(self.monitoring.statistics()),
         }
         if not (users_page.more or enclaves_page.more):
             return Answer({"stats": parts})
@@ -257,6 +260,7 @@ class Service:
                 await nursery.start(self.reclaimer.run)
                 nursery.start_soon(self.state.run)
                 nursery.start_soon(self.resumption.run)
+                nursery.start_soon(self.monitoring.run)
                 expected = self.administration.expect_boot_enclaves()
                 self.running.set()
                 await self.restoration.recover()

@@ -41,6 +41,7 @@ __all__ = [
     "decode",
     "decode_trusted",
     "encode",
+    "encode_part",
     "receive",
     "receive_async",
     "send",
@@ -236,6 +237,12 @@ def _write_encoded(encoder: cbor2.CBOREncoder, value: object) -> None:
     if not isinstance(value, Encoded):
         raise TypeError(f"a message cannot hold a {type(value).__name__}")
     encoder.write(value.data)
+
+
+def encode_part(value: object) -> bytes:
+    """Return the encoding of something that is to be a part of a message, however long it is."""
+    data: bytes = cbor2.dumps(value, default=_write_encoded)
+    return data
 
 
 def encode(message: Mapping[str, object]) -> bytes:

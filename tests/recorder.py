@@ -35,6 +35,7 @@ OK_RULES = {
     "stats": "stats-ok",
     "holders": "holders-ok",
     "denials": "denials-ok",
+    "monitor": "empty-ok",
     "reload": "empty-ok",
 }
 """Which rule an operation's answer has to match; an error has to match `reply`."""

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "slots": ("teemate.cli.looking:slots", "Who holds which slot, and who waits for whom."),
     "usage": ("teemate.cli.looking:usage", "Enclave memory by container."),
     "denials": ("teemate.cli.looking:denials", "Who was denied what, and why."),
+    "monitor": ("teemate.cli.monitor:monitor", "Show the traffic of all clients as it goes by."),
     "reload": ("teemate.cli.looking:reload", "Have the broker take its changed policy into use."),
     "seccomp": ("teemate.cli.seccomp:seccomp", "A container's seccomp profile, without SGX's ioctls."),
     "call": ("teemate.cli.call:call", "Do one call into an enclave."),

@@ -14,12 +14,13 @@ from teemate import wire
 from teemate.broker.clients import Client
 from teemate.broker.connection import Connection
 from teemate.broker.limits import Ledger, Limits
+from teemate.broker.monitoring import Monitoring
 from teemate.errors import LimitReached
 
 
 def connection_and_account() -> tuple[Connection, Any]:
     account = Ledger(Limits()).account(0)
-    service: Any = SimpleNamespace(log=CapturingLogger(), clients={})
+    service: Any = SimpleNamespace(log=CapturingLogger(), clients={}, monitoring=Monitoring())
     peer: Any = SimpleNamespace(identity=SimpleNamespace(uid=0), pidfd=-1)
     sock: Any = None
     return Connection(Client(service, 1, peer, account), sock), account

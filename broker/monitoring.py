@@ -1,0 +1,327 @@
+"""Shows administrators the traffic, without the clients noticing.
+
+While nobody looks, a message costs a look at an empty dictionary.  While somebody does, it is described,
+its secrets are taken out, and it is encoded once, however many look; what nobody's filter wants is not
+encoded.  Twenty times a second everybody is sent what has gathered.
+
+Who reads too slowly misses messages and is told how many.  Nothing is queued for a viewer in here: what its
+socket does not take at once is missed.  So a viewer costs the broker what its socket buffer holds, and what
+waits for the next sending is bounded for all of them together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, final
+
+import trio
+
+from teemate import wire
+from teemate.broker.identity import command_of
+from teemate.broker.requests import Answer, Monitor
+from teemate.traffic.concealing import Concealer
+from teemate.traffic.description import BROKER, CLIENT, Conversation, Facts, Filter
+from teemate.traffic.descriptors import describe_fd, describe_own
+
+if TYPE_CHECKING:
+    from teemate.broker.clients import Client
+    from teemate.broker.connection import Connection
+
+__all__ = ["Monitoring", "MonitoringStatistics"]
+
+GATHER = 0.05
+"""Seconds for which messages gather before they are sent."""
+_HELD_BYTES = 1 << 20
+"""Of messages that wait to be sent; what comes on top is missed by everybody."""
+_EVENT_BYTES = 60000
+"""Of messages in one event: with what is around them they fit into a packet."""
+_MESSAGE_BYTES = 48000
+_AROUND = 1200
+"""What is said around a message takes so much at most, and what is said of its sender."""
+_TELL_AGAIN = 1.0
+"""Seconds until who has missed something and got nothing since is told so again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MonitoringStatistics:
+    """Who looks; messages that were shown to somebody, and that somebody missed, counted for each viewer."""
+
+    viewers: int
+    shown: int
+    missed: int
+
+
+class _Followed(NamedTuple):
+    """What is known of a connection while somebody looks."""
+
+    number: int
+    name: str
+    peer: dict[str, object]
+    conversation: Conversation
+
+
+class _Gathered(NamedTuple):
+    """A message, its secrets taken out, that waits to be sent; several audiences may wait for it."""
+
+    peer: dict[str, object]
+    told: dict[str, object]
+    size: int
+    """In bytes when it is encoded, at most."""
+
+
+_MALFORMED = Facts("malformed", error="protocol-error")
+_EVERYTHING = Filter()
+
+
+@final
+@dataclass(slots=True)
+class _Audience:
+    """Viewers that want the same."""
+
+    filter: Filter
+    everything: bool
+    """Whether the filter wants every message."""
+    viewers: list[Connection] = field(default_factory=list)
+    gathered: list[_Gathered] = field(default_factory=list)
+    dropped: int = 0
+    """There was no room to gather them."""
+
+
+@final
+class Monitoring:
+    """Who looks at the traffic, and what they have not been sent yet."""
+
+    def __init__(self) -> None:
+        self.viewers: dict[Connection, _Audience] = {}
+        """Empty while nobody looks: then nothing else here is called."""
+        self._audiences: dict[Filter, _Audience] = {}
+        self._missed: dict[Connection, int] = {}
+        """What each has missed and was not told yet."""
+        self._followed: dict[Connection, _Followed] = {}
+        self._concealer = Concealer()
+        self._held_bytes = 0
+        self._due = trio.Event()
+        self._since_1970 = time.time() - time.monotonic()
+        self._shown = 0
+        self._missed_count = 0
+
+    # -- viewers ---------------------------------------------------------------
+
+    def begin(self, client: Client, args: Monitor) -> Answer:
+        """Show `client` what it asks for, from its answer on."""
+        connection = client.connection
+        assert connection is not None  # it has just brought the request
+
+        def add() -> None:
+            self._remove(connection)
+            audience = self._audiences.setdefault(
+                args.filter, _Audience(args.filter, args.filter == _EVERYTHING)
+            )
+            audience.viewers.append(connection)
+            self.viewers[connection] = audience
+            self._missed[connection] = 0
+
+        return Answer({}, after=add)
+
+    def ended(self, connection: Connection) -> None:
+        """A connection is over."""
+        self._followed.pop(connection, None)
+        self._remove(connection)
+
+    def _remove(self, connection: Connection) -> None:
+        audience = self.viewers.pop(connection, None)
+        if audience is None:
+            return
+        del self._missed[connection]
+        audience.viewers.remove(connection)
+        if not audience.viewers:
+            del self._audiences[audience.filter]
+        if not self.viewers:
+            self._followed.clear()
+            self._concealer = Concealer()  # who looks later cannot connect what they see with this
+
+    # -- messages --------------------------------------------------------------
+
+    def received(
+        self, connection: Connection, message: Mapping[str, object], data: bytes, fds: tuple[int, ...]
+    ) -> None:
+        """Describe a message that came from a client; `fds` are open still."""
+        told: dict[str, object] = {"fds": [describe_fd(fd).as_map() for fd in fds]} if fds else {}
+        self._describe(connection, CLIENT, message, data, told)
+
+    def sent(
+        self, connection: Connection, message: Mapping[str, object], data: bytes, fds: tuple[int, ...]
+    ) -> None:
+        """Describe a message to a client."""
+        told: dict[str, object] = {"fds": [describe_own(fd).as_map() for fd in fds]} if fds else {}
+        self._describe(connection, BROKER, message, data, told)
+
+    def malformed(self, connection: Connection, data: bytes, fds: tuple[int, ...], problem: str) -> None:
+        """Describe what cannot be read: nobody knows what it holds, so it is not shown."""
+        told: dict[str, object] = {"from": CLIENT, "size": len(data), "problem": problem}
+        if fds:
+            told["fds"] = [describe_fd(fd).as_map() for fd in fds]
+        wanting = self._wanting(self._follow(connection).number, _MALFORMED)
+        if wanting:
+            self._gather(wanting, self._follow(connection), _MALFORMED, told, time.monotonic(), len(problem))
+
+    def _describe(
+        self,
+        connection: Connection,
+        sender: str,
+        message: Mapping[str, object],
+        data: bytes,
+        told: dict[str, object],
+    ) -> None:
+        now = time.monotonic()
+        followed = self._follow(connection)
+        facts = followed.conversation.follow(now, sender, message)
+        wanting = self._wanting(followed.number, facts)
+        if not wanting:
+            return
+        told["from"] = sender
+        told["size"] = len(data)
+        shown = self._concealer.conceal(message, data)
+        if len(shown) <= _MESSAGE_BYTES:
+            told["message"] = shown
+        else:
+            told["problem"] = f"too long to be shown here: {len(shown)} bytes"
+        self._gather(wanting, followed, facts, told, now, len(shown))
+
+    def _wanting(self, number: int, facts: Facts) -> list[_Audience]:
+        return [a for a in self._audiences.values() if a.everything or a.filter.wants(number, facts)]
+
+    def _gather(
+        self,
+        wanting: list[_Audience],
+        followed: _Followed,
+        facts: Facts,
+        told: dict[str, object],
+        now: float,
+        size: int,
+    ) -> None:
+        if self._held_bytes >= _HELD_BYTES:
+            for audience in wanting:
+                audience.dropped += 1
+            return
+        told["at"] = now + self._since_1970
+        told["client"] = followed.number
+        told["kind"] = facts.kind
+        told["op"] = facts.op
+        if facts.enclave:
+            told["enclave"] = facts.enclave
+        if facts.error:
+            told["error"] = facts.error
+        if facts.latency is not None:
+            told["latency"] = facts.latency
+        if facts.grant is not None:
+            told["grant"] = facts.grant
+        gathered = _Gathered(followed.peer, told, size + _AROUND)
+        self._held_bytes += gathered.size
+        for audience in wanting:
+            audience.gathered.append(gathered)
+        self._due.set()
+
+    def _follow(self, connection: Connection) -> _Followed:
+        client = connection.client
+        followed = self._followed.get(connection)
+        if followed is not None and followed.number == client.number and followed.name is client.name:
+            return followed
+        if followed is None:
+            conversation = Conversation()
+            conversation.grants = {number: grant.enclave.name for number, grant in client.grants.items()}
+        else:
+            conversation = followed.conversation
+        identity = client.identity
+        command = followed.peer["command"] if followed else command_of(identity.pid, client.pidfd)
+        peer: dict[str, object] = {
+            "client": client.number, "pid": identity.pid, "uid": identity.uid,
+            "cgroup": identity.cgroup_text, "name": client.name, "command": command,
+        }  # fmt: skip
+        followed = _Followed(client.number, client.name, peer, conversation)
+        self._followed[connection] = followed
+        return followed
+
+    # -- sending ---------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Send what has gathered, for as long as the broker runs."""
+        while True:
+            if any(self._missed.values()):
+                with trio.move_on_after(_TELL_AGAIN):
+                    await self._due.wait()
+            else:
+                await self._due.wait()
+            await trio.sleep(GATHER)
+            self._due = trio.Event()
+            await self._send_all()
+
+    async def _send_all(self) -> None:
+        self._held_bytes = 0
+        self._since_1970 = time.time() - time.monotonic()  # the clock may be set meanwhile
+        for audience in list(self._audiences.values()):
+            gathered, audience.gathered = audience.gathered, []
+            dropped, audience.dropped = audience.dropped, 0
+            for part in _parts(gathered):
+                event = _Event(part)
+                for viewer in list(audience.viewers):
+                    self._send(viewer, event)
+                await trio.lowlevel.checkpoint()  # others have their turn between two events
+            if dropped:
+                for viewer in audience.viewers:
+                    self._miss(viewer, dropped)
+
+    def _send(self, viewer: Connection, event: _Event) -> None:
+        """Send one viewer an event, if it can take it now."""
+        missed = self._missed[viewer]
+        if not event.count and not missed:
+            return
+        if viewer.outbox.offer(event.encoded(missed)):
+            self._missed[viewer] = 0
+            self._shown += event.count
+        else:
+            self._miss(viewer, event.count)
+
+    def _miss(self, viewer: Connection, count: int) -> None:
+        self._missed[viewer] += count
+        self._missed_count += count
+
+    def statistics(self) -> MonitoringStatistics:
+        """What was shown so far, and to how many now."""
+        return MonitoringStatistics(viewers=len(self.viewers), shown=self._shown, missed=self._missed_count)
+
+
+@final
+class _Event:
+    """An event for all viewers of an audience; only what each has missed is its own."""
+
+    def __init__(self, gathered: list[_Gathered]) -> None:
+        self.count = len(gathered)
+        peers = {message.told["client"]: message.peer for message in gathered}
+        self._peers = wire.Encoded(list(peers.values()))
+        self._messages = wire.Encoded([message.told for message in gathered])
+        self._last: tuple[int, bytes] = (-1, b"")
+
+    def encoded(self, missed: int) -> bytes:
+        """Return it for who has missed so many messages before."""
+        if self._last[0] != missed:
+            event = {
+                "event": "traffic", "missed": missed, "peers": self._peers, "messages": self._messages,
+            }  # fmt: skip
+            self._last = missed, wire.encode_part(event)
+        return self._last[1]
+
+
+def _parts(gathered: list[_Gathered]) -> Iterator[list[_Gathered]]:
+    """Divide messages into as few events as they fit into; there is one also when there are none."""
+    part: list[_Gathered] = []
+    size = 0
+    for message in gathered:
+        if part and size + message.size > _EVENT_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(message)
+        size += message.size
+    yield part
