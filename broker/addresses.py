@@ -51,8 +51,13 @@ class Addresses:
             base = max(base, -(-end // size) * size)
         if base + 2 * size > self._end:
             raise LimitReached(
-                f"no {2 * size} bytes are free in the address window: destroy an enclave that is not needed",
-                {"limit": "address window", "maximum": self._end - self._start},
+                f"no {2 * size} bytes in a row are free in the address window of {self._end - self._start}:"
+                f" {len(self._taken)} enclaves are there; destroy one that is not needed",
+                {
+                    "limit": "address window",
+                    "maximum": self._end - self._start,
+                    "setting": "none: it is fixed",
+                },
             )
         self._taken[base] = base + 2 * size
         return base

@@ -74,7 +74,12 @@ class DescriptorStore:
             raise errors.LimitReached(
                 f"the service manager keeps {self.capacity} descriptors for the broker and has"
                 f" {len(self._names)}: FileDescriptorStoreMax= in its unit sets how many it takes",
-                {"limit": "FileDescriptorStoreMax", "maximum": self.capacity, "used": len(self._names)},
+                {
+                    "limit": "FileDescriptorStoreMax",
+                    "maximum": self.capacity,
+                    "used": len(self._names),
+                    "setting": "FileDescriptorStoreMax= and FDSTORE= in the broker's unit",
+                },
             )
 
     async def put(self, name: str, fd: int) -> None:

@@ -22,6 +22,7 @@ from teemate.broker.grants import Grant, Waiter
 from teemate.broker.identity import principal
 from teemate.broker.limits import Charge, Resource
 from teemate.broker.requests import Answer
+from teemate.broker.shortage import grants_text, shortage
 from teemate.broker.slots import SlotState, Ticket
 
 if TYPE_CHECKING:
@@ -71,13 +72,21 @@ class Granting:
         uid = client.identity.uid
         first = not any(grant.enclave is enclave for grant in client.grants.values())
         if first and enclave.clients_by_uid.get(uid, 0) >= policy.clients_per_uid:
+            held = [self._service.grants[number] for number in enclave.grants]
+            where = grants_text(grant for grant in held if grant.client.identity.uid == uid)
+            client.account.bucket.take(len(held) / 64)
             raise errors.LimitReached(
-                f"uid {uid} has {policy.clients_per_uid} clients on enclave {enclave.name!r}:"
-                f" the policy sets this in [[enclave]] clients_per_uid",
-                {"limit": "clients_per_uid", "maximum": policy.clients_per_uid},
+                f"uid {uid} has {enclave.clients_by_uid[uid]} of {policy.clients_per_uid} clients on enclave"
+                f" {enclave.name!r} ({where}): the policy sets this in [[enclave]] clients_per_uid",
+                {
+                    "limit": "clients_per_uid",
+                    "maximum": policy.clients_per_uid,
+                    "used": enclave.clients_by_uid[uid],
+                    "setting": "[[enclave]] clients_per_uid",
+                },
             )
         self._require_possible(client, enclave, args.slots)
-        charge = client.account.charge(Resource.GRANTS)
+        charge = self._charge(client, Resource.GRANTS)
         grant = Grant(self._service.state.next_number("grant"), client, enclave, charge)
         try:
             ticket = self._request_slots(grant, args.slots)
@@ -220,22 +229,46 @@ class Granting:
             raise errors.Busy(
                 f"at most {allowed} slots a client of enclave {enclave.name!r}, this has {held}{earlier}"
                 f" and asked for {count}: the policy sets this in [[enclave]] slots_per_client",
-                {"limit": "slots_per_client", "maximum": allowed, "held": held, "asked": count},
+                {
+                    "limit": "slots_per_client",
+                    "maximum": allowed,
+                    "held": held,
+                    "asked": count,
+                    "setting": "[[enclave]] slots_per_client",
+                },
             )
         usable = enclave.slots.usable
         if count > usable:
+            counts = enclave.slots.statistics()
+            lost = f" ({counts.quarantined} of {counts.total} in quarantine)" if counts.quarantined else ""
             raise errors.Busy(
-                f"enclave {enclave.name!r} has {usable} usable slots, {count} were asked for:"
-                f" `teemate image build --slots` makes an image with more",
-                {"limit": "slots of the image", "maximum": usable, "asked": count},
+                f"enclave {enclave.name!r} has {usable} usable slots{lost}, {count} were asked for; slots is"
+                " set at image build, see `teemate image build --slots`",
+                {
+                    "limit": "slots of the image",
+                    "maximum": usable,
+                    "asked": count,
+                    "setting": "teemate image build --slots",
+                },
             )
+
+    def _charge(self, client: Client, resource: Resource) -> Charge:
+        """Charge the user, or say where its other processes are that have it all."""
+        try:
+            return client.account.charge(resource)
+        except errors.LimitReached as error:
+            uid = client.identity.uid
+            client.account.bucket.take(len(self._service.grants) / 64)
+            mine = [grant for grant in self._service.grants.values() if grant.client.identity.uid == uid]
+            held = [grant for grant in mine for _ in (grant.charges if resource is Resource.SLOTS else (0,))]
+            where = f" (its processes: {grants_text(held)})" if held else ""
+            raise errors.LimitReached(f"{error.message}{where}", error.detail) from None
 
     def _request_slots(self, grant: Grant, count: int) -> Ticket:
         """Charge the user for the slots and queue for them; a Waiter keeps those of a request."""
-        account = grant.client.account
         charges: list[Charge] = []
         try:
-            charges.extend(account.charge(Resource.SLOTS) for _ in range(count))
+            charges.extend(self._charge(grant.client, Resource.SLOTS) for _ in range(count))
         except errors.LimitReached:
             for charge in charges:
                 charge.release()
@@ -262,16 +295,17 @@ class Granting:
             if waiter.error is not None:
                 raise waiter.error
             if ticket.slots is None:
-                counts = enclave.slots.statistics()
+                found = shortage(self._service, grant.client, enclave)
+                wanted = "a slot" if ticket.count == 1 else f"{ticket.count} slots"
                 raise errors.Busy(
-                    f"no {ticket.count} slots of enclave {enclave.name!r} came free within {longest:g} s: of"
-                    f" {counts.total}, {counts.assigned} are in use, {counts.withheld} withheld,"
-                    f" {counts.quarantined} quarantined ([[enclave]] wait bounds the waiting)",
+                    f"{found.text}; wait={longest:g} s for {wanted} elapsed ([[enclave]] wait bounds it,"
+                    f" {enclave.policy.wait:g} s); slots is set at image build, see `teemate image build"
+                    " --slots`",
                     {
-                        "limit": "slots of the image",
-                        "maximum": enclave.slots.usable,
+                        **found.detail,
                         "asked": ticket.count,
                         "waited": longest,
+                        "setting": "teemate image build --slots",
                     },
                 )
             if grant.revoked or grant.over:

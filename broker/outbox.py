@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 import socket
 import struct
 import termios
@@ -40,9 +41,11 @@ class _Queued(NamedTuple):
 
 
 def _no_descriptors(what: str, error: OSError) -> errors.LimitReached:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return errors.LimitReached(
-        f"{what} ({error.strerror}): RLIMIT_NOFILE (LimitNOFILE= in its unit) sets how many it may have",
-        {"limit": "RLIMIT_NOFILE"},
+        f"{what} ({error.strerror}): RLIMIT_NOFILE (LimitNOFILE= in its unit) sets how many it may have, now"
+        f" {limit}",
+        {"limit": "RLIMIT_NOFILE", "maximum": limit, "setting": "LimitNOFILE= in the broker's unit"},
     )
 
 

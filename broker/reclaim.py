@@ -247,8 +247,13 @@ class Reclaimer:
         self.refuse(
             enclave.slots.impossible(),
             errors.Busy(
-                f"enclave {enclave.name!r} has {enclave.slots.usable} usable slots, fewer than asked for",
-                {"limit": "slots of the image", "maximum": enclave.slots.usable},
+                f"enclave {enclave.name!r} has {enclave.slots.usable} usable slots, fewer than asked for: a"
+                " slot of it was put into quarantine just now (`teemate slots` says why)",
+                {
+                    "limit": "slots of the image",
+                    "maximum": enclave.slots.usable,
+                    "setting": "teemate image build --slots",
+                },
             ),
         )
         if not enclave.slots.usable:

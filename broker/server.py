@@ -218,8 +218,12 @@ class Server:
     def _scarce(self, why: str) -> errors.LimitReached:
         return errors.LimitReached(
             f"the broker has no descriptors for new connections ({why}): RLIMIT_NOFILE"
-            " (LimitNOFILE= in its unit) sets how many it may have",
-            {"limit": "RLIMIT_NOFILE", "maximum": self._limit},
+            f" (LimitNOFILE= in its unit) sets how many it may have, now {self._limit}",
+            {
+                "limit": "RLIMIT_NOFILE",
+                "maximum": self._limit,
+                "setting": "LimitNOFILE= in the broker's unit",
+            },
         )
 
     def _refuse(self, sock: socket.socket, error: errors.LimitReached, uid: int) -> None:

@@ -296,9 +296,9 @@ def _packet(
         if len(fds) > MAX_FDS:
             _refuse(f"more than {MAX_FDS} descriptors", 0)
         raise LimitReached(
-            "a message came with descriptors, and this process has none left: RLIMIT_NOFILE sets how many it"
-            " may have",
-            {"limit": "RLIMIT_NOFILE"},
+            "a message came with descriptors, and this process has none left: RLIMIT_NOFILE (`ulimit -n`)"
+            " sets how many it may have",
+            {"limit": "RLIMIT_NOFILE", "setting": "ulimit -n"},
         )
     return Packet(data, fds)
 

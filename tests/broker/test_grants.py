@@ -39,6 +39,8 @@ if sys.argv[4] == "close":
     sys.stdin.read()
 """
 
+SETTING = "[[enclave]] slots_per_client"
+
 
 def counts(client: RawClient) -> dict[str, int]:
     (info,) = client.ok("enclaves")["enclaves"]
@@ -126,7 +128,7 @@ def test_more_slots_than_exist_or_are_allowed_is_busy_and_names_the_limit(
     other = connect(running)
     error = other.fails("attach", "busy", enclave="vault", wait=0.05)
     assert error["detail"]["waited"] == 0.05
-    assert "12 are in use" in error["message"]
+    assert "all 12 slots in use: 12 by uid" in error["message"]
     assert counts(client)["waiting"] == 0
     assert len(client.ok("clients")["clients"][1]["grants"]) == 0
 
@@ -192,7 +194,13 @@ def test_slots_that_are_waited_for_or_withheld_count_against_slots_per_client(
     other.ok("attach", enclave="vault", slots=8)
     first = client.post("attach", enclave="vault", slots=8, wait=20)
     error = client.fails("attach", "busy", enclave="vault", slots=5)
-    assert error["detail"] == {"limit": "slots_per_client", "maximum": 12, "held": 8, "asked": 5}
+    assert error["detail"] == {
+        "limit": "slots_per_client",
+        "maximum": 12,
+        "held": 8,
+        "asked": 5,
+        "setting": SETTING,
+    }
     other.ok("detach", grant=1, clean=True)
     grant = client.reply(first)["ok"]["grant"]
     client.ok("detach", grant=grant)
@@ -216,7 +224,13 @@ def test_a_process_that_connects_attaches_and_leaves_again_and_again_withholds_n
             assert "ok" in reply
             continue
         assert reply["error"]["code"] == "busy"
-        assert reply["error"]["detail"] == {"limit": "slots_per_client", "maximum": 4, "held": 4, "asked": 2}
+        assert reply["error"]["detail"] == {
+            "limit": "slots_per_client",
+            "maximum": 4,
+            "held": 4,
+            "asked": 2,
+            "setting": SETTING,
+        }
         assert "4 withheld from earlier connections" in reply["error"]["message"]
     assert counts(admin)["withheld"] == 4
     assert admin.ok("stats")["stats"]["processes"]["watched"] <= before + 2
