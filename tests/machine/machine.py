@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+import tsc
+
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent.parent
 
@@ -219,7 +221,9 @@ def _qemu(
         line += ["-object", f"memory-backend-epc,id=epc,size={machine.epc}"]
     line += ["-kernel", str(kernel / "vmlinuz"), "-initrd", str(files / "initramfs")]
     systemd = "systemd.show_status=false" if machine.systemd else ""
-    line += ["-append", f"{KERNEL_ARGUMENTS} {systemd} {machine.kernel_arguments}"]
+    khz = tsc.frequency()
+    clock = f"tsc_early_khz={khz}" if khz else ""
+    line += ["-append", f"{KERNEL_ARGUMENTS} {clock} {systemd} {machine.kernel_arguments}"]
     line += ["-add-fd", f"fd={output},set=1", "-chardev", "file,id=output,path=/dev/fdset/1,append=on"]
     if errors != output:
         line += ["-add-fd", f"fd={errors},set=2"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import machine
 import pytest
+import tsc
 from machine import Machine
 
 
@@ -78,6 +80,14 @@ def test_processors_with_less_of_sgx_can_be_had(
 def test_the_epc_has_the_size_that_was_asked_for() -> None:
     script = "cat /sys/devices/system/node/node0/x86/sgx_total_bytes"
     assert sh(script, machine=Machine(epc="96M"))[1] == f"{96 << 20}\n"
+
+
+def test_the_guest_knows_how_fast_its_clock_counts_whatever_else_this_host_does() -> None:
+    megahertz = re.search(r"tsc: Detected (\S+) MHz", sh("dmesg")[1])
+    assert megahertz is not None
+    frequency = tsc.frequency()
+    assert frequency is not None
+    assert abs(float(megahertz[1]) * 1000 / frequency - 1) < 0.01
 
 
 def test_namespaces_and_mounts_work_as_on_a_real_machine() -> None:
