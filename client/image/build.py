@@ -8,6 +8,7 @@ but ``PATH`` reaches the compiler.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shlex
 import shutil
@@ -25,6 +26,9 @@ from .elf import load_elf
 from .layout import Layout, LayoutOptions, plan, write
 
 __all__ = ["Built", "SdkPaths", "build_elf", "build_image", "layout_image", "sdk_paths"]
+
+
+_OBJECTS_KEPT = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,11 +109,13 @@ def build_elf(
     defines: Sequence[str] = (),
     includes: Sequence[Path] = (),
     sdk: SdkPaths | None = None,
+    objects_kept: Path | None = None,
 ) -> None:
     """Compile and link `sources` (C and assembly) to the unstripped ELF `output`.
 
     With `bare`, the SDK is left out: the sources bring an entry of their own, ``_start``.
     `defines` are ``NAME`` or ``NAME=VALUE``.  `test_build` switches one protection off, for tests.
+    In the folder `objects_kept` objects stay for the next time that the same compiler is given the same text.
     Raises :class:`~teemate.errors.ImageError` (step ``build``) with what the compiler said.
     """
     sdk = sdk or sdk_paths()
@@ -144,7 +150,11 @@ def build_elf(
             # gcc takes the last map that fits, so the SDK's own sources stay under native/.
             places = ((work, "."), (source.parent, "."), (native, "native"))
             maps = [f"-ffile-prefix-map={old}={new}" for old, new in places]
-            _run([*command, *common, *maps, "-c", str(source), "-o", target], work)
+            step = [*command, *common, *maps, "-c", str(source), "-o", target]
+            if objects_kept is None:
+                _run(step, work)
+            else:
+                _compile_kept(step, work, objects_kept)
 
         with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
             list(pool.map(compile_one, files, objects))
@@ -154,6 +164,35 @@ def build_elf(
         _run([*command, *link, *script, *objects, "-lgcc", "-o", "out.elf"], work)
         with _replacing(output) as file:
             shutil.copyfile(work / "out.elf", file)
+
+
+def _compile_kept(step: list[str], work: Path, folder: Path) -> None:
+    """Do `step`, which compiles to its last word, or take the object that it made the last time."""
+    target = work / step[-1]
+    text = target.with_suffix(".i")
+    _run(
+        [
+            *step[: step.index("-c")],
+            "-E",
+            "-fno-working-directory",
+            *step[step.index("-c") + 1 : -1],
+            str(text),
+        ],
+        work,
+    )
+    version = subprocess.run([*compiler(), "-v"], capture_output=True, check=False).stderr  # noqa: S603
+    # Of the paths only what is left of them: the work folder is another each time, and mapped away.
+    words = [word for word in step[:-3] if str(work) not in word]
+    digest = hashlib.sha256(version + repr(words).encode() + text.read_bytes()).hexdigest()
+    kept = folder / f"{digest[:32]}.o"
+    if not kept.exists():
+        _run(step, work)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _replacing(kept) as new:
+            shutil.copyfile(target, new)
+        for old in sorted(folder.glob("*.o"), key=lambda path: path.stat().st_mtime)[:-_OBJECTS_KEPT]:
+            old.unlink(missing_ok=True)
+    shutil.copyfile(kept, target)
 
 
 def _run(command: list[str], work: Path) -> None:

@@ -10,6 +10,7 @@ The C compiler is in the environment, CC.
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 import tomllib
 import types
@@ -32,7 +33,8 @@ def tools(client: Path, module: str) -> Any:
 def dependencies(native: Path, name: str) -> list[Path]:
     """Every file whose change could change the image."""
     folders = (native / "sdk", native / "include", native / "lib", native / "enclaves" / name)
-    found = [p for f in folders for p in f.rglob("*") if p.suffix in (".c", ".h", ".S", ".lds", ".toml")]
+    kinds = (".c", ".h", ".S", ".lds", ".toml", ".py")
+    found = [p for f in folders for p in f.rglob("*") if p.suffix in kinds]
     tools = native.parent / "client" / "image"
     return sorted([*found, *tools.glob("*.py"), native / "enclaves" / "images.toml", Path(__file__)])
 
@@ -49,9 +51,22 @@ def main() -> None:
     for size in ("heap", "stack"):
         if isinstance(row.get(size), str):
             row[size] = image.parse_size(row[size])
-    sources = sorted(p for p in (native / "enclaves" / name).iterdir() if p.suffix in (".c", ".S"))
+    folder = native / "enclaves" / name
+    includes = [folder / include for include in row.pop("includes", [])]
+    kept = None
+    if foreign := row.pop("foreign", None):
+        includes.append(Path(subprocess.check_output([sys.executable, folder / foreign], text=True).strip()))  # noqa: S603 (a list, no shell)
+        kept = includes[-1].parent / "objects"  # large sources take minutes where the processor is slow
+    sources = sorted(p for p in folder.iterdir() if p.suffix in (".c", ".S"))
     try:
-        image.build_elf(sources, elf, bare=bare, test_build="" if test_build == "none" else test_build)
+        image.build_elf(
+            sources,
+            elf,
+            bare=bare,
+            test_build="" if test_build == "none" else test_build,
+            includes=includes,
+            objects_kept=kept,
+        )
         built = image.layout_image(elf, sgxs, image.LayoutOptions(**row))
         key = image.load_key(Path(key_path)) if key_path else image.generate_key()
         signed = image.sign_with_key(image.SigParams().unsigned(built.mrenclave), key)

@@ -1,0 +1,73 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* A slot's connection: the database that is open in it, its statements and cursors, its limits. */
+#ifndef DB_CONNECTION_H
+#define DB_CONNECTION_H
+
+#include "db.h"
+#include "local.h"
+#include "sqlite3.h"
+
+#define STATEMENTS_KEPT 32u
+
+/* A prepared statement; kept for the next time the same text comes, unless a cursor has it. */
+struct statement {
+    sqlite3_stmt *stmt;
+    uint64_t used; /* when, counted in uses */
+    uint32_t length;
+    uint32_t hash;
+    uint32_t cursor; /* 0: idle */
+};
+
+/* A statement that has more rows.  Its next row is there already when `row` is set. */
+struct cursor {
+    struct statement *statement;
+    uint32_t number; /* 0: free */
+    bool row;
+    bool changes; /* INSERT, UPDATE, DELETE or REPLACE, with RETURNING */
+    bool once;    /* its statement is not kept */
+};
+
+struct connection {
+    sqlite3 *db;
+    uint64_t number; /* of all connections of the enclave */
+    uint64_t uses;
+    uint64_t statement_ns;
+    uint32_t cursor_limit, cursors_open, last_cursor;
+    struct cursor *cursors; /* cursor_limit of them */
+    struct statement kept[STATEMENTS_KEPT];
+    /* What ends the statement that runs. */
+    const volatile uint32_t *interrupt; /* in the caller's memory, or NULL */
+    uint64_t deadline;
+    bool late;     /* it was the deadline */
+    bool tampered; /* a file of it is not what the enclave wrote */
+};
+
+static inline struct connection *connection_self(void)
+{
+    struct local *local = local_self();
+
+    return local ? local->connection : NULL;
+}
+
+/* The statement for the text: an idle one, or a new one.  SQLite's code; *tail is what follows it. */
+int connection_prepare(struct connection *self, const char *text, uint32_t length, struct statement **statement,
+                       const char **tail);
+/* It is idle again, and kept or not. */
+void connection_release(struct connection *self, struct statement *statement, bool keep);
+struct cursor *connection_cursor(struct connection *self, uint32_t number);
+/* NULL when there are as many as there may be. */
+struct cursor *connection_add_cursor(struct connection *self, struct statement *statement);
+void connection_end_cursor(struct connection *self, struct cursor *cursor);
+/* From now on a statement runs for a caller. */
+void connection_begin(struct connection *self, const volatile uint32_t *interrupt);
+
+/* The slots' connections, for who interrupts one from another slot. */
+struct running {
+    _Atomic uint64_t number; /* 0: none */
+    _Atomic uint64_t stop;   /* number of the connection whose statement is to end */
+    uint8_t principal[32];
+};
+#define SLOTS_MOST 128u /* more stacks an image does not have (client/image/layout.py, MAX_SEGMENTS) */
+extern struct running running[SLOTS_MOST];
+
+#endif

@@ -1,0 +1,162 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "reply.h"
+
+uint8_t *reply_add(struct reply *reply, size_t length)
+{
+    uint8_t *result;
+
+    if (reply->room - reply->length < length) {
+        size_t room = reply->room * 2 > reply->length + length ? reply->room * 2 : reply->length + length;
+        uint8_t *moved = sqlite3_realloc64(reply->start, room < DB_REPLY_MIN ? DB_REPLY_MIN : room);
+
+        if (!moved)
+            return NULL;
+        reply->start = moved;
+        reply->room = room < DB_REPLY_MIN ? DB_REPLY_MIN : room;
+    }
+    result = reply->start + reply->length;
+    reply->length += length;
+    return result;
+}
+
+void reply_close(struct reply *reply)
+{
+    sqlite3_free(reply->start);
+    memset(reply, 0, sizeof(*reply));
+}
+
+static const char *own_message(int code)
+{
+    switch (code) {
+    case DB_E_TAMPERED:
+        return "a file of the database is not what the enclave wrote: it was changed, swapped, or an older one was put back";
+    case DB_E_PARAMETERS:
+        return "as many values are wanted as the statement has parameters, each of its names among them";
+    case DB_E_STATEMENTS:
+        return "one statement is wanted, and there are more";
+    case DB_E_CURSOR:
+        return "there is no such cursor: it was ended";
+    case DB_E_CURSORS:
+        return "more cursors are open than the connection may have: end some";
+    case DB_E_ROOM:
+        return "not even one row fits: ask for a longer reply";
+    case DB_E_TIME:
+        return "the statement took longer than it may";
+    default:
+        return "the operation is none: a length or number in it cannot be";
+    }
+}
+
+void reply_error(struct reply *reply, struct connection *connection, int code, int offset, uint32_t set)
+{
+    sqlite3 *db = connection->db;
+    struct db_error error = {.kind = DB_ERROR, .code = code, .offset = offset, .set = set};
+    const char *text;
+    uint8_t *place;
+
+    if (connection->tampered && code > 0)
+        error.code = DB_E_TAMPERED;
+    if ((code & 0xff) == SQLITE_INTERRUPT && connection->late)
+        error.code = DB_E_TIME;
+    if (error.code < 0)
+        text = own_message(error.code);
+    else if (db && sqlite3_extended_errcode(db) == code)
+        text = sqlite3_errmsg(db);
+    else
+        text = sqlite3_errstr(code);
+    error.length = (uint32_t)strlen(text);
+    if (error.length > DB_REPLY_MIN - sizeof(error))
+        error.length = DB_REPLY_MIN - sizeof(error);
+    if (db && !sqlite3_get_autocommit(db))
+        error.flags = DB_TRANSACTION;
+    place = reply_add(reply, sizeof(error) + error.length);
+    if (!place) {
+        /* Without memory for a message: without one. */
+        error.length = 0;
+        place = reply_add(reply, sizeof(error));
+        if (!place)
+            return;
+    }
+    memcpy(place, &error, sizeof(error));
+    memcpy(place + sizeof(error), text, error.length);
+}
+
+static const uint8_t types[] = {
+    [SQLITE_NULL] = DB_NULL,
+    [SQLITE_INTEGER] = DB_INTEGER,
+    [SQLITE_FLOAT] = DB_REAL,
+    [SQLITE_TEXT] = DB_TEXT,
+    [SQLITE_BLOB] = DB_BLOB,
+};
+
+enum reply_row reply_row(struct reply *reply, sqlite3_stmt *stmt, size_t *needed)
+{
+    int columns = sqlite3_data_count(stmt);
+    size_t fixed = (size_t)columns * 9, size = fixed;
+    uint8_t *place, *fields, *bytes;
+
+    for (int i = 0; i < columns; i++) {
+        int type = sqlite3_column_type(stmt, i);
+
+        if (type == SQLITE_TEXT || type == SQLITE_BLOB)
+            size += (size_t)sqlite3_column_bytes(stmt, i);
+    }
+    *needed = size;
+    if (reply->length + size + DB_REPLY_MIN > reply->most)
+        return REPLY_FULL;
+    place = reply_add(reply, size);
+    if (!place)
+        return REPLY_NO_MEMORY;
+    fields = place + columns;
+    bytes = place + fixed;
+    for (int i = 0; i < columns; i++, fields += 8) {
+        int type = sqlite3_column_type(stmt, i);
+        uint64_t field = 0;
+        double number;
+
+        place[i] = types[type];
+        switch (type) {
+        case SQLITE_INTEGER:
+            field = (uint64_t)sqlite3_column_int64(stmt, i);
+            break;
+        case SQLITE_FLOAT:
+            number = sqlite3_column_double(stmt, i);
+            memcpy(&field, &number, sizeof(field));
+            break;
+        case SQLITE_TEXT:
+        case SQLITE_BLOB:
+            field = (uint64_t)sqlite3_column_bytes(stmt, i);
+            if (field)
+                memcpy(bytes, type == SQLITE_TEXT ? (const void *)sqlite3_column_text(stmt, i) : sqlite3_column_blob(stmt, i),
+                       field);
+            bytes += field;
+            break;
+        }
+        memcpy(fields, &field, sizeof(field));
+    }
+    return REPLY_ADDED;
+}
+
+static bool add_name(struct reply *reply, const char *name)
+{
+    uint16_t length = UINT16_MAX;
+    uint8_t *place;
+
+    if (name)
+        length = strlen(name) < UINT16_MAX ? (uint16_t)strlen(name) : UINT16_MAX - 1;
+    place = reply_add(reply, sizeof(length) + (name ? length : 0));
+    if (!place)
+        return false;
+    memcpy(place, &length, sizeof(length));
+    if (name)
+        memcpy(place + sizeof(length), name, length);
+    return true;
+}
+
+bool reply_columns(struct reply *reply, sqlite3_stmt *stmt)
+{
+    for (int i = 0; i < sqlite3_column_count(stmt); i++)
+        if (!add_name(reply, sqlite3_column_name(stmt, i)) || !add_name(reply, sqlite3_column_decltype(stmt, i)))
+            return false;
+    return true;
+}
