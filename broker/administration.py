@@ -15,6 +15,7 @@ import trio
 from teemate import errors
 from teemate._backend import choose_backend
 from teemate.broker.building import Builds
+from teemate.broker.claims import claim_of
 from teemate.broker.enclaves import (
     PAGE,
     SIGSTRUCT_SIZE,
@@ -357,7 +358,7 @@ class Administration:
         for number in sorted(number for number in self._service.clients if number > args.after):
             client = self._service.clients[number]
             room -= (
-                200
+                (300 if args.activity else 200)
                 + len(client.identity.cgroup_text.encode())
                 + sum(60 + 5 * len(g.charges) for g in client.grants.values())
             )
@@ -365,7 +366,15 @@ class Administration:
                 answer["next"] = clients[-1]["client"]
                 break
             clients.append(_client_info(client))
+            if args.activity:
+                clients[-1]["activity"] = _activity(client)
         return Answer(answer)
+
+
+def _activity(client: Client) -> dict[str, object]:
+    claim = claim_of(client)
+    activity: dict[str, object] = {"held": client.held_seconds()}
+    return activity if claim is None else activity | claim._asdict()
 
 
 def _client_info(client: Client) -> dict[str, object]:

@@ -6,12 +6,14 @@ restarted the connections end, and what the clients hold does not.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, final
 
 import trio
 
 if TYPE_CHECKING:
+    from teemate.broker.claims import CounterPage
     from teemate.broker.connection import Connection
     from teemate.broker.grants import Grant
     from teemate.broker.identity import Identity, Peer
@@ -60,8 +62,28 @@ class Client:
         """What requests that are under way are changing, by id."""
         self.returning: dict[tuple[int, int], int] = {}
         """Slots that it had and that the warden is not done with: enclave, index and generation."""
+        self.counts = False
+        """Whether its library can count calls in a page that it is sent."""
+        self.counters: CounterPage | None = None
+        """That page, once somebody has looked; it goes with the connection."""
+        self.slot_seconds = 0.0
+        """How long it has had slots that are back by now."""
         self.unwritten = False
         """Whether something was taken from it that its record does not say yet."""
+
+    def held_seconds(self) -> float:
+        """Slot time, from each assignment until the slot was back, since this broker started."""
+        now = time.monotonic()
+        held = (*self.grants.values(), *self.withheld)
+        return self.slot_seconds + sum(
+            now - grant.enclave.slots.slots[index].since for grant in held for index in grant.charges
+        )
+
+    def drop_counters(self) -> None:
+        """Nobody looks at the page any more: its connection is over."""
+        if self.counters is not None:
+            self.counters.close()
+            self.counters = None
 
     def send(self, message: Mapping[str, object], fds: tuple[int, ...] = ()) -> None:
         """Send one message, now or when the client reads again; `fds` stay the caller's."""

@@ -325,6 +325,8 @@ class Enclave:
         self.repaired = 0
         """Slots that came back with a call in them: interrupted, parked or stolen."""
         self.waits = Durations(WAIT_BOUNDS)
+        self.gate_calls: dict[int, tuple[float, int]] = {}
+        """By slot: when it was read, and how many calls the gate had counted then."""
         self.slot_work: defaultdict[int, trio.Lock] = defaultdict(trio.Lock)
         """By slot: who clears, repairs, resets and arms it."""
         self.charge = charge

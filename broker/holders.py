@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, final
 
-from teemate.broker.requests import Answer, Denials, Holders
+from teemate.broker.control import ControlOp
+from teemate.broker.requests import Answer, Denials, Holders, Result
 from teemate.broker.slots import SlotState
+from teemate.broker.warden import WardenError
 
 if TYPE_CHECKING:
     from teemate.broker.clients import Client
+    from teemate.broker.enclaves import Enclave
     from teemate.broker.grants import Grant
     from teemate.broker.service import Service
 
@@ -17,6 +21,9 @@ __all__ = ["Looking"]
 
 _BYTES = 40 * 1024
 """About so much of a reply is filled; who wants more asks for what comes after the last."""
+_COUNTED_AT_ONCE = 64
+_COUNT_SECONDS = 1.0
+_NO_FRAME = 1 << 32
 _ENTRY = 160
 """Bytes of an entry, without what differs most in length."""
 
@@ -45,8 +52,42 @@ class Looking:
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    def holders(self, args: Holders) -> Answer:
+    def holders(self, args: Holders) -> Result:
         """List an enclave's slots from `first` on, and with the first of all the requests that wait."""
+        if args.calls:
+            return self._holders_with_calls(args)
+        return Answer(self._holders(args))
+
+    async def _holders_with_calls(self, args: Holders) -> Answer:
+        """The same with the gate's count of each slot, which only the enclave's warden can read.
+
+        It has other things to do, so it is asked about a few at a time; who comes within a second gets the
+        counts of just now.
+        """
+        answer = self._holders(args)
+        enclave = self._service.enclave(args.enclave)
+        slots = answer["slots"]
+        assert isinstance(slots, list)
+        if len(slots) > _COUNTED_AT_ONCE:
+            answer["next"] = slots[_COUNTED_AT_ONCE]["slot"]
+            del slots[_COUNTED_AT_ONCE:]
+        with contextlib.suppress(WardenError):  # who needs it for its work finds out, too
+            for entry in slots:
+                entry["calls"] = await self._calls(enclave, entry["slot"])
+        return Answer(answer)
+
+    async def _calls(self, enclave: Enclave, index: int) -> int:
+        now = time.monotonic()
+        known = enclave.gate_calls.get(index)
+        if known is None or now - known[0] > _COUNT_SECONDS:
+            if enclave.warden is None:
+                raise WardenError("there is none")
+            # A frame that no slot has: refused, and the count comes with every answer about a slot.
+            reply = await enclave.warden.control(ControlOp.SSA, index, argument=_NO_FRAME)
+            known = enclave.gate_calls[index] = now, reply.result.calls
+        return known[1]
+
+    def _holders(self, args: Holders) -> dict[str, object]:
         service = self._service
         enclave = service.enclave(args.enclave)
         grants = self.every_grant()
@@ -82,7 +123,7 @@ class Looking:
                 answer["next"] = index
                 break
             slots.append(entry)
-        return Answer(answer)
+        return answer
 
     def every_grant(self) -> dict[int, Grant]:
         """Every grant with a slot that is not back: those held, and those given up with slots withheld."""

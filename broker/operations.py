@@ -133,6 +133,7 @@ def hello(client: Client, args: Hello, _fds: tuple[int, ...]) -> Result:
         )
     connection.greeted = True
     client.name = args.client
+    client.counts = args.counters
     ok = {"version": PROTOCOL_VERSION, "broker": BROKER_NAME, "max_message": wire.MAX_MESSAGE}
     more, after = client.service.resumption.greet(client, args)
     return Answer(ok | more, after=after, patient=True)

@@ -9,6 +9,7 @@ interrupts nothing.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Awaitable, Callable
 from typing import final
 
@@ -73,6 +74,7 @@ class Reclaimer:
         """The slot is the broker's again: its holder said that it is clean, or has ended (`dead`)."""
         enclave, client = grant.enclave, grant.client
         grant.charges.pop(index).release()
+        grant.client.slot_seconds += time.monotonic() - enclave.slots.slots[index].since
         grant.in_reclaim += 1
         client.returning[enclave.serial, index] = enclave.slot_keys[index].generation
         client.unwritten = True

@@ -206,6 +206,8 @@ class Hello:
     client: str
     resume: bytes | None
     session: bytes | None
+    counters: bool
+    """Whether the client counts its calls in a page that it is sent (claims.py)."""
 
     @classmethod
     def parse(cls, untrusted: Arguments) -> Hello:
@@ -215,6 +217,7 @@ class Hello:
             client=untrusted.text("client", 64),
             resume=untrusted.blob("resume", 32) if untrusted.has("resume") else None,
             session=untrusted.blob("session", 32) if untrusted.has("session") else None,
+            counters=untrusted.flag("counters"),
         )
 
 
@@ -407,15 +410,18 @@ class Revoke:
 
 @dataclass(frozen=True, slots=True)
 class Holders:
-    """Arguments of `holders`: slots from the index `first` on."""
+    """Arguments of `holders`: slots from the index `first` on, with `calls` the gate's count of each."""
 
     enclave: str
     first: int
+    calls: bool
 
     @classmethod
     def parse(cls, untrusted: Arguments) -> Holders:
         """Check and convert."""
-        return cls(untrusted.name("enclave"), untrusted.uint("first", 65535, default=0))
+        return cls(
+            untrusted.name("enclave"), untrusted.uint("first", 65535, default=0), untrusted.flag("calls")
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -467,11 +473,12 @@ class Monitor:
 
 @dataclass(frozen=True, slots=True)
 class Clients:
-    """Arguments of `clients`: those with a number above `after`."""
+    """Arguments of `clients`: those with a number above `after`; what they do too with `activity`."""
 
     after: int
+    activity: bool
 
     @classmethod
     def parse(cls, untrusted: Arguments) -> Clients:
         """Check and convert."""
-        return cls(untrusted.uint("after", default=0))
+        return cls(untrusted.uint("after", default=0), untrusted.flag("activity"))

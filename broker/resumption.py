@@ -113,7 +113,7 @@ class Resumption:
         del service.clients[newcomer.number]
         os.close(newcomer.pidfd)
         newcomer.connection = None
-        client.name = newcomer.name
+        client.name, client.counts = newcomer.name, newcomer.counts
         client.connection, connection.client = connection, client
         client.connected_at = trio.current_time()
         service.log.info("client resumed", client=client.number, pid=now.pid, grants=sorted(client.grants))

@@ -129,6 +129,7 @@ class Service:
             os.close(client.pidfd)
             return
         client.left = True
+        client.drop_counters()
         self.granting.left(client, why)
         held = client.withheld
         self.state.write_client(client)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Broker", "connect"]
 
 _SEGMENTS = ffi.typeof("struct teemate_segment[]")
+_PAGE = ffi.typeof("struct teemate_counters **")
 _open = lib.teemate_open
 _map_arena = lib.teemate_map_arena
 DRAIN_DEADLINE = 30.0
@@ -74,6 +75,11 @@ def _image(
         os.close(fd)
 
 
+def _unmap_counters(pid: int, page: Any) -> None:
+    if os.getpid() == pid:  # a child has something else there by now, or nothing
+        lib.teemate_counters_unmap(page)
+
+
 class Broker:
     """A connection to the broker.  Thread safe; use it as a context manager.
 
@@ -92,7 +98,10 @@ class Broker:
         self._news: list[_News] = []
         """What the broker said while attaches were under way, for grants that are not here yet."""
         self._check: Check | None = None
+        self._counters: Any = None
+        """The page that calls are counted in for a viewer; unmapped when nobody has it any more."""
         connection.on_event = self._event
+        connection.on_counters = self._count
         connection.on_resumed = self._resumed
         connection.on_forgotten = self._forgotten
 
@@ -119,6 +128,7 @@ class Broker:
                 enclave.detach()
         finally:
             self._connection.close(check)
+            self._counters = None
 
     @property
     def path(self) -> str:
@@ -185,6 +195,8 @@ class Broker:
                 raise
             with self._lock:
                 self._grants[enclave.grant] = enclave
+                if self._counters is not None:
+                    enclave.count_in(self._counters)
                 news = [one for one in self._news if one.concerns(reply)]
         finally:
             with self._lock:
@@ -359,25 +371,31 @@ class Broker:
         ok = self._request("revoke", args, wait=60.0 + (grace or 0.0))
         return Revocation(ok["grants"], ok["cleared"], ok["quarantined"], ok["leaked"], ok.get("busy", 0))
 
-    def clients(self) -> list[ClientInfo]:
-        """Return everybody who is connected."""
+    def clients(self, *, activity: bool = False) -> list[ClientInfo]:
+        """Return everybody who is connected; with `activity` also what they do.
+
+        Who looks for the first time has them begin to count.
+        """
         found: list[ClientInfo] = []
         after: int | None = 0
         while after is not None:  # a reply has as many as fit into a message
-            ok = self._request("clients", {"after": after})
+            ok = self._request("clients", {"after": after, "activity": activity})
             found += [ClientInfo.parse(client) for client in ok["clients"]]
             after = ok.get("next")
         return found
 
-    def holders(self, enclave: str) -> Holders:
-        """Return who holds which slot of `enclave`, and who waits for some."""
+    def holders(self, enclave: str, *, calls: bool = False) -> Holders:
+        """Return who holds which slot of `enclave`, and who waits for some.
+
+        With `calls` each slot has the gate's count too, which the enclave's warden reads.
+        """
         from teemate._looking import Holders, SlotInfo, WaitingInfo  # late: only administrators ask
 
         slots: list[SlotInfo] = []
         waiting: list[WaitingInfo] = []
         first: int | None = 0
         while first is not None:  # a reply has as many as fit into a message
-            ok = self._request("holders", {"enclave": enclave, "first": first})
+            ok = self._request("holders", {"enclave": enclave, "first": first, "calls": calls}, wait=30.0)
             slots += [SlotInfo.parse(slot) for slot in ok["slots"]]
             waiting += [WaitingInfo.parse(request) for request in ok["waiting"]]
             first = ok.get("next")
@@ -434,6 +452,20 @@ class Broker:
         return view
 
     # ---- in whichever thread reads the socket -------------------------------------------
+
+    def _count(self, fd: int) -> None:
+        """Count calls in the page that `fd` is: an administrator looks at this process."""
+        page = ffi.new(_PAGE)
+        with self._lock:
+            known = self._counters
+            if known is not None:  # of a broker before a restart: threads may be counting in it
+                page[0] = known
+            if lib.teemate_counters_map(fd, page) or known is not None:
+                return  # where it cannot be mapped nothing is counted, and nothing is lost
+            here = os.getpid()
+            self._counters = ffi.gc(page[0], lambda old: _unmap_counters(here, old))
+            for enclave in self._grants.values():
+                enclave.count_in(self._counters)
 
     def _event(self, event: Mapping[str, Any]) -> None:
         """Handle an event."""

@@ -85,6 +85,8 @@ class Enclave:
         self.pid = os.getpid()
         self._native: Any = handle
         self._pages_added = pages
+        self._counters: Any = None
+        """The page that calls are counted in, while this counts there."""
         self._wake = threading.Condition()
         self._over = False
         """Whether whoever gave the enclave knows nothing of it any more."""
@@ -273,6 +275,7 @@ class Enclave:
             native, self._native = self._native, None
         if native is not None:
             lib.teemate_close(native)
+            self._counters = None
 
     def _called(self) -> None:
         """Count a call that has ended."""

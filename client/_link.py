@@ -53,6 +53,8 @@ class Link:
     def __init__(self, path: str, client: str = "") -> None:
         self.path = path
         self.on_event: Callable[[dict[str, Any]], None] = lambda _event: None
+        self.on_counters: Callable[[int], None] = lambda _fd: None
+        """Gets the descriptor of a page that somebody wants calls counted in; it is closed afterwards."""
         self.on_resumed: Callable[[frozenset[int]], None] = lambda _grants: None
         """Hears which grants live on with the broker, after it was away."""
         self.on_forgotten: Callable[[str], None] = lambda _why: None
@@ -215,7 +217,11 @@ class Link:
             self._end(error)
             return
         if "event" in message:
-            wire.close_all(packet.fds)
+            try:
+                if message["event"] == "counters" and len(packet.fds) == 1:
+                    self.on_counters(packet.fds[0])
+            finally:
+                wire.close_all(packet.fds)
             self.on_event(message)
         else:
             self._take_answer(message, packet.fds)

@@ -36,6 +36,8 @@ class SlotInfo(NamedTuple):
     grant: int | None
     holder: ProcessInfo | None
     """Whose it is, or was when it is withheld."""
+    calls: int | None = None
+    """How many the enclave's gate has let end in it, ever; None where nobody asked or could tell."""
 
     @classmethod
     def parse(cls, untrusted: Mapping[str, Any]) -> SlotInfo:
@@ -48,6 +50,7 @@ class SlotInfo(NamedTuple):
                 untrusted.get("reason", ""),
                 untrusted.get("grant"),
                 holder,
+                untrusted.get("calls"),
             )
         except KeyError as error:
             raise ProtocolError(f"the broker's slot-info has no {error.args[0]!r}") from None

@@ -32,7 +32,11 @@ GREETING_GRACE = 30.0
 _TOKEN_SIZE = 32
 # Encoded once, which also brings the encoder into memory before the first request.
 _HELLO = wire.encode(
-    {"id": 0, "op": "hello", "args": {"version": PROTOCOL_VERSION, "session": bytes(_TOKEN_SIZE)}}
+    {
+        "id": 0,
+        "op": "hello",
+        "args": {"version": PROTOCOL_VERSION, "counters": True, "session": bytes(_TOKEN_SIZE)},
+    }
 )[:-_TOKEN_SIZE]
 _ENDS = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 
@@ -75,7 +79,7 @@ class Session:
         """Return the encoded greeting."""
         if not resume and not self._client:
             return _HELLO + self._token
-        args: dict[str, object] = {"version": PROTOCOL_VERSION}
+        args: dict[str, object] = {"version": PROTOCOL_VERSION, "counters": True}
         if self._client:
             args["client"] = self._client
         args["resume" if resume else "session"] = self._token

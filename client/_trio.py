@@ -315,13 +315,13 @@ class AsyncBroker:
             ),
         )
 
-    async def clients(self) -> list[ClientInfo]:
-        """Return everybody who is connected."""
-        return await _in_thread(self._limiter, self._sync.clients)
+    async def clients(self, *, activity: bool = False) -> list[ClientInfo]:
+        """Return everybody who is connected: :meth:`teemate.Broker.clients`."""
+        return await _in_thread(self._limiter, lambda: self._sync.clients(activity=activity))
 
-    async def holders(self, enclave: str) -> Holders:
+    async def holders(self, enclave: str, *, calls: bool = False) -> Holders:
         """See :meth:`Broker.holders`."""
-        return await _in_thread(self._limiter, lambda: self._sync.holders(enclave))
+        return await _in_thread(self._limiter, lambda: self._sync.holders(enclave, calls=calls))
 
     async def denials(self, *, uid: int | None = None) -> list[DenialInfo]:
         """See :meth:`Broker.denials`."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from teemate.errors import ProtocolError
 
 __all__ = [
+    "Activity",
     "ClientInfo",
     "Drained",
     "EnclaveInfo",
@@ -160,6 +161,26 @@ class GrantInfo(NamedTuple):
     slots: tuple[int, ...]
 
 
+class Activity(NamedTuple):
+    """What a client does.  All but `held` is its own claim, and None where it makes none."""
+
+    held: float
+    """Slot time in seconds: by the broker's clock, from each assignment until the slot was back."""
+    calls: int | None
+    """Calls that have ended, since somebody looked for the first time."""
+    inside: float | None
+    """Seconds in them, of all threads together."""
+    running: int | None
+    """Threads that are in one now."""
+
+    @classmethod
+    def parse(cls, untrusted: Mapping[str, Any]) -> Activity:
+        """Parse the broker's ``activity``."""
+        return cls(
+            untrusted["held"], untrusted.get("calls"), untrusted.get("inside"), untrusted.get("running")
+        )
+
+
 class ClientInfo(NamedTuple):
     """One connected process, as administrators see it."""
 
@@ -173,6 +194,8 @@ class ClientInfo(NamedTuple):
     """Seconds since it connected."""
     requests: int
     grants: tuple[GrantInfo, ...]
+    activity: Activity | None = None
+    """Where it was asked for."""
 
     @classmethod
     def parse(cls, untrusted: Mapping[str, Any]) -> ClientInfo:
@@ -182,7 +205,9 @@ class ClientInfo(NamedTuple):
                 GrantInfo(grant["grant"], grant["enclave"], tuple(grant["slots"]))
                 for grant in untrusted["grants"]
             )
-            return cls._make([*(untrusted[field] for field in cls._fields[:-1]), grants])
+            told = untrusted.get("activity")
+            activity = None if told is None else Activity.parse(told)
+            return cls._make([*(untrusted[field] for field in cls._fields[:-2]), grants, activity])
         except KeyError as error:
             raise ProtocolError(f"the broker's client-info has no {error.args[0]!r}") from None
 

@@ -351,6 +351,27 @@ int teemate_slot_enter(struct teemate_slot *slot, struct teemate_regs *regs, uin
                        uint64_t pause_after_ns, struct sgx_enclave_run *run);
 
 /*
+ * Counting calls in a page of the broker's, for who looks at this process from outside.  A slot writes
+ * into line `index % TEEMATE_COUNTER_LINES`; all of it wraps.
+ */
+#define TEEMATE_COUNTER_LINES 64
+struct teemate_counters {
+    uint64_t calls;      /* that have ended */
+    uint64_t inside_ns;  /* in calls, their waits for locks included; without handlers of named OCALLs */
+    uint64_t entered_ns; /* CLOCK_MONOTONIC: since when a thread is in one; 0: none is */
+    uint64_t reserved[5];
+};
+/*
+ * Map the page that `fd` is (it stays the caller's), a memfd that can be neither cut nor made longer;
+ * else -EINVAL.  `*page`: NULL, or a page that the new one takes the place of, for whoever counts in it.
+ * Unmap it when no enclave counts there any more (teemate_enclave_count with NULL, or closed).
+ */
+int teemate_counters_map(int fd, struct teemate_counters **page);
+void teemate_counters_unmap(struct teemate_counters *page);
+/* Count the calls of this enclave there from now on. */
+void teemate_enclave_count(struct teemate_enclave *enclave, struct teemate_counters *page);
+
+/*
  * The conventional way: make this process the warden of an enclave that it
  * created and mapped.  Draws a control key, starts the SDK, arms every client
  * slot, maps an arena.  For SDK images only (-ENOTSUP otherwise).

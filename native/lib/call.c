@@ -20,6 +20,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "counters.h"
 #include "private.h"
 #include "slot.h"
 
@@ -392,6 +393,16 @@ static int slot_run(struct teemate_slot *slot, uint64_t pause_after_ns, struct t
     }
 }
 
+/* The same, counted where somebody looks. */
+static int slot_step(struct teemate_slot *slot, uint64_t pause_after_ns, struct teemate_call *call)
+{
+    struct counters_step step = counters_enter(slot);
+    int result = slot_run(slot, pause_after_ns, call);
+
+    counters_leave(step, result == 0 && call->outcome == TEEMATE_CALL_DONE);
+    return result;
+}
+
 /* Take the slot for a step that is allowed in `state`. */
 static int slot_take_in(struct teemate_slot *slot, enum slot_state state)
 {
@@ -448,7 +459,7 @@ int teemate_slot_call(struct teemate_slot *slot, const char *name, size_t name_l
     slot->entry = (struct slot_entry){.rdi = TM_SEL_ECALL, .rsi = (uintptr_t)&slot->request};
     slot->function = SGX_EENTER;
     slot->busy_pauses = 0;
-    result = slot_run(slot, pause_after_ns, call);
+    result = slot_step(slot, pause_after_ns, call);
     slot_give(slot);
     return result;
 
@@ -467,7 +478,7 @@ int teemate_slot_resume(struct teemate_slot *slot, uint64_t pause_after_ns, stru
     result = slot_take_in(slot, SLOT_PAUSED);
     if (result < 0)
         return result;
-    result = slot_run(slot, pause_after_ns, call);
+    result = slot_step(slot, pause_after_ns, call);
     slot_give(slot);
     return result;
 }
@@ -487,7 +498,7 @@ int teemate_slot_answer(struct teemate_slot *slot, int32_t status, const void *d
     else if (length > 0)
         memmove(slot->ocall_buffer, data, length);
     slot_prepare_return(slot, status < 0 ? TM_E_OCALL : status, length);
-    result = slot_run(slot, pause_after_ns, call);
+    result = slot_step(slot, pause_after_ns, call);
     slot_give(slot);
     return result;
 }

@@ -44,6 +44,7 @@ struct teemate_enclave {
     struct sgx_pages *sgx_made_tcs; /* owned by the sgx backend: pages that this process made TCSs of */
     struct private_warden *warden;
     _Atomic(struct sgx_stack *) stacks; /* sgx_stack.c */
+    _Atomic(struct teemate_counters *) counters; /* counters.h; NULL while nobody looks */
 };
 
 /* What ECREATE needs, as the SGXS stream and the SIGSTRUCT give it. */

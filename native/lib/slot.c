@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "counters.h"
 #include "crypto.h"
 
 void *secret_map(size_t size)
@@ -67,6 +68,7 @@ int teemate_slot_open(struct teemate_enclave *enclave, const struct teemate_slot
         return diag_set(diag, -ENOMEM, TEEMATE_STEP_MAP, 0, args->tcs_offset, "no memory for a slot");
     slot->enclave = enclave;
     slot->tcs_offset = args->tcs_offset;
+    slot->index = args->index;
     memcpy(&slot->bind, args->bind, sizeof(slot->bind));
     slot->secret = secret_map(SGX_PAGE);
     buffer = mmap(NULL, SLOT_OCALL_CAPACITY, PROT_READ | PROT_WRITE,
@@ -121,6 +123,7 @@ void teemate_slot_abandon(struct teemate_slot *slot)
 int teemate_slot_enter(struct teemate_slot *slot, struct teemate_regs *regs, uint32_t function,
                        uint64_t pause_after_ns, struct sgx_enclave_run *run)
 {
+    struct counters_step step;
     int result;
 
     if (regs == NULL || run == NULL)
@@ -134,7 +137,9 @@ int teemate_slot_enter(struct teemate_slot *slot, struct teemate_regs *regs, uin
     }
     regs->r12 = slot->secret->key[0];
     regs->r13 = slot->secret->key[1];
+    step = counters_enter(slot);
     result = teemate_enter(slot->enclave, slot->tcs_offset, regs, function, pause_after_ns, run);
+    counters_leave(step, result == TEEMATE_LEFT && run->function == SGX_EEXIT);
     if (result == TEEMATE_LEFT && run->function == SGX_EEXIT)
         slot->state = SLOT_IDLE;
     else if (result >= 0 && !(result == TEEMATE_PAUSED && run->function == SGX_EENTER)) /* it has begun */

@@ -39,6 +39,7 @@ struct slot_entry {
 struct teemate_slot {
     struct teemate_enclave *enclave;
     uint64_t tcs_offset;
+    uint32_t index;             /* number of the TCS */
     struct slot_secret *secret; /* owned, one page */
     uint8_t *ocall_buffer;      /* owned, SLOT_OCALL_CAPACITY bytes */
     atomic_bool taken;          /* by the thread that is in one of our functions */
