@@ -139,4 +139,7 @@ def _told(word: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:
+        os._exit(1)  # whoever leads is gone; an exit would write what is buffered
