@@ -50,6 +50,17 @@ def wait_for_end(pids: Iterable[int]) -> None:
         time.sleep(0.001)
 
 
+def wait_for_stop(pid: int) -> None:
+    """Return when SIGSTOP has stopped all of its threads."""
+    wait_until(
+        lambda: all(
+            task.read_text().rpartition(")")[2].split()[_STATE] == "T"
+            for task in Path(f"/proc/{pid}/task").glob("*/stat")
+        ),
+        f"{pid} is stopped",
+    )
+
+
 def descriptors(pid: int) -> dict[Path, str]:
     """What the process has open, by its place in /proc; without what it closes meanwhile."""
     found = {}

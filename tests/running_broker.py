@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backends import BACKEND, PATIENCE
+from fork_server import Forked, fork_broker
 
 DEADLINE = 60.0 * PATIENCE
 """Seconds after which a broker that does not get ready, or does not end, has failed."""
@@ -90,15 +91,18 @@ def run_broker(
         notify.bind(str(folder / "notify.sock"))
         notify.settimeout(DEADLINE)
         log = cleanup.enter_context(log_file.open("wb"))
-        process = subprocess.Popen(
-            [
-                *launcher, sys.executable, "-m", "teemate.broker.main", "--config", str(policy_file),
-                "--socket", path, "--log-format", "json", *arguments,
-            ],
-            stdout=log,
-            stderr=log,
-            env={**os.environ, "NOTIFY_SOCKET": str(folder / "notify.sock"), **(environment or {})},
-        )  # fmt: skip
+        arguments = ("--config", str(policy_file), "--socket", path, "--log-format", "json", *arguments)
+        variables = {**os.environ, "NOTIFY_SOCKET": str(folder / "notify.sock")}
+        process: subprocess.Popen[bytes] | Forked
+        if launcher or environment or keeper:
+            process = subprocess.Popen(
+                [*launcher, sys.executable, "-m", "teemate.broker.main", *arguments],
+                stdout=log,
+                stderr=log,
+                env={**variables, **(environment or {})},
+            )
+        else:
+            process = cleanup.enter_context(fork_broker(list(arguments), log.fileno(), variables))
         broker = RunningBroker(path, process.pid, folder, log_file)
         try:
             _wait_ready(process, notify, log_file)
@@ -118,7 +122,7 @@ def run_broker(
             assert code == 0, f"the broker ended with {code}: {log_file.read_text()}"
 
 
-def _wait_ready(process: subprocess.Popen[bytes], notify: socket.socket, log_file: Path) -> None:
+def _wait_ready(process: subprocess.Popen[bytes] | Forked, notify: socket.socket, log_file: Path) -> None:
     """Block until READY=1, or fail at once when the process ends before it."""
     pidfd = os.pidfd_open(process.pid)
     try:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from backends import BACKEND, SHARING
 from images import Images
+from processes import wait_for_end
 from raw_client import RawClient, raw_client
 from running_broker import RunningBroker, run_broker
 
@@ -514,7 +515,7 @@ def test_a_broker_takes_over_the_socket_of_one_that_was_killed(
             vault_policy(), folder=_other(tmp_path), expect_errors=True, arguments=("--socket", first.socket)
         )
     os.kill(first.pid, signal.SIGKILL)
-    os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)
+    wait_for_end([first.pid])
     os.unlink(tmp_path / "notify.sock")
     second = broker(vault_policy(), folder=tmp_path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from images import Images
+from processes import wait_for_end
 from raw_client import RawClient, raw_client
 from running_broker import RunningBroker
 
@@ -47,7 +48,7 @@ def test_the_socket_has_the_mode_and_group_of_the_policy_and_goes_with_the_broke
     running = broker('[broker]\nsocket_mode = "0620"\n', folder=tmp_path)
     assert os.stat(running.socket).st_mode & 0o777 == 0o620
     os.kill(running.pid, 15)
-    os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOWAIT)
+    wait_for_end([running.pid])
     assert not Path(running.socket).exists()
 
 

@@ -17,6 +17,7 @@ import pytest
 from backends import BACKEND, PATIENCE
 from images import Images
 from policies import enclave_policy
+from processes import wait_for_end
 from running_broker import RunningBroker
 
 import teemate
@@ -257,7 +258,7 @@ def test_a_loop_that_is_inside_when_the_broker_is_killed_goes_on(broker: StartBr
             return  # not in the call: the enclave is interrupted only there
         if not seen:
             os.kill(running.pid, 9)
-            os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOWAIT)
+            wait_for_end([running.pid])
         elif seen == 5:
             signal.setitimer(signal.ITIMER_REAL, 0)  # the next may come before this one is handled
             raise EnoughError
