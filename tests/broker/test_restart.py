@@ -214,7 +214,7 @@ def test_without_a_store_there_is_no_token_and_nothing_to_resume(
     assert "resumed" not in ok
     assert "token" not in ok
     client.ok("attach", enclave="vault")
-    assert client.ok("stats")["stats"]["state"] == {"snapshot": None, "stored": 0}
+    assert client.ok("stats")["stats"]["state"] == {"snapshot": None, "stored": 0, "starts": 1}
 
 
 def test_a_process_that_ended_while_no_broker_ran_gives_its_slots_back(

@@ -13,7 +13,7 @@ async def test_a_slot_that_is_given_back_during_a_revocation_keeps_its_next_hold
     keys = {index: SlotKey(1, bytes(16)) for index in (2, 3)}
     enclave = SimpleNamespace(slot_keys=keys)
     charges = {2: object(), 3: object()}
-    grant: Any = SimpleNamespace(enclave=enclave, slots=[2, 3], charges=charges)
+    grant: Any = SimpleNamespace(enclave=enclave, slots=[2, 3], charges=charges, uncleared=set())
     cleared: list[tuple[int, int]] = []
 
     class Reclaimer:

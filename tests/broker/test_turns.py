@@ -14,6 +14,7 @@ from teemate.broker import turns
 from teemate.broker.clients import Client
 from teemate.broker.connection import Connection
 from teemate.broker.limits import Ledger, Limits
+from teemate.broker.monitoring import Monitoring
 from teemate.broker.turns import SHARE, Rounds, Turn
 
 
@@ -116,7 +117,7 @@ async def test_a_turn_is_given_back_to_the_account_that_it_was_taken_from(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Who resumes over a connection has an account already, which may be another one."""
-    service: Any = SimpleNamespace(clients={})
+    service: Any = SimpleNamespace(clients={}, monitoring=Monitoring())
     peer: Any = SimpleNamespace(identity=SimpleNamespace(uid=0), pidfd=-1)
     first, second = (Ledger(Limits()).account(0) for _ in range(2))
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
