@@ -22,7 +22,7 @@ __all__ = ["Looking"]
 _BYTES = 40 * 1024
 """About so much of a reply is filled; who wants more asks for what comes after the last."""
 _COUNTED_AT_ONCE = 64
-_COUNT_SECONDS = 1.0
+_COUNT_SECONDS = 0.2
 _NO_FRAME = 1 << 32
 _ENTRY = 160
 """Bytes of an entry, without what differs most in length."""
@@ -61,8 +61,8 @@ class Looking:
     async def _holders_with_calls(self, args: Holders) -> Answer:
         """The same with the gate's count of each slot, which only the enclave's warden can read.
 
-        It has other things to do, so it is asked about a few at a time; who comes within a second gets the
-        counts of just now.
+        It has other things to do, so it is asked about a few at a time, and those who look one after another
+        get the counts of just now.
         """
         answer = self._holders(args)
         enclave = self._service.enclave(args.enclave)

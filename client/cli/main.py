@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("teemate.cli.bench:bench", "Measure how fast and how small, and try what it stands."),
     "doctor": ("teemate.cli.doctor:doctor", "Check this host, and say what to do."),
     "status": ("teemate.cli.status:status", "Show the broker's enclaves, their slots and clients."),
+    "top": ("teemate.cli.top:top", "Show enclaves and clients as they work."),
     "slots": ("teemate.cli.looking:slots", "Who holds which slot, and who waits for whom."),
     "usage": ("teemate.cli.looking:usage", "Enclave memory by container."),
     "denials": ("teemate.cli.looking:denials", "Who was denied what, and why."),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,7 +158,7 @@ def test_a_restart_is_counted_and_so_are_the_grants_that_went_on(measured: Measu
     assert value(found, "teemate_clients_suspended_total", outcome="resumed") == 1
 
 
-def test_no_key_and_no_token_is_in_the_metrics_or_the_log(measured: Measured) -> None:
+def test_no_key_and_no_token_is_in_metrics_answers_log_or_top(measured: Measured) -> None:
     """The real values, as they went over the socket, in every form that a text could have them in."""
     running, path = measured(keeper=True)
     secrets: set[bytes] = set()
@@ -164,10 +166,17 @@ def test_no_key_and_no_token_is_in_the_metrics_or_the_log(measured: Measured) ->
         secrets.add(client.token)
         for slot in client.ok("attach", enclave="vault", slots=2)["slots"]:
             secrets |= {slot["key"], slot["bind"]}
-        stats = wire.encode(client.ok("stats"))
+        looks = [client.ok("stats"), client.ok("clients", activity=True)]
+        looks.append(client.ok("holders", enclave="vault", calls=True))
+        top = subprocess.run(
+            [sys.executable, "-c", "from teemate.cli.main import main; main()", "top", "--interval", "0.1"],
+            env={**os.environ, "TEEMATE_SOCKET": running.socket},
+            capture_output=True,
+            check=True,
+        )
         text = get(path).body + get(path, accept="text/plain").body
     assert len(secrets) == 5, "a token, two slot keys and what binds them"
-    told = text + running.log_file.read_bytes() + stats
+    told = text + running.log_file.read_bytes() + top.stdout + b"".join(map(wire.encode, looks))
     for secret in secrets:
         assert len(secret) >= 16
         for form in (secret, secret.hex().encode(), repr(secret).encode()):

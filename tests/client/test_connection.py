@@ -104,7 +104,8 @@ def test_the_greeting_and_the_first_request_go_out_before_any_answer_is_read(scr
     def broker(peer: Peer) -> None:
         hello, ping = peer.read(), peer.read()
         assert (hello["op"], ping["op"]) == ("hello", "ping")
-        assert hello["args"] == {"version": 1, "client": "me", "session": hello["args"]["session"]}
+        session = hello["args"]["session"]
+        assert hello["args"] == {"version": 1, "client": "me", "counters": True, "session": session}
         peer.say({"id": hello["id"], "ok": HELLO})
         peer.say({"id": ping["id"], "ok": {}})
         assert peer.read()["op"] == "ping"
