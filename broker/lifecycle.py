@@ -10,11 +10,12 @@ are kept, and `undrain` with `all` builds each again: the same image, the next g
 host is empty no enclave is created.
 
 Who asks again after a restart of the broker is answered about the same enclaves as the first time: what is
-done already is told, and the rest is done then, with all of the time that the request gives.
+done already is told, and the rest is done then, within what is left of the time that the request gave.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, final
@@ -67,15 +68,26 @@ class LifecycleStatistics:
 class _Before:
     """How it was when a drain was asked for the first time: grants that were held, and that it took back."""
 
+    until: float
+    """Its deadline by CLOCK_MONOTONIC, which the next broker has too."""
     held: dict[str, int] = field(default_factory=dict)
     revoked: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, intent: Mapping[str, object] | None) -> _Before:
-        held, revoked = (intent or {}).get("held", {}), (intent or {}).get("revoked", {})
+    def of(cls, intent: Mapping[str, object] | None, seconds: float) -> _Before:
+        if intent is None:
+            return cls(time.monotonic() + seconds)
+        held, revoked = intent["held"], intent["revoked"]
+        until = intent.get("until", time.monotonic() + seconds)  # an older broker's has none
+        assert isinstance(until, float)
         assert isinstance(held, dict)
         assert isinstance(revoked, dict)
-        return cls(dict(held), dict(revoked))
+        return cls(until, dict(held), dict(revoked))
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return max(0.0, self.until - time.monotonic())
 
     def intent(self) -> dict[str, object]:
         return asdict(self)
@@ -112,7 +124,8 @@ class Lifecycle:
             service.state.write_emptied(self.emptied)
         else:
             enclaves = [self.owned(client, args.enclave, "drain")]
-        before = _Before.of(client.intents.get(client.asking))
+        seconds = DEADLINE if args.deadline is None else args.deadline
+        before = _Before.of(client.intents.get(client.asking), seconds)
         for enclave in enclaves:
             before.held.setdefault(enclave.name, len(enclave.grants))
         service.state.intend(client, before.intent())
@@ -151,7 +164,7 @@ class Lifecycle:
             told.append(info)
 
         async def run() -> None:
-            deadline = trio.current_time() + (DEADLINE if args.deadline is None else args.deadline)
+            deadline = trio.current_time() + before.left
             for enclave in enclaves:
                 enclave.upgrading = False  # what becomes of the upgrade changes nothing of this
                 self.begin(enclave, f"drained by {by}" + (f": {args.reason}" if args.reason else ""))
