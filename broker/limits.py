@@ -207,6 +207,7 @@ class Account:
     def owe(self, resource: Resource, amount: int = 1) -> Charge:
         """Take what is there already, or was before a restart, also beyond the limit."""
         self.used[resource] += amount
+        self._ledger.reopen(self)
         return Charge(self, resource, amount)
 
     def exhausted(self, resource: Resource, amount: int = 1) -> bool:
@@ -265,6 +266,10 @@ class Ledger:
                 account = self._known[uid] = Account(self, uid)
             self._accounts[uid] = account
         return account
+
+    def reopen(self, account: Account) -> None:
+        """Have an account that holds something among those that are open."""
+        self._accounts.setdefault(account.uid, account)
 
     def adopt(self, limits: Limits) -> None:
         """Bound everybody by `limits` from now on; who holds more than that keeps it, and gets no more."""

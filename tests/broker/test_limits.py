@@ -83,3 +83,12 @@ def test_who_refers_to_an_account_has_the_one_of_the_uid_however_long_it_holds_n
     with newcomer.charge(Resource.GRANTS), pytest.raises(LimitReached):
         suspended.charge(Resource.GRANTS)
     assert len(ledger.statistics().accounts) == 1
+
+
+def test_who_is_charged_is_told_of_though_the_account_was_closed_meanwhile() -> None:
+    ledger = Ledger(Limits())
+    account = ledger.account(1)
+    account.charge(Resource.CONNECTIONS).release()
+    assert ledger.statistics().accounts == (), "the guard of this test: it is closed"
+    with account.charge(Resource.GRANTS):
+        assert [known.used["grants"] for known in ledger.statistics().accounts] == [1]
