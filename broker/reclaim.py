@@ -190,11 +190,12 @@ class Reclaimer:
                 client.service.state.write_client(client)
             enclave.changed.unpark_all()
 
-    async def recover(self, enclave: Enclave, index: int, *, held_until: int, dead: bool) -> None:
+    async def recover(self, enclave: Enclave, index: int, *, held_until: int, dead: bool) -> str:
         """After a restart, bring a slot back that nobody holds.
 
         `held_until` is the last generation that is known to have had a holder, `dead` whether that
-        holder's process has ended; of later generations nobody has seen a key.
+        holder's process has ended; of later generations nobody has seen a key.  Returns why no warden can
+        be had any more, when that is so.
         """
         try:
             assert enclave.warden is not None
@@ -207,8 +208,25 @@ class Reclaimer:
             self.lose(enclave, str(error))
         except EnclaveBrokenError as error:
             self.give_up(enclave, str(error))
+            self.quarantine(enclave, index, str(error))
+            return str(error)
         except WardenError as error:
             self.quarantine(enclave, index, str(error))
+        return ""
+
+    async def clear_again(self, enclave: Enclave, index: int) -> None:
+        """After a restart, take the key of a quarantined slot away: maybe no warden could before."""
+        try:
+            assert enclave.warden is not None
+            reply = await enclave.warden.control(ControlOp.CLEAR, index)
+        except EnclaveGoneError as error:
+            self.lose(enclave, str(error))
+        except WardenError as error:
+            self.give_up(enclave, f"the key of slot {index} could not be taken away: {error}")
+        else:
+            generation = reply.result.generation
+            enclave.slot_keys[index] = SlotKey(generation, bytes(16))
+            await self.clear(enclave, index, generation)
 
     async def _renew(self, enclave: Enclave, index: int, dead: bool) -> None:
         async with enclave.slot_work[index]:

@@ -295,7 +295,8 @@ class Restoration:
     async def _recover_enclave(self, enclave: Enclave) -> None:
         service = self._service
         try:
-            if enclave.state in (EnclaveState.READY, EnclaveState.DRAINING):
+            # Also where nobody new gets in: it is taken down when the warden is done with every slot.
+            if enclave.state is not EnclaveState.LOST:
                 await self._recover_slots(enclave)
         finally:
             enclave.recovered.set()
@@ -322,16 +323,26 @@ class Restoration:
                 else:
                     reclaimer.serve(enclave.slots.armed(index))
             return
+        broken = ""
         try:
             await enclave.warden.start()
         except EnclaveGoneError as error:
             reclaimer.lose(enclave, str(error))
         except EnclaveBrokenError as error:
-            reclaimer.give_up(enclave, str(error))
+            broken = str(error)
+            reclaimer.give_up(enclave, broken)
         except WardenError as error:
             self._service.log.warning("warden not started", enclave=enclave.name, reason=str(error))
         for index in waiting:
-            if enclave.state in (EnclaveState.LOST, EnclaveState.QUARANTINED):
+            if enclave.state is EnclaveState.LOST:
                 return
+            if broken:  # to try it with each would take as long as starting a warden may, each time
+                reclaimer.quarantine(enclave, index, broken)
+                continue
             generation, dead = self._held_until.get((enclave.serial, index), (0, False))
-            await reclaimer.recover(enclave, index, held_until=generation, dead=dead)
+            broken = await reclaimer.recover(enclave, index, held_until=generation, dead=dead)
+        for index, slot in enclave.slots.slots.items():
+            if slot.state is SlotState.QUARANTINED and not broken:
+                await reclaimer.clear_again(enclave, index)
+            elif slot.state is SlotState.WITHHELD:  # the last broker may have died before it did
+                await reclaimer.clear(enclave, index, enclave.slot_keys[index].generation)

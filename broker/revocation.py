@@ -82,7 +82,7 @@ class Revocation:
             numbers = intent["grants"]
             assert isinstance(numbers, list)
             left = [service.grants[number] for number in numbers if number in service.grants]
-            return self._revoke(client, args, left, len(numbers))
+            return self._revoke(client, args, left, len(numbers), after_restart=True)
         if args.grant is not None:
             found = service.grants.get(args.grant)
             if found is None:
@@ -99,10 +99,16 @@ class Revocation:
         service.state.intend(client, {"grants": [grant.number for grant in grants]})
         return self._revoke(client, args, grants, len(grants))
 
-    async def _revoke(self, client: Client, args: Revoke, grants: list[Grant], count: int) -> Answer:
+    async def _revoke(
+        self, client: Client, args: Revoke, grants: list[Grant], count: int, *, after_restart: bool = False
+    ) -> Answer:
+        service = self._service
         counts: list[dict[str, int]] = []
 
         async def run() -> None:
+            if after_restart:  # what came back of grants that are over may not be closed yet
+                for enclave in [*service.enclaves.values(), *service.generations.retired]:
+                    await enclave.recovered.wait()
             by = f"uid {client.identity.uid}"
             counts.extend(await self.revoke_all(grants, args.grace, by, args.reason or "asked for"))
 
@@ -193,6 +199,7 @@ class Revocation:
     @staticmethod
     async def _wait_returned(grant: Grant) -> None:
         """Wait for the slots that were given back in time: their keys may not be gone yet."""
+        await grant.enclave.recovered.wait()  # also those that came back just before a restart
         while grant.in_reclaim:
             await grant.enclave.changed.park()
 

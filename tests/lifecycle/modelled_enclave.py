@@ -178,6 +178,7 @@ class ModelledWarden:
 
     def __init__(self, enclave: ModelledEnclave) -> None:
         self._slots = enclave.slots
+        self._own = ModelledSlot(0)
         self._lock = trio.Lock()
         self._requests = 0
         self.failures = 0
@@ -187,6 +188,10 @@ class ModelledWarden:
         """Set: the EPC is empty, with this reason."""
         self.troubled: set[int] = set()
         """Slots of requests that failed: the broker may put them into quarantine."""
+
+    async def start(self) -> None:
+        """The first warden of a broker."""
+        await self._turn(0)
 
     async def _turn(self, slot: int) -> ModelledSlot:
         async with self._lock:
@@ -199,7 +204,7 @@ class ModelledWarden:
                 self.failures -= 1
                 self.troubled.add(slot)
                 raise WardenError("it ended twice")
-        return self._slots[slot]
+        return self._slots.get(slot, self._own)
 
     async def control(
         self,

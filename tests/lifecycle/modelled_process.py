@@ -83,6 +83,10 @@ class ModelledProcess:
         self.sock.setblocking(False)
         self.sock.bind(f"{address}-{self.number}")
         self.sock.connect(address)
+        self.greet()
+
+    def greet(self) -> None:
+        """The first request."""
         self.post("hello", version=1, client=f"process {self.number}")
 
     def post(self, op: str, **args: Any) -> None:
@@ -90,7 +94,12 @@ class ModelledProcess:
         assert self.sock is not None
         self._request += 1
         self.waiting[self._request] = Reply(op, args)
-        wire.send(self.sock, wire.encode({"id": self._request, "op": op, "args": args}))
+        self.say(self._request, op, args)
+
+    def say(self, number: int, op: str, args: dict[str, Any]) -> None:
+        """Send a message."""
+        assert self.sock is not None
+        wire.send(self.sock, wire.encode({"id": number, "op": op, "args": args}))
 
     def hear(self) -> list[Reply]:
         """Take in whatever has come; returns the replies."""

@@ -70,6 +70,8 @@ def _close_at_once(sockets: list[int], charge: Charge | None) -> None:
 class World:
     """One broker, its enclave, and every process that there is or was."""
 
+    process_type: type[ModelledProcess] = ModelledProcess
+
     def __init__(self, slots: int, *, kill: bool) -> None:
         """`kill`: the policy's revoke_kill."""
         self.enclave = ModelledEnclave(slots)
@@ -85,8 +87,7 @@ class World:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._address = f"\0teemate model {os.getpid()} {id(self)}"
         self._cleanup = contextlib.ExitStack()
-        self._cleanup.enter_context(mock.patch("teemate.broker.server.identify", self._identify))
-        self._cleanup.enter_context(mock.patch.object(signal, "pidfd_send_signal", self._send_signal))
+        self._model_the_host(self._cleanup.enter_context)
         # Else trio runs tasks in another order each time, and hypothesis cannot find a failure again.
         run_module = trio._core._run
         self._cleanup.enter_context(mock.patch.object(run_module, "_ALLOW_DETERMINISTIC_SCHEDULING", True))
@@ -98,6 +99,11 @@ class World:
         if self._failure is not None:
             raise self._failure
         self.administrator = self.start_process(ADMINISTRATOR)
+
+    def _model_the_host(self, enter: Callable[[Any], object]) -> None:
+        """Put what is modelled in the place of what the kernel would do, until :meth:`close`."""
+        enter(mock.patch("teemate.broker.server.identify", self._identify))
+        enter(mock.patch.object(signal, "pidfd_send_signal", self._send_signal))
 
     # -- the loop ------------------------------------------------------------------------
 
@@ -179,7 +185,7 @@ class World:
 
     def start_process(self, uid: int) -> ModelledProcess:
         """Start a process that connects."""
-        process = ModelledProcess(len(self.processes), uid, self.enclave)
+        process = self.process_type(len(self.processes), uid, self.enclave)
         self.processes[process.number] = process
         self.step(lambda: process.connect(self._address))
         return process
@@ -188,14 +194,18 @@ class World:
         """Another connection of a process that closed its last."""
         self.step(lambda: process.connect(self._address))
 
+    def process_at(self, sock: socket.socket) -> ModelledProcess:
+        """Whose connection it is."""
+        name = sock.getpeername()
+        return self.processes[int((name.decode() if isinstance(name, bytes) else name).rpartition("-")[2])]
+
     @staticmethod
     def pid(process: ModelledProcess) -> int:
         """As the broker knows the process."""
         return 10_000 + process.number
 
     def _identify(self, sock: socket.socket, _tree: object, *, trust_pid: bool = False) -> Peer:
-        name = sock.getpeername()
-        process = self.processes[int((name.decode() if isinstance(name, bytes) else name).rpartition("-")[2])]
+        process = self.process_at(sock)
         if process.ended:
             raise ConnectionLost("the process ended before it was identified")
         identity = Identity(
