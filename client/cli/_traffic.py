@@ -11,8 +11,9 @@ import click
 
 if TYPE_CHECKING:
     from ..traffic.description import Described, Filter
+    from ..traffic.recording import Entry
 
-__all__ = ["filter_options", "json_lines_option", "show", "show_missed", "wanted"]
+__all__ = ["filter_options", "json_lines_option", "show", "show_entry", "show_missed", "wanted"]
 
 json_lines_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object a line, for programs."
@@ -50,6 +51,26 @@ def show(described: Described, *, as_json: bool) -> None:
         sys.stdout.write(json.dumps(described.as_json()) + "\n")
     else:
         sys.stdout.write(f"{described.head()}\n    {described.body()}\n")
+
+
+def show_entry(entry: Entry, described: Described | None, chosen: Filter, *, as_json: bool) -> None:
+    """Print what a proxy saw, if it is wanted; beginnings and ends are, unless only some messages are."""
+    from ..traffic.description import clock
+    from ..traffic.recording import Passed
+
+    if described is not None:
+        if chosen.wants(described.client, described.facts):
+            show(described, as_json=as_json)
+        return
+    if isinstance(entry, Passed) or (chosen.enclave, chosen.op, chosen.error) != (None, None, None):
+        return
+    if chosen.client not in (None, entry.connection):
+        return
+    if as_json:
+        told = {"time": entry.at, "client": entry.connection, **entry.told()}
+        sys.stdout.write(json.dumps(told) + "\n")
+    else:
+        sys.stdout.write(f"{clock(entry.at)} {entry}\n")
 
 
 def show_missed(count: int, *, as_json: bool) -> None:

@@ -16,7 +16,18 @@ from teemate.traffic.concealing import is_secret
 from teemate.traffic.diagnostic import text, write
 from teemate.wire import decode_trusted
 
-__all__ = ["BROKER", "CLIENT", "Conversation", "Described", "Facts", "Fd", "Filter", "Peer", "parse_event"]
+__all__ = [
+    "BROKER",
+    "CLIENT",
+    "Conversation",
+    "Described",
+    "Facts",
+    "Fd",
+    "Filter",
+    "Peer",
+    "clock",
+    "parse_event",
+]
 
 CLIENT, BROKER = "client", "broker"
 ANY = "any"
@@ -167,6 +178,11 @@ class Conversation:
         self.grants[grant] = enclave
 
 
+def clock(at: float) -> str:
+    """Return the time of day here."""
+    return datetime.fromtimestamp(at).strftime("%H:%M:%S.%f")
+
+
 def _name(untrusted: object) -> str:
     return untrusted[:_LONGEST_NAME] if isinstance(untrusted, str) else ""
 
@@ -248,10 +264,9 @@ class Described(NamedTuple):
     def head(self) -> str:
         """What is said about the message, in one line."""
         facts = self.facts
-        clock = datetime.fromtimestamp(self.at).strftime("%H:%M:%S.%f")
         arrow = "->" if self.sender == CLIENT else "<-"
         what = f"{text(facts.op)[1:-1]} {facts.kind}".strip()
-        told = [f"{clock} client {self.client} ({self.peer}) {arrow} {what}"]
+        told = [f"{clock(self.at)} client {self.client} ({self.peer}) {arrow} {what}"]
         if facts.error:
             told[0] += f" {text(facts.error)[1:-1]}"
         if facts.enclave:

@@ -22,8 +22,10 @@ __all__ = ["PlainConnection"]
 class PlainConnection:
     """One connection; a context manager that ends it."""
 
-    def __init__(self, path: str | None = None) -> None:
+    def __init__(self, path: str | None = None, *, patience: float | None = None) -> None:
         """Connect; `path` None takes ``TEEMATE_SOCKET``, or the default.
+
+        `patience`: seconds that sending may take.
 
         Raises
         ------
@@ -33,6 +35,7 @@ class PlainConnection:
         """
         self.path = path or os.environ.get("TEEMATE_SOCKET") or DEFAULT_PATH
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        self._socket.settimeout(patience)
         try:
             self._socket.connect(self.path)
         except OSError as error:
