@@ -19,6 +19,7 @@ from array import array
 from typing import TYPE_CHECKING, NamedTuple, final
 
 from teemate import errors
+from teemate.broker.limits import Resource
 
 if TYPE_CHECKING:
     from teemate.broker.clients import Client
@@ -78,6 +79,9 @@ def claim_of(client: Client) -> Claim | None:
         return None  # who holds nothing calls nothing
     if client.connection.outbox.queued_messages:
         return None  # it does not read now
+    half = client.service.policy.limits.descriptors_sent // 2
+    if client.account.exhausted(Resource.DESCRIPTORS_SENT, half):
+        return None  # its user's processes do not read either, and have to be able to attach
     page: CounterPage | None = None
     with contextlib.suppress(OSError):
         page = CounterPage()

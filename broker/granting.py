@@ -164,7 +164,7 @@ class Granting:
     def _not_handed_out(self, grant: Grant, slots: tuple[int, ...]) -> None:
         """The reply could not be sent: nobody has seen the keys, so the slots are as good as new."""
         for index in slots:
-            grant.charges.pop(index).release()
+            grant.give_back(index)
             grant.enclave.slots.returned(index)
             self._service.reclaimer.serve(grant.enclave.slots.armed(index))
         self._end(grant, "its descriptors could not be sent")

@@ -51,6 +51,18 @@ class Grant:
     uncleared: set[int] = field(default_factory=set)
     """Slots that are in quarantine, and whose keys no warden could take away."""
 
+    def give_back(self, index: int) -> bool:
+        """The slot is not this grant's any more: its user pays no longer, and its time is counted.
+
+        False when it came back before.
+        """
+        charge = self.charges.pop(index, None)
+        if charge is None:
+            return False
+        charge.release()
+        self.client.slot_seconds += time.monotonic() - self.enclave.slots.slots[index].since
+        return True
+
     @property
     def slots(self) -> list[int]:
         """The slots that the client holds, ascending."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from typing import TYPE_CHECKING, final
 
 from teemate.broker.control import ControlOp
 from teemate.broker.requests import Answer, Denials, Holders, Result
 from teemate.broker.slots import SlotState
-from teemate.broker.warden import WardenError
+from teemate.broker.warden import EnclaveGoneError, WardenError
 
 if TYPE_CHECKING:
     from teemate.broker.clients import Client
@@ -71,9 +70,13 @@ class Looking:
         if len(slots) > _COUNTED_AT_ONCE:
             answer["next"] = slots[_COUNTED_AT_ONCE]["slot"]
             del slots[_COUNTED_AT_ONCE:]
-        with contextlib.suppress(WardenError):  # who needs it for its work finds out, too
+        try:
             for entry in slots:
                 entry["calls"] = await self._calls(enclave, entry["slot"])
+        except EnclaveGoneError as error:
+            self._service.reclaimer.lose(enclave, str(error))
+        except WardenError:
+            pass  # who needs the warden for its work finds out, too
         return Answer(answer)
 
     async def _calls(self, enclave: Enclave, index: int) -> int:

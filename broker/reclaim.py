@@ -9,7 +9,6 @@ interrupts nothing.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Awaitable, Callable
 from typing import final
 
@@ -73,8 +72,7 @@ class Reclaimer:
     def take_back(self, grant: Grant, index: int, *, dead: bool) -> None:
         """The slot is the broker's again: its holder said that it is clean, or has ended (`dead`)."""
         enclave, client = grant.enclave, grant.client
-        grant.charges.pop(index).release()
-        grant.client.slot_seconds += time.monotonic() - enclave.slots.slots[index].since
+        grant.give_back(index)
         grant.in_reclaim += 1
         client.returning[enclave.serial, index] = enclave.slot_keys[index].generation
         client.unwritten = True

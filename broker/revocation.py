@@ -267,9 +267,7 @@ class Revocation:
         except WardenError as error:
             if isinstance(error, EnclaveBrokenError):
                 reclaimer.give_up(enclave, str(error))
-            charge = grant.charges.pop(index, None)
-            if charge is not None:  # else it came back meanwhile, and is not this grant's any more
-                charge.release()
+            if grant.give_back(index):  # else it came back meanwhile, and is not this grant's any more
                 reclaimer.quarantine(enclave, index, f"revoked, and not to be repaired: {error}")
                 ruined.append(index)
                 grant.settle()

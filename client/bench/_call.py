@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 
+from teemate._broker import connect
+from teemate._types import ClientInfo
 from teemate.bench._broker import BenchBroker
 from teemate.bench._measured import Measured, by_turns
 from teemate.bench._rows import Result, Row, Sample, Series, compared, measured, plain
@@ -31,6 +33,7 @@ def bench_call(setting: Setting) -> Result:
 def _costs(setting: Setting, broker: BenchBroker) -> list[Row]:
     with ExitStack() as stack:
         call = setting.call_floor(stack, setting.image())
+        counted = _counted(stack, setting, broker)
         sharer = stack.enter_context(setting.sharer(broker))
         sharer.ask("hold")
         sides = {
@@ -38,6 +41,7 @@ def _costs(setting: Setting, broker: BenchBroker) -> list[Row]:
             "bare": lambda: call.ask("bare", 100),
             "empty": lambda: call.ask("empty", 100),
             "empty_py": lambda: sharer.ask("empty", 100),
+            "counted_py": lambda: counted.ask("empty", 100),
         }
         if not setting.quick:
             sides |= {
@@ -60,10 +64,25 @@ def _costs(setting: Setting, broker: BenchBroker) -> list[Row]:
         empty,
         more,
         compared("empty_call_py", found["empty_py"], bare, "floor_transition"),
+        compared("counted_call_py", found["counted_py"], found["empty_py"], "empty_call_py"),
     ]
     names = {"echo4k": "call_4_kib_py", "echo1m": "call_1_mib_py", "ocall": "call_with_ocall_py"}
     rows += [compared(names[key], found[key], bare, "floor_transition") for key in names if key in found]
     return rows
+
+
+def _counted(stack: ExitStack, setting: Setting, broker: BenchBroker) -> Measured:
+    """Start a program that counts its calls, since somebody has looked at it; at later ones nobody looks."""
+    counted = stack.enter_context(setting.sharer(broker))
+    counted.ask("hold")
+    with connect(broker.socket, client="viewer") as viewer:
+        while not any(_claims(client) for client in viewer.clients(activity=True)):
+            counted.ask("empty", 1)
+    return counted
+
+
+def _claims(client: ClientInfo) -> bool:
+    return client.activity is not None and bool(client.activity.calls)
 
 
 # ---- over cores ---------------------------------------------------------------------------------------

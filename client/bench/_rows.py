@@ -49,6 +49,7 @@ TARGETS = {
     "empty_call": _most(1.2),
     "empty_call_getppids": _most(5),
     "empty_call_py": _most(1.6),
+    "counted_call_py": _most(1.02),
     "call_scaling_2": _least(1.8),
     "hash_rate": _least(0.9),
     "import_time": _most(1.6),

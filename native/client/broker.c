@@ -62,6 +62,8 @@ static void broker_free(struct teemate_broker *broker)
     pthread_mutex_destroy(&broker->lock);
     crypto_wipe(&broker->session, sizeof(broker->session));
     free(broker->buffer);
+    if (broker->process == fork_process()) /* a child has something else there by now, or nothing */
+        teemate_counters_unmap(broker->counters);
     free(broker);
 }
 

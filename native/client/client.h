@@ -161,6 +161,7 @@ struct teemate_broker {
     struct teemate_error broken;   /* what a send met */
 
     struct teemate_grant *grants;
+    struct teemate_counters *counters; /* where a viewer has our calls counted; NULL: nobody has looked */
     struct teemate_event events[EVENTS_KEPT];
     unsigned event_first, event_count;
     uint64_t events_missed;
@@ -298,7 +299,8 @@ void grant_unmap_when_left_locked(struct teemate_grant *grant);
 void grant_free_unlock(struct teemate_grant *grant);
 
 /* revoke.c */
-void event_take_locked(struct teemate_broker *broker, const struct value *message);
+void event_take_locked(struct teemate_broker *broker, const struct value *message,
+                       const struct descriptors *descriptors);
 /* After an absence: these grants (an array, or VALUE_NONE: none) live on. */
 void grants_resumed_locked(struct teemate_broker *broker, const struct value *numbers);
 void grants_forgotten_locked(struct teemate_broker *broker);

@@ -263,6 +263,8 @@ static int map_granted(struct teemate_grant *grant, struct teemate_error *error)
     }
     pthread_mutex_lock(&grant->broker->lock);
     grant->native = native;
+    if (grant->broker->counters != NULL)
+        teemate_enclave_count(native, grant->broker->counters);
     if (!grant->over)
         code = slots_open_locked(grant, error);
     else

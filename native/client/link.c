@@ -223,7 +223,7 @@ static void packet_locked(struct teemate_broker *broker, size_t size, struct des
     } else {
         map_read(&map, fields, sizeof(fields) / sizeof(fields[0]), &message);
         if (message.event.kind == VALUE_TEXT)
-            event_take_locked(broker, &map);
+            event_take_locked(broker, &map, descriptors);
         else
             answer_locked(broker, &message, descriptors);
     }

@@ -41,9 +41,11 @@ size_t session_hello(const struct teemate_broker *broker, bool resume, uint8_t *
     write_text(&writer, "op");
     write_text(&writer, "hello");
     write_text(&writer, "args");
-    write_map(&writer, broker->client[0] != 0 ? 3 : 2);
+    write_map(&writer, broker->client[0] != 0 ? 4 : 3);
     write_text(&writer, "version");
     write_uint(&writer, PROTOCOL_VERSION);
+    write_text(&writer, "counters");
+    write_bool(&writer, true);
     if (broker->client[0] != 0) {
         write_text(&writer, "client");
         write_text(&writer, broker->client);

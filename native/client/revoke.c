@@ -60,7 +60,18 @@ static void revoke_locked(struct teemate_grant *grant, const struct untrusted_ev
     broker_wake_locked(grant->broker);
 }
 
-void event_take_locked(struct teemate_broker *broker, const struct value *message)
+/* Count calls where `fd` says: a page of before (of a broker that was restarted) is replaced in its place. */
+static void count_locked(struct teemate_broker *broker, int fd)
+{
+    if (teemate_counters_map(fd, &broker->counters) != 0)
+        return; /* nothing is counted, and nothing is lost */
+    for (struct teemate_grant *grant = broker->grants; grant != NULL; grant = grant->next)
+        if (grant->native != NULL)
+            teemate_enclave_count(grant->native, broker->counters);
+}
+
+void event_take_locked(struct teemate_broker *broker, const struct value *message,
+                       const struct descriptors *descriptors)
 {
     static const struct field fields[] = {
         FIELD(FIELD_VALUE, struct untrusted_event, kind, "event", false),
@@ -77,6 +88,11 @@ void event_take_locked(struct teemate_broker *broker, const struct value *messag
 
     if (map_read(message, fields, sizeof(fields) / sizeof(fields[0]), &event) != NULL)
         return; /* of a later broker's */
+    if (value_is_text(&event.kind, "counters")) {
+        if (descriptors->count == 1)
+            count_locked(broker, descriptors->fd[0]);
+        return;
+    }
     draining = value_is_text(&event.kind, "draining");
     if (draining || value_is_text(&event.kind, "ready")) {
         told.kind = draining ? TEEMATE_EVENT_DRAINING : TEEMATE_EVENT_READY;

@@ -17,6 +17,7 @@ from recorder import Recorder
 from running_broker import RunningBroker
 
 import teemate
+from teemate._types import Activity
 from teemate.wire import close_all, receive, send
 
 StartBroker = Callable[..., RunningBroker]
@@ -355,3 +356,35 @@ def test_what_the_library_says_is_valid(shared: RunningBroker, program: StartPro
     said = {"hello", "ping", "enclaves", "attach", "slots.acquire", "slots.release", "detach"}
     assert said <= set(recorder.seen)
     assert recorder.seen["event revoked"] == 1
+
+
+# -- looked at ---------------------------------------------------------------------------------
+
+
+def test_calls_are_counted_once_an_administrator_looks(shared: RunningBroker, program: StartProgram) -> None:
+    user = program()
+    user.connect(shared.socket, "counted")
+    lease = user.take(user.attach("vault", slots=2))
+    user.call(lease, "empty")
+
+    def activity(admin: teemate.Broker) -> Activity:
+        (found,) = [client for client in admin.clients(activity=True) if client.name == "counted"]
+        assert found.activity is not None
+        return found.activity
+
+    with teemate.connect(shared.socket) as admin:
+        assert activity(admin).calls is None, "nobody has looked before"
+        while not activity(admin).calls:  # the listener has the page a moment later
+            user.call(lease, "empty")
+        before = activity(admin)
+        assert before.calls is not None
+        for _ in range(5):
+            user.call(lease, "empty")
+        later = user.take(user.attach("faults"))  # an enclave that comes after the page
+        for _ in range(3):
+            user.call(later, "empty")
+        after = activity(admin)
+        assert (after.calls, after.running) == (before.calls + 8, 0)
+        assert after.inside is not None
+        assert before.inside is not None
+        assert after.inside > before.inside
