@@ -287,5 +287,9 @@ class Ledger:
         """What all users hold at this moment."""
         return LedgerStatistics(
             accounts=tuple(account.statistics() for account in self._accounts.values()),
-            refused={resource.value: count for resource, count in self.refused.items()},
+            refused=self.refusals(),
         )
+
+    def refusals(self) -> dict[str, int]:
+        """How often each limit said no to anybody, by keys of ``[limits]``."""
+        return {resource.value: count for resource, count in self.refused.items()}

@@ -1,6 +1,8 @@
 """The broker's statistics as metrics, with names and units as Prometheus has them.
 
-Nothing is counted here: every number is read from the ``statistics()`` of the parts when somebody asks.
+Nothing is counted here: every number is read from the ``statistics()`` of the parts when somebody asks.  They
+are read in the thread that serves clients, which is a matter of microseconds for each enclave; whatever takes
+longer, families and text, is made of that reading in another thread.
 What users can choose makes no label without a bound: enclaves that the policy does not name are added up
 once there are many, denials are counted by kind, and nothing is told apart by process or control group
 (`teemate slots` and `teemate usage` do that).  No key, token or content of a message is in any statistic.
@@ -11,8 +13,9 @@ Imported by who serves them (metrics_server.py) and by nothing else, since prome
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, NamedTuple, final
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -28,20 +31,88 @@ from teemate.broker.enclaves import EnclaveState
 from teemate.broker.epc import epc_bytes
 
 if TYPE_CHECKING:
-    from teemate.broker.enclaves import Enclave
-    from teemate.broker.service import Service
+    from teemate.broker.enclaves import Enclave, EnclaveStatistics
+    from teemate.broker.generations import GenerationStatistics
+    from teemate.broker.intruders import IntruderStatistics
+    from teemate.broker.policy import DenialReason
+    from teemate.broker.reloading import ReloadingStatistics
+    from teemate.broker.resumption import ResumptionStatistics
+    from teemate.broker.revocation import RevocationStatistics
+    from teemate.broker.service import ServerStatistics, Service
+    from teemate.broker.state import StateStatistics
 
-__all__ = ["NAMED_ENCLAVES", "OTHERS", "Collected", "collect", "render"]
+__all__ = ["NAMED_ENCLAVES", "OTHERS", "Collected", "Reading", "families", "read", "render"]
 
 NAMED_ENCLAVES = 100
 """So many enclaves have a name in the metrics, those of the policy first."""
 OTHERS = "(others)"
 _SLOT_STATES = ("free", "assigned", "arming", "withheld", "quarantined")
+_VERSION = version("teemate")
+
+
+class _Pages(NamedTuple):
+    """What an enclave, or an old generation of one, takes."""
+
+    name: str
+    owner: int
+    backend: str
+    pages: int
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What all parts said at one moment; nothing of it changes any more."""
+
+    backend: str
+    started_at: float
+    state: StateStatistics
+    resumption: ResumptionStatistics
+    reloading: ReloadingStatistics
+    clients: int
+    grants: int
+    server: ServerStatistics | None
+    refused: dict[str, int]
+    denied: dict[tuple[str, DenialReason], int]
+    attaches: DurationStatistics
+    enclaves: tuple[tuple[_Pages, EnclaveStatistics], ...]
+    retired: tuple[_Pages, ...]
+    in_policy: frozenset[str]
+    revocations: RevocationStatistics
+    generations: GenerationStatistics
+    intruders: IntruderStatistics
+
+
+def _pages(enclave: Enclave) -> _Pages:
+    return _Pages(enclave.name, enclave.policy.owner, enclave.backend, enclave.built.pages)
+
+
+def read(service: Service) -> Reading:
+    """Read every part's statistics; waits for nothing."""
+    return Reading(
+        backend=service.backend,
+        started_at=service.started_at,
+        state=service.state.statistics(),
+        resumption=service.resumption.statistics(),
+        reloading=service.reloading.statistics(),
+        clients=len(service.clients),
+        grants=len(service.grants),
+        server=service.server_statistics() if service.server_statistics is not None else None,
+        refused=service.ledger.refusals(),
+        denied=dict(service.audit.denied_by),
+        attaches=service.granting.statistics().attaches,
+        enclaves=tuple((_pages(enclave), enclave.statistics()) for enclave in service.enclaves.values()),
+        retired=tuple(map(_pages, service.generations.retired)),
+        in_policy=frozenset(policy.name for policy in service.policy.enclaves),
+        revocations=service.revocation.statistics(),
+        generations=service.generations.statistics(),
+        intruders=service.intruders.statistics(),
+    )
 
 
 @final
 class Collected:
-    """Families that were read at one moment, as the encoders want them."""
+    """Families of one reading, as the encoders want them."""
 
     def __init__(self, families: list[Metric]) -> None:
         self._families = families
@@ -51,15 +122,15 @@ class Collected:
         return self._families
 
 
-def render(collected: Collected, accept: str) -> tuple[bytes, str]:
+def families(reading: Reading) -> Collected:
+    """Make the metrics of a reading; not in the thread that serves clients."""
+    return Collected([*_broker(reading), *_clients(reading), *_enclaves(reading), *_ends(reading)])
+
+
+def render(reading: Reading, accept: str) -> tuple[bytes, str]:
     """Return the text in the format that `accept` asks for, OpenMetrics or the older one, and its type."""
     encoder, content_type = choose_encoder(accept)
-    return encoder(collected), content_type
-
-
-def collect(service: Service) -> Collected:
-    """Read every part's statistics; takes a millisecond at most, and waits for nothing."""
-    return Collected([*_broker(service), *_clients(service), *_enclaves(service), *_ends(service)])
+    return encoder(families(reading)), content_type
 
 
 def _counter(name: str, text: str, value: float) -> Metric:
@@ -90,18 +161,18 @@ def _add_durations(family: HistogramMetricFamily, labels: list[str], found: Dura
 # ---- the broker itself ------------------------------------------------------------------------
 
 
-def _broker(service: Service) -> Iterator[Metric]:
-    info = {"version": version("teemate"), "backend": service.backend}
+def _broker(reading: Reading) -> Iterator[Metric]:
+    info = {"version": _VERSION, "backend": reading.backend}
     yield InfoMetricFamily("teemate_broker", "The version, and the backend of new enclaves.", value=info)
     yield _gauge(
         "teemate_broker_start_time_seconds", "When this broker process started, in Unix time.",
-        service.started_at,
+        reading.started_at,
     )  # fmt: skip
     yield _counter(
         "teemate_broker_starts", "Brokers that were started over the state that is kept, this one included.",
-        service.state.statistics().starts,
+        reading.state.starts,
     )  # fmt: skip
-    resumption = service.resumption.statistics()
+    resumption = reading.resumption
     yield _counter(
         "teemate_grants_resumed", "Grants that went on after a restart of the broker.", resumption.grants
     )
@@ -113,7 +184,7 @@ def _broker(service: Service) -> Iterator[Metric]:
         "teemate_clients_to_resume", "Clients that have not come back after a restart yet.",
         resumption.suspended,
     )  # fmt: skip
-    reloading = service.reloading.statistics()
+    reloading = reading.reloading
     yield _counters(
         "teemate_policy_reloads", "Policies that were read again, taken or refused.", "outcome",
         [("taken", reloading.taken), ("refused", reloading.refused)],
@@ -126,11 +197,11 @@ def _broker(service: Service) -> Iterator[Metric]:
 # ---- clients ------------------------------------------------------------------------------------
 
 
-def _clients(service: Service) -> Iterator[Metric]:
-    yield _gauge("teemate_clients", "Processes that are connected.", len(service.clients))
-    yield _gauge("teemate_grants", "Grants that are held.", len(service.grants))
-    if service.server_statistics is not None:
-        server = service.server_statistics()
+def _clients(reading: Reading) -> Iterator[Metric]:
+    yield _gauge("teemate_clients", "Processes that are connected.", reading.clients)
+    yield _gauge("teemate_grants", "Grants that are held.", reading.grants)
+    server = reading.server
+    if server is not None:
         turned_away = server.door.turned_away if server.door is not None else 0
         waiting = server.door.waiting if server.door is not None else 0
         outcomes = [("accepted", server.accepted), ("refused", server.refused), ("turned_away", turned_away)]
@@ -142,7 +213,7 @@ def _clients(service: Service) -> Iterator[Metric]:
         yield _gauge("teemate_connections_waiting", "Connections that wait to be let in.", waiting)
     yield _counters(
         "teemate_limit_refusals", "How often each key of [limits] said no to a user.", "limit",
-        service.ledger.statistics().refused.items(),
+        reading.refused.items(),
     )  # fmt: skip
     denials = CounterMetricFamily(
         "teemate_denials",
@@ -150,7 +221,7 @@ def _clients(service: Service) -> Iterator[Metric]:
         labels=["operation", "reason"],
     )
     for (operation, reason), count in sorted(
-        service.audit.denied_by.items(), key=lambda item: (item[0][0], item[0][1].value)
+        reading.denied.items(), key=lambda item: (item[0][0], item[0][1].value)
     ):
         denials.add_metric([operation, reason.value], count)
     yield denials
@@ -159,7 +230,7 @@ def _clients(service: Service) -> Iterator[Metric]:
         "Attaches that succeeded, from when the request was read until its reply was sent.",
         labels=[],
     )
-    _add_durations(attach, [], service.granting.statistics().attaches)
+    _add_durations(attach, [], reading.attaches)
     yield attach
 
 
@@ -177,25 +248,23 @@ class _Sums:
         self.values[labels] = self.values.get(labels, 0) + value
 
 
-def _named(service: Service) -> dict[str, tuple[str, str]]:
+def _named(reading: Reading) -> dict[str, tuple[str, str]]:
     """Return each enclave's label and its owner's: of `NAMED_ENCLAVES` their own, of the rest one for all."""
-    known = {policy.name for policy in service.policy.enclaves}
-    names = sorted(service.enclaves, key=lambda name: (name not in known, name))
-    labels = {
-        name: (name, str(service.enclaves[name].policy.owner)) for name in names[:NAMED_ENCLAVES]
-    }
+    known = reading.in_policy
+    owners = {pages.name: pages.owner for pages, _ in reading.enclaves}
+    names = sorted(owners, key=lambda name: (name not in known, name))
+    labels = {name: (name, str(owners[name])) for name in names[:NAMED_ENCLAVES]}
     return labels | dict.fromkeys(names[NAMED_ENCLAVES:], (OTHERS, OTHERS))
 
 
-def _enclaves(service: Service) -> Iterator[Metric]:
-    labels = _named(service)
+def _enclaves(reading: Reading) -> Iterator[Metric]:
+    labels = _named(reading)
     slots, waiting, attaches, repairs, recycled, wardens, held, generations = (_Sums() for _ in range(8))
     pages = _Sums()
     states = dict.fromkeys((state.value for state in EnclaveState), 0)
     waits: dict[str, DurationStatistics] = {}
-    for enclave in service.enclaves.values():
-        found = enclave.statistics()
-        name, owner = labels[enclave.name]
+    for taken, found in reading.enclaves:
+        name, owner = labels[taken.name]
         states[found.state] += 1
         for state in _SLOT_STATES:
             slots.add((name, state), getattr(found.slots, state))
@@ -204,14 +273,15 @@ def _enclaves(service: Service) -> Iterator[Metric]:
         attaches.add((name,), found.attaches)
         repairs.add((name,), found.repaired)
         recycled.add((name,), found.recycled)
-        pages.add((name, owner, enclave.backend), enclave.built.pages)
+        pages.add((name, owner, taken.backend), taken.pages)
         generations.add((name,), found.generation)
         if found.warden is not None:
             for outcome in ("started", "killed", "failed"):
                 wardens.add((name, outcome), getattr(found.warden, outcome))
         waits[name] = _together(waits.get(name), found.waits)
-    for enclave in service.generations.retired:
-        _add_retired(pages, labels, enclave)
+    for taken in reading.retired:
+        name, owner = labels.get(taken.name, (OTHERS, OTHERS))
+        pages.add((name, owner, taken.backend), taken.pages)
     yield _gauges("teemate_enclaves", "Enclaves by state.", ("state",), {(k,): v for k, v in states.items()})
     yield _gauges(
         "teemate_epc_pages", "Pages of 4096 bytes of each enclave, those of old generations with them.",
@@ -249,14 +319,7 @@ def _enclaves(service: Service) -> Iterator[Metric]:
     )  # fmt: skip
 
 
-def _add_retired(pages: _Sums, labels: dict[str, tuple[str, str]], enclave: Enclave) -> None:
-    name, owner = labels.get(enclave.name, (OTHERS, OTHERS))
-    pages.add((name, owner, enclave.backend), enclave.built.pages)
-
-
-def _gauges(
-    name: str, text: str, labels: tuple[str, ...], values: dict[tuple[str, ...], float]
-) -> Metric:
+def _gauges(name: str, text: str, labels: tuple[str, ...], values: dict[tuple[str, ...], float]) -> Metric:
     family = GaugeMetricFamily(name, text, labels=list(labels))
     for key, value in values.items():
         family.add_metric(list(key), value)
@@ -276,8 +339,8 @@ def _together(one: DurationStatistics | None, other: DurationStatistics) -> Dura
 # ---- what was taken back, and what went wrong ---------------------------------------------------
 
 
-def _ends(service: Service) -> Iterator[Metric]:
-    revoked = service.revocation.statistics()
+def _ends(reading: Reading) -> Iterator[Metric]:
+    revoked = reading.revocations
     yield _counters(
         "teemate_revocations", "Revoked grants, by how their holders took it.", "outcome",
         revoked.outcomes.items(),
@@ -286,14 +349,12 @@ def _ends(service: Service) -> Iterator[Metric]:
         "teemate_revoked_slots", "Slots of revoked grants, by what became of them.", "outcome",
         [(how, getattr(revoked, how)) for how in ("cleared", "quarantined", "leaked", "busy")],
     )  # fmt: skip
-    yield _counter(
-        "teemate_clients_killed", "Clients that did not give a revoked grant up.", revoked.killed
-    )
+    yield _counter("teemate_clients_killed", "Clients that did not give a revoked grant up.", revoked.killed)
     yield _gauge(
         "teemate_leaked_mappings", "Revoked grants whose holder lives and can map the slots still.",
-        sum(grant.mapped_still for grant in service.looking.every_grant().values()),
+        revoked.mapped,
     )  # fmt: skip
-    generations = service.generations.statistics()
+    generations = reading.generations
     yield _counters(
         "teemate_enclave_rebuilds", "Next generations that were built, failed, or were given up.", "outcome",
         [
@@ -302,7 +363,7 @@ def _ends(service: Service) -> Iterator[Metric]:
             ("given_up", generations.given_up),
         ],
     )  # fmt: skip
-    intruders = service.intruders.statistics()
+    intruders = reading.intruders
     yield _counters(
         "teemate_intrusions", "Entries into a warden's slot, and calls that another process resumed.", "kind",
         [("contended", intruders.contended), ("stolen", intruders.stolen)],

@@ -3,8 +3,8 @@
 It takes GET and HEAD of /metrics without a body, one request a connection, and nothing else; the rest of
 HTTP is refused with its status.  No more than a few readers are served at once, each for some seconds at
 most, whatever it does, so one that is stuck costs a socket and no client anything.  Statistics are read in
-the thread that serves clients, in a millisecond, and become text in another one; who asks again within a
-second gets the same text, so that nobody keeps the broker busy with it.
+the thread that serves clients, and become text in another one; who asks again within a second gets the same
+text, so that nobody keeps the broker busy with it.
 """
 
 from __future__ import annotations
@@ -293,8 +293,8 @@ async def serve_metrics(service: Service) -> None:
     listeners = _open(settings, log)
 
     def collect() -> Render:
-        found = metrics.collect(service)
-        return lambda accept: metrics.render(found, accept)
+        reading = metrics.read(service)
+        return lambda accept: metrics.render(reading, accept)
 
     server = MetricsServer(collect, log)
     service.metrics_statistics = server.statistics

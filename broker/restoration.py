@@ -249,7 +249,8 @@ class Restoration:
             enclave.slots.restore(slot.index, uid, record.number, slot.withheld)
             enclave.slot_keys[slot.index] = SlotKey(slot.generation, slot.key)
             grant.charges[slot.index] = account.owe(Resource.SLOTS)
-        grant.leaked = record.revoked
+        if record.revoked:
+            service.revocation.note_leaked(grant)
         if record.over:
             grant.charge.release()
             if grant.charges:

@@ -50,7 +50,8 @@ class RevocationStatistics:
     """Clients that were killed, slots that stayed mapped, and of those in which a thread stayed too.
 
     `cleared` and `quarantined` are slots as well.  `outcomes` counts grants by how their revocation ended:
-    ``returned`` (acknowledged, or ended by themselves), ``killed``, ``leaked`` or ``uncleared``.
+    ``returned`` (acknowledged, or ended by themselves), ``killed``, ``leaked`` or ``uncleared``.  `mapped`:
+    grants that leaked and whose holders can map their slots still.
     """
 
     killed: int
@@ -58,6 +59,7 @@ class RevocationStatistics:
     busy: int
     cleared: int
     quarantined: int
+    mapped: int
     outcomes: dict[str, int]
 
 
@@ -72,6 +74,7 @@ class Revocation:
         self._busy = 0
         self._cleared = 0
         self._quarantined = 0
+        self._mapped: set[Grant] = set()
         self._outcomes = dict.fromkeys(("returned", "killed", "leaked", "uncleared"), 0)
 
     def revoke(self, client: Client, args: Revoke) -> Awaitable[Answer]:
@@ -176,7 +179,8 @@ class Revocation:
         service.state.write_client(client)
         if not leaked and not grant.over and not outcome.finished.is_set():
             leaked = 1  # it holds no slots, but the mapping
-        grant.leaked = bool(leaked)
+        if leaked:
+            self.note_leaked(grant)
         counts = {
             "cleared": outcome.cleared,
             "quarantined": outcome.quarantined + len(ruined),
@@ -302,14 +306,21 @@ class Revocation:
             await trio.sleep(pause)
             pause = min(2 * pause, _LATER_PAUSE)
 
+    def note_leaked(self, grant: Grant) -> None:
+        """Its holder can map its slots still, though it was revoked."""
+        grant.leaked = True
+        self._mapped.add(grant)
+
     def statistics(self) -> RevocationStatistics:
         """What revocations ended with so far."""
+        self._mapped = {grant for grant in self._mapped if grant.mapped_still}
         return RevocationStatistics(
             killed=self._killed,
             leaked=self._leaked,
             busy=self._busy,
             cleared=self._cleared,
             quarantined=self._quarantined,
+            mapped=len(self._mapped),
             outcomes=dict(self._outcomes),
         )
 

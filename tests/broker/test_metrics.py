@@ -11,16 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import structlog
 from images import Images
 from policies import enclave_policy
 from raw_client import RawClient, raw_client
 from running_broker import RunningBroker
 
 from teemate import wire
+from teemate.broker.enclaves import Built, Enclave
+from teemate.broker.policy import EnclavePolicy, Policy
+from teemate.broker.service import Service
 
 pytest.importorskip("prometheus_client", reason="prometheus-client is not installed: there are no metrics")
 
-from scrape import get, samples, value
+from scrape import OPENMETRICS, get, samples, value
 
 Measured = Callable[..., tuple[RunningBroker, str]]
 Connect = Callable[..., RawClient]
@@ -205,3 +209,29 @@ def test_a_socket_that_cannot_be_had_keeps_no_client_out(
     while not (told := [record for record in running.log() if record["event"] == "metrics not served"]):
         os.sched_yield()
     assert "[metrics] socket" in str(told[0]["where"])
+
+
+def test_enclaves_that_the_policy_does_not_name_are_added_up_once_there_are_many() -> None:
+    from teemate.broker import metrics
+
+    built = Built(
+        fd=-1, arena=-1, base=0, size=1 << 20, pages=10, debug=False, sdk=True, isvprodid=0, isvsvn=0,
+        mrenclave=bytes(32), mrsigner=bytes(32), segments=(), tcs=tuple(range(6)), io_slots=0, client_slots=4,
+    )  # fmt: skip
+    known = EnclavePolicy(name="zz-of-the-policy", owner=7, start="create")
+    service = Service(Policy(enclaves=(known,)), structlog.wrap_logger(structlog.ReturnLogger()))
+    made = [EnclavePolicy(name=f"made-{number}", owner=8) for number in range(metrics.NAMED_ENCLAVES + 49)]
+    for policy in (*made, known):
+        service.enclaves[policy.name] = Enclave(policy, "sim", built, None)
+    found = samples(metrics.render(metrics.read(service), OPENMETRICS)[0])
+    pages = {
+        dict(labels)["enclave"]: number
+        for (name, labels), number in found.items()
+        if name == "teemate_epc_pages"
+    }
+    assert len(pages) == metrics.NAMED_ENCLAVES + 1
+    assert pages["zz-of-the-policy"] == 10
+    assert pages[metrics.OTHERS] == 500
+    assert value(found, "teemate_slots", enclave=metrics.OTHERS, state="arming") == 200
+    names = {dict(labels).get("enclave") for _, labels in found}
+    assert len(names) <= metrics.NAMED_ENCLAVES + 2

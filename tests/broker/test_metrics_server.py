@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -207,3 +208,24 @@ def test_the_socket_of_a_broker_that_died_is_taken_over_and_that_of_one_that_liv
             bind(path, mode=0o600, gid=None, kind=socket.SOCK_STREAM)
     assert os.path.exists(path)
     bind(path, mode=0o600, gid=None, kind=socket.SOCK_STREAM).close()
+
+
+async def test_only_reading_is_done_in_the_thread_that_serves_clients(
+    listener: socket.socket, nursery: trio.Nursery
+) -> None:
+    threads: dict[str, int] = {}
+
+    def collect() -> Render:
+        threads["read"] = threading.get_ident()
+
+        def render(accept: str) -> tuple[bytes, str]:
+            threads["made"] = threading.get_ident()
+            return b"", "text/plain"
+
+        return render
+
+    server = MetricsServer(collect, structlog.wrap_logger(structlog.ReturnLogger()))
+    nursery.start_soon(server.run, [listener])
+    await exchange(listener, GOOD)
+    assert threads["read"] == threading.get_ident()
+    assert threads["made"] != threading.get_ident()

@@ -28,7 +28,7 @@ def offered() -> set[str]:
 
     service = Service(Policy(), structlog.wrap_logger(structlog.ReturnLogger()))
     names: set[str] = {"teemate_host_epc_bytes"}  # where the kernel tells
-    for family in metrics.collect(service).collect():
+    for family in metrics.families(metrics.read(service)).collect():
         suffixes = {"counter": ["_total"], "info": ["_info"], "histogram": ["_bucket", "_count", "_sum"]}
         names |= {family.name + suffix for suffix in suffixes.get(family.type, [""])}
     for part in ("connections_total", "connections_waiting", "protocol_breaches_total"):
