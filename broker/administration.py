@@ -33,7 +33,8 @@ from teemate.broker.policy import CreateRule, DenialReason, EnclavePolicy, Missi
 from teemate.broker.programs import warden_program
 from teemate.broker.requests import Answer, Clients, Create, Result
 from teemate.broker.source import ImageSource
-from teemate.broker.warden import Warden, WardenError
+from teemate.broker.storage import Storage
+from teemate.broker.warden import EnclaveBrokenError, EnclaveGoneError, Warden, WardenError
 from teemate.broker.warden_protocol import SEGMENTS
 
 if TYPE_CHECKING:
@@ -309,16 +310,34 @@ class Administration:
         )  # fmt: skip
         return enclave
 
-    def new_warden(self, enclave: Enclave) -> Warden:
-        """Return what starts the enclave's wardens."""
-        settings, built = self._service.policy.broker, enclave.built
+    def new_warden(self, enclave: Enclave, *, with_storage: bool = True) -> Warden:
+        """Return what starts the enclave's wardens; `with_storage`: if its policy says so."""
+        settings, built, policy = self._service.policy.broker, enclave.built, enclave.policy
+        storage = None
+        if with_storage and policy.storage and settings.state_directory is not None:
+            storage = Storage.of(settings.state_directory, policy.name, policy.storage_limit)
         warden = Warden(
             warden_program(), enclave.geometry, enclave.key, (built.fd, built.arena),
             self._service.log.bind(enclave=enclave.name),
-            deadline=settings.warden_deadline, failures=settings.warden_failures,
+            deadline=settings.warden_deadline, failures=settings.warden_failures, storage=storage,
         )  # fmt: skip
         warden.on_contended = lambda count: self._service.intruders.contended(enclave, count)
+        if storage is not None:
+            warden.on_started = lambda: self._service.reclaimer.spawn(self._keep_warden, enclave)
         return warden
+
+    async def _keep_warden(self, enclave: Enclave) -> None:
+        """Start the next warden when this one ends, since calls in the enclave wait for their files."""
+        service = self._service
+        assert enclave.warden is not None
+        try:
+            await enclave.warden.keep()
+        except EnclaveGoneError as error:
+            service.reclaimer.lose(enclave, str(error))
+        except EnclaveBrokenError as error:
+            service.reclaimer.give_up(enclave, str(error))
+        except WardenError as error:
+            service.log.warning("warden not started", enclave=enclave.name, reason=str(error))
 
     # -- taking down -----------------------------------------------------------
 
@@ -405,6 +424,11 @@ def _check_sdk(policy: EnclavePolicy, built: Built) -> None:
         raise errors.ImageError(
             "the image was not built with the SDK, so nothing would keep its clients apart:"
             " the policy allows that with require_sdk = false"
+        )
+    if policy.storage and not (built.sdk and built.io_slots):
+        raise errors.ImageError(
+            "the policy gives it files (storage = true), and its image has no I/O slot for them:"
+            " build it with --io-slots 1"
         )
 
 

@@ -13,6 +13,7 @@ import click
 
 from teemate import errors
 from teemate._backend import choose_backend
+from teemate._sizes import format_size
 from teemate.broker.enclaves import SIGSTRUCT_SIZE
 from teemate.broker.policy import EnclavePolicy, Policy, PolicyError, Rule, load_policy
 from teemate.broker.reloading import demand_backends
@@ -130,6 +131,8 @@ def _enclave(enclave: EnclavePolicy) -> Iterator[str]:
         yield "    shared with other users, on the sim: all of them can read and write all of it"
     for rule in enclave.attach:
         yield f"    may attach: {_rule(rule)}"
+    if enclave.storage:
+        yield f"    files of up to {format_size(enclave.storage_limit)} in the state directory"
     yield f"    {enclave.slots_per_client} slots a client, {enclave.clients_per_uid} clients a user"
 
 
@@ -140,6 +143,8 @@ def summarize(policy: Policy) -> Iterator[str]:
     why = f" ({choice.reason})" if choice.reason else ""
     yield f"backend {settings.backend}: {choice.backend} on this host{why}"
     yield f"socket {settings.socket}, unless a service manager passes one"
+    if settings.state_directory is not None:
+        yield f"state directory {settings.state_directory}"
     for enclave in policy.enclaves:
         yield from _enclave(enclave)
     for create in policy.create:

@@ -176,6 +176,8 @@ class Generations:
         old.retired = True
         old.on_change(old)
         self.retired.add(old)
+        if old.warden is not None:
+            self._service.reclaimer.spawn(old.warden.end_storage)
         self._service.reclaimer.spawn(self._retire, old)
 
     async def _retire(self, enclave: Enclave) -> None:

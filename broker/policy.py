@@ -16,6 +16,7 @@ from typing import final
 from teemate.broker.cgroups import CgroupTree, glob_to_regex
 from teemate.broker.identity import Identity
 from teemate.broker.limits import Limits
+from teemate.broker.storage import default_state_directory
 from teemate.broker.toml_reader import PolicyError, Table, read_toml
 
 __all__ = [
@@ -113,6 +114,10 @@ class EnclavePolicy:
     rebuild_window: float = 3600.0
     rebuild_pause: float = 1.0
     """Seconds before the second one; before each further one twice as many as before the last."""
+    storage: bool = False
+    """Whether its code has files, in the broker's state directory."""
+    storage_limit: int = 1 << 30
+    """Bytes that they may take together."""
 
     def missing_for_attach(
         self, identity: Identity, tree: CgroupTree, *, backend: str, debug: bool
@@ -176,6 +181,8 @@ class BrokerSettings:
     cgroup_hierarchy: str = "auto"
     trust_pid: bool = False
     resume_grace: float = 30.0
+    state_directory: Path | None = None
+    """Where enclaves with `storage` have their files."""
 
 
 @final
@@ -214,7 +221,8 @@ class Policy:
         return None
 
 
-def _broker(table: Table) -> BrokerSettings:
+def _broker(table: Table, base: Path) -> BrokerSettings:
+    state_directory = table.text("state_directory", default_state_directory())
     gids = table.gids("socket_group")
     if gids is not None and len(gids) != 1:
         raise table.error("socket_group", "expected one group")
@@ -228,6 +236,7 @@ def _broker(table: Table) -> BrokerSettings:
         cgroup_hierarchy=table.text("cgroup_hierarchy", "auto"),
         trust_pid=table.flag("trust_pid", False),
         resume_grace=table.number("resume_grace", 30.0, 1.0, 3600.0),
+        state_directory=(base / state_directory).absolute() if state_directory else None,
     )
     table.finish()
     return settings
@@ -353,6 +362,8 @@ def _enclave(table: Table, base: Path, default_owner: int) -> EnclavePolicy:
         rebuild_limit=table.whole("rebuild_limit", 5, 0, 1000),
         rebuild_window=table.number("rebuild_window", 3600.0, 1.0, 2592000.0),
         rebuild_pause=table.number("rebuild_pause", 1.0, 0.0, 3600.0),
+        storage=table.flag("storage", False),
+        storage_limit=table.whole("storage_limit", 1 << 30, 4096),
     )
     if (policy.share_sim or policy.share_sgx) and policy.debug:
         raise table.error(
@@ -399,7 +410,7 @@ def load_policy(path: Path, *, default_owner: int) -> Policy:
     administrators = top.table("administrators")
     policy = Policy(
         source=str(path),
-        broker=_broker(top.table("broker")),
+        broker=_broker(top.table("broker"), path.parent),
         limits=_limits(top.table("limits")),
         enclaves=tuple(_enclave(table, path.parent, default_owner) for table in top.tables("enclave")),
         create=tuple(_create(table) for table in top.tables("create")),
@@ -415,4 +426,10 @@ def load_policy(path: Path, *, default_owner: int) -> Policy:
         if enclave.name in seen:
             raise top.tables("enclave")[index].error("name", f"{enclave.name!r} is defined twice")
         seen.add(enclave.name)
+        if enclave.storage and policy.broker.state_directory is None:
+            raise top.tables("enclave")[index].error(
+                "storage",
+                "there is nowhere to keep its files: set [broker] state_directory, or StateDirectory= in the"
+                " service's unit",
+            )
     return policy

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Reloading", "ReloadingStatistics", "demand_backends"]
 
-_FIXED = ("socket", "socket_mode", "socket_gid", "backend", "cgroup_hierarchy")
+_FIXED = ("socket", "socket_mode", "socket_gid", "backend", "cgroup_hierarchy", "state_directory")
 """Settings of [broker] that are looked at once."""
 
 

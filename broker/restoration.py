@@ -152,7 +152,7 @@ class Restoration:
         enclave.recovered = trio.Event()
         service.addresses.take(built.base, built.size)
         if built.sdk:
-            enclave.warden = service.administration.new_warden(enclave)
+            enclave.warden = service.administration.new_warden(enclave, with_storage=not record.retired)
         service.state.watch(enclave)
         self._enclaves[enclave.serial] = enclave
         if record.ending:
@@ -173,6 +173,8 @@ class Restoration:
         old = other if new is enclave else enclave
         if old is not None:
             old.retired = True
+            if old.warden is not None:
+                old.warden.forget_storage()
             if old.charge is not None:
                 old.charge.release()
                 old.charge = None

@@ -7,6 +7,9 @@ twice fails for its caller, who puts the slot aside. A warden that somebody else
 kernel for want of memory) says nothing about its request, which is made again. Only when new wardens
 cannot be *started* several times in a row is the enclave itself given up: hanging or crashing control
 ECALLs, however many, are repaired. When an entry finds that the EPC is empty, nothing is tried again.
+
+An enclave with storage has a warden all the time, since calls inside wait for the files that it reads and
+writes: one that ends is replaced at once, and not only when there is something to ask it.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from structlog.typing import FilteringBoundLogger
 
 from teemate.broker.control import ControlKey, ControlOp
 from teemate.broker.spawner import start_program
+from teemate.broker.storage import Storage
 from teemate.broker.warden_protocol import REPLY_SIZE, WardenOp, WardenReply, repair_body, request, start_body
 
 __all__ = [
@@ -43,6 +47,9 @@ _OUTSIDE_KILLS = 8
 """So many wardens in a row may be killed by others in one request; then it fails."""
 _START_FACTOR = 5
 """Starting maps the enclave and may run its author's start code: it may take so many deadlines."""
+_SHORT_LIFE = 10.0
+"""Seconds; a kept warden that ends by itself earlier is replaced after a pause that doubles, up to this."""
+_FIRST_PAUSE = 0.1
 
 
 class WardenError(Exception):
@@ -97,7 +104,12 @@ class Warden:
         *,
         deadline: float,
         failures: int,
+        storage: Storage | None = None,
     ) -> None:
+        self._storage = storage
+        self.on_started: Callable[[], None] = lambda: None
+        """Called when a new one has started: have :meth:`keep` run."""
+        self._short_lives = 0
         self._program = program
         self._geometry = geometry
         self._key = key
@@ -125,6 +137,51 @@ class Warden:
         """Start the first warden, which gives the enclave its control key."""
         async with self._lock:
             await self._ensure_started()
+
+    async def keep(self) -> None:
+        """Return when the present warden has ended and the next one is there; see `on_started`.
+
+        Raises
+        ------
+        WardenError
+
+        """
+        pid, started = self._pid, trio.current_time()
+        if pid is None:
+            return
+        pidfd = os.pidfd_open(pid)  # a child that nobody has waited for: its number is still its own
+        try:
+            await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            os.close(pidfd)
+        async with self._lock:
+            if self._closed or self._pid not in (pid, None):
+                return
+            by_itself = self._pid == pid and not await self._report_and_kill(
+                "I/O", _EndedError("it ended: what it said itself stands in the log before this")
+            )
+        if by_itself:
+            brief = trio.current_time() - started < _SHORT_LIFE
+            self._short_lives = self._short_lives + 1 if brief else 0
+            await trio.sleep(min(_FIRST_PAUSE * 2**self._short_lives, _SHORT_LIFE))
+        async with self._lock:
+            if not self._closed:
+                await self._ensure_started()
+
+    def forget_storage(self) -> None:
+        """Wardens that start from now on have none."""
+        self._storage = None
+
+    async def end_storage(self) -> None:
+        """The enclave's files are its next generation's: calls inside are told so."""
+        if self._storage is None:
+            return
+        self.forget_storage()
+        async with self._lock:
+            await self._kill()
+            if not self._closed and not self._gone:
+                with contextlib.suppress(WardenError):
+                    await self._ensure_started()
 
     async def control(
         self,
@@ -182,7 +239,7 @@ class Warden:
                 try:
                     return await self._ask(op, body, deadline or self._deadline)
                 except _FailedError as failed:
-                    if await self._report_and_kill(op, failed):
+                    if await self._report_and_kill(op.name, failed):
                         outside += 1
                     else:
                         own += 1
@@ -255,21 +312,33 @@ class Warden:
                 await self._spawn()
             except _FailedError as failed:
                 self._start_failures += 1
-                await self._report_and_kill(WardenOp.START, failed)
+                await self._report_and_kill(WardenOp.START.name, failed)
                 if self._start_failures >= self._failures_allowed:
                     raise EnclaveBrokenError(
                         f"no warden could be started {self._start_failures} times in a row: {failed}"
                     ) from failed
 
     async def _spawn(self) -> None:
+        words, folders = [str(self._program)], []
+        if self._storage is not None:
+            words += ["storage", str(self._storage.limit)]
+            try:
+                folders.append(await trio.to_thread.run_sync(self._storage.open))
+            except OSError as error:
+                raise _FailedError(
+                    f"its files' folder {self._storage.folder}: {error.strerror} ([broker] state_directory)"
+                ) from error
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             ours.setblocking(False)
             try:
-                self._pid = start_program([str(self._program)], [theirs.fileno()])
+                self._pid = start_program(words, [theirs.fileno(), *folders])
             except OSError as error:
                 ours.close()
                 raise _FailedError(f"{self._program}: {error.strerror}") from error
+            finally:
+                for folder in folders:
+                    os.close(folder)
         self._sock = ours
         self._started += 1
         geometry = self._geometry
@@ -282,8 +351,9 @@ class Warden:
         if reply.status != 0:
             raise _FailedError(reply.text or f"status {reply.status}")
         self._start_failures = 0
+        self.on_started()
 
-    async def _report_and_kill(self, op: WardenOp, failed: _FailedError) -> bool:
+    async def _report_and_kill(self, request: str, failed: _FailedError) -> bool:
         """Whether somebody else had killed it."""
         self._killed += 1
         pid = self._pid
@@ -291,7 +361,7 @@ class Warden:
         by_sigkill = await self._kill()
         outside = isinstance(failed, _EndedError) and by_sigkill
         reason = "somebody else killed it" if outside else str(failed)
-        self._log.warning("warden killed", request=op.name, reason=reason, pid=pid)
+        self._log.warning("warden killed", request=request, reason=reason, pid=pid)
         return outside
 
     async def _kill(self) -> bool:

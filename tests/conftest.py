@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from files_image import build_files_image
 from hypothesis import HealthCheck, settings
-from images import Images
+from images import BuiltImage, Images
 from running_broker import RunningBroker, run_broker
 
 
@@ -55,6 +56,12 @@ def _test_build() -> str:
 def images(tmp_path_factory: pytest.TempPathFactory) -> Images:
     """Signed test images, built once per run: ``images.vault``, ``images.faults``, ``images.bare``."""
     return Images(tmp_path_factory.mktemp("images"), test_build=_test_build())
+
+
+@pytest.fixture(scope="session")
+def files_image(images: Images, tmp_path_factory: pytest.TempPathFactory) -> BuiltImage:
+    """An enclave that does with files what its callers say (files_image.py)."""
+    return build_files_image(images, tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture
