@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ._complete import enclaves as known_enclaves
+from ._complete import operations
+
 if TYPE_CHECKING:
     from ..traffic.description import Described, Filter
     from ..traffic.recording import Entry
@@ -30,9 +33,13 @@ def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="[CODE]",
             help="Only errors; with a code, only those.",
         ),
-        click.option("--op", help="Only this operation's requests and answers, or events of this name."),
+        click.option(
+            "--op",
+            help="Only this operation's requests and answers, or events of this name.",
+            shell_complete=operations,
+        ),
         click.option("--client", type=click.IntRange(min=0), help="Only the connection of this number."),
-        click.option("--enclave", help="Only what is about this enclave."),
+        click.option("--enclave", help="Only what is about this enclave.", shell_complete=known_enclaves),
     ):
         command = option(command)
     return command

@@ -7,6 +7,7 @@ from typing import BinaryIO
 
 import click
 
+from ._complete import enclaves as known_enclaves
 from ._output import json_option, print_json
 from ._socket import socket_option
 
@@ -14,7 +15,7 @@ __all__ = ["call"]
 
 
 @click.command()
-@click.argument("enclave")
+@click.argument("enclave", shell_complete=known_enclaves)
 @click.argument("name")
 @click.argument("payload", required=False)
 @click.option("--file", "file", type=click.File("rb"), help="Take the payload from a file.")

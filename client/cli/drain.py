@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from .._types import Drained
+from ._complete import enclaves as known_enclaves
 from ._output import json_option, print_json
 from ._socket import socket_option
 
@@ -15,7 +16,7 @@ __all__ = ["destroy", "drain", "undrain", "upgrade"]
 NOT_DRAINED = 7
 """Exit status: the deadline is over and something is held still."""
 
-_name = click.argument("name", required=False)
+_name = click.argument("name", required=False, shell_complete=known_enclaves)
 _all = click.option("--all", "everything", is_flag=True, help="Every enclave of this host.")
 
 
@@ -106,7 +107,7 @@ def undrain(name: str | None, everything: bool, path: str | None, as_json: bool)
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=known_enclaves)
 @click.argument("image", type=click.Path(path_type=Path))
 @click.argument("sigstruct", type=click.Path(path_type=Path), required=False)
 @click.option(
@@ -159,7 +160,7 @@ def upgrade(
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=known_enclaves)
 @click.option("--force", is_flag=True, help="Revoke what is held first.")
 @socket_option
 @json_option

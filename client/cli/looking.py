@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
+from ._complete import enclaves as known_enclaves
 from ._output import json_option, print_json
 from ._socket import socket_option
 
@@ -22,7 +23,7 @@ _UNKNOWN = "(not known)"
 
 
 @click.command()
-@click.argument("names", nargs=-1, metavar="[ENCLAVE]...")
+@click.argument("names", nargs=-1, metavar="[ENCLAVE]...", shell_complete=known_enclaves)
 @click.option("--all", "everything", is_flag=True, help="Free slots too.")
 @socket_option
 @json_option

@@ -12,11 +12,14 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from ..errors import Busy, ConnectionLost, Denied, Error, ImageError, LimitReached
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 __all__ = ["COMMANDS", "cli", "main"]
 
@@ -34,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "proxy": ("teemate.cli.proxy:proxy", "Stand between clients and a broker, and show or record."),
     "decode": ("teemate.cli.proxy:decode", "Print what a proxy has recorded."),
     "replay": ("teemate.cli.replay:replay", "Play a recording's clients against a broker, and compare."),
+    "send": ("teemate.cli.send:send", "Send the broker one request, in order or not."),
     "reload": ("teemate.cli.looking:reload", "Have the broker take its changed policy into use."),
     "seccomp": ("teemate.cli.seccomp:seccomp", "A container's seccomp profile, without SGX's ioctls."),
     "call": ("teemate.cli.call:call", "Do one call into an enclave."),
@@ -44,6 +48,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "destroy": ("teemate.cli.drain:destroy", "End an enclave."),
     "image": ("teemate.cli.image:image", "Build, sign, verify and look at enclave images."),
     "enclave": ("teemate.cli.enclave:enclave", "Start writing an enclave of your own."),
+    "completion": ("teemate.cli.completion:completion", "Have a shell complete these commands."),
 }
 
 EXIT_STATUS: tuple[tuple[type[Error], int], ...] = (
@@ -69,6 +74,13 @@ class _Lazy(click.Group):
         if not isinstance(command, click.Command):
             raise TypeError(f"{module}:{name} is no click command")
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        found = [CompletionItem(name, help=text) for name, (_, text) in COMMANDS.items()]
+        found = [item for item in found if str(item.value).startswith(incomplete)]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

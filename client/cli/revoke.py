@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from ._complete import enclaves as known_enclaves
 from ._output import json_option, print_json
 from ._socket import socket_option
 
@@ -13,7 +14,7 @@ __all__ = ["revoke"]
 @click.command()
 @click.option("--grant", type=click.IntRange(min=0), help="One grant; `teemate status` shows the numbers.")
 @click.option("--client", type=click.IntRange(min=0), help="Everything that one client holds.")
-@click.option("--enclave", help="Every grant on one enclave.")
+@click.option("--enclave", help="Every grant on one enclave.", shell_complete=known_enclaves)
 @click.option("--grace", type=click.FloatRange(min=0), help="Seconds that the holders get to acknowledge.")
 @click.option("--reason", help="For the audit record.")
 @socket_option

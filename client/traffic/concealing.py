@@ -69,6 +69,8 @@ class Concealer:
             return [self._copy(name, item) for item in value]
         if isinstance(value, Encoded):
             return self._copy(name, cbor2.loads(value.data))
+        if isinstance(value, cbor2.CBORTag):
+            return cbor2.CBORTag(value.tag, self._copy(name, value.value))
         if not is_secret(name, value):
             return value
         if isinstance(value, str):
@@ -105,6 +107,8 @@ def _find_other(name: str, value: Any, found: list[bytes | str]) -> None:
             _find({name: cbor2.loads(value.data)}, found)
     elif isinstance(value, Mapping):
         _find(value, found)
+    elif isinstance(value, cbor2.CBORTag):  # the protocol has none, but somebody may try
+        _find({name: value.value}, found)
     elif isinstance(value, (list, tuple)):
         for item in value:
             kind = type(item)
