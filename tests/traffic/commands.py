@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,9 +38,14 @@ class RunningCommand:
     """A command that runs until it is interrupted; afterwards `printed` and `said` are all that it wrote."""
 
     process: subprocess.Popen[str]
-    begin: str
+    output: Path
+    begin: str = ""
     printed: str = ""
     said: str = ""
+
+    def so_far(self) -> str:
+        """What it has printed by now."""
+        return self.output.read_text()
 
 
 @contextmanager
@@ -47,15 +53,19 @@ def running(
     *arguments: str, until: str, environment: dict[str, str] | None = None, status: int = 130
 ) -> Iterator[RunningCommand]:
     """Run a command from its line that begins with `until` until the block ends, then interrupt it."""
-    with subprocess.Popen(
-        [*TEEMATE, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **(environment or {})},
-    ) as process:
+    with (
+        # Nobody reads a pipe meanwhile, and a proxy waits for whoever reads what it prints.
+        tempfile.NamedTemporaryFile() as output,
+        subprocess.Popen(
+            [*TEEMATE, *arguments],
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(environment or {})},
+        ) as process,
+    ):
         assert process.stderr is not None
-        command = RunningCommand(process, "")
+        command = RunningCommand(process, Path(output.name))
         try:
             for line in process.stderr:
                 command.begin += line
@@ -65,7 +75,8 @@ def running(
                 raise AssertionError(f"it ended at once: {command.begin}")
             yield command
             process.send_signal(signal.SIGINT)
-            command.printed, command.said = process.communicate(timeout=TIMEOUT)
+            command.said = process.communicate(timeout=TIMEOUT)[1]
+            command.printed = command.so_far()
         finally:
             process.kill()
     assert process.returncode == status, command.said
