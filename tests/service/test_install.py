@@ -68,6 +68,19 @@ def test_a_mistake_in_a_unit_is_found_by_that_check(tmp_path: Path) -> None:
     assert "WatchdogSeconds" in done.stderr
 
 
+def test_what_only_newer_systemds_know_is_verified_by_one(tmp_path: Path) -> None:
+    analyze = need("systemd-analyze")
+    version = int(lint([analyze, "--version"], tmp_path).stdout.split()[1])
+    if version < 254:
+        pytest.skip(f"this is systemd {version}, which does not know what is for 254 and later")
+    install(tmp_path, "--systemd-version", str(version))
+    unit = units(tmp_path) / "teemate-broker.service"
+    drop_in = units(tmp_path) / "teemate-broker.service.d" / "254.conf"
+    assert lint([analyze, "verify", "--man=no", str(unit)], tmp_path).stderr == ""
+    drop_in.write_text(drop_in.read_text().replace("Type=notify-reload", "Type=notify-again"))
+    assert "notify-again" in lint([analyze, "verify", "--man=no", str(unit)], tmp_path).stderr
+
+
 def exposure(root: Path) -> float:
     unit = str(units(root) / "teemate-broker.service")
     done = lint([need("systemd-analyze"), "security", "--offline=yes", "--no-pager", unit], root)
