@@ -6,14 +6,18 @@ line of JSON per finding; what does not hold is an AssertionError.
 
 from __future__ import annotations
 
+import grp
 import json
 import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
+import sysconfig
 import time
+from importlib.metadata import distribution
 from pathlib import Path
 
 import teemate
@@ -22,6 +26,8 @@ DROP_IN = Path("/etc/systemd/system/teemate-broker.service.d/test.conf")
 IMAGES = Path("/opt/images")
 CONFIG = Path("/etc/teemate/broker.toml")
 UNIT = "teemate-broker.service"
+DEVICE = Path("/dev/sgx_enclave")
+UDEVD = Path("/lib/systemd/systemd-udevd")
 POLICY = """
 [broker]
 backend = "sgx"
@@ -81,13 +87,16 @@ def install() -> None:
     IMAGES.chmod(0o755)  # and is another user than the tests
     for file in IMAGES.glob(f"{Path(sys.argv[1]).stem}.*"):
         file.rename(IMAGES / f"vault{file.suffix}")
+    # The one that pip has installed, and no other.
+    ours = distribution("teemate")
+    assert str(ours.read_text("INSTALLER")).strip() == "pip"
+    places = {Path(teemate.__file__).parent, Path(str(ours.locate_file("teemate")))}
+    assert places == {Path(sysconfig.get_path("platlib")) / "teemate"}, places
     tell("installed", said=run("teemate-broker", "install").count("installed"))
     run("systemd-sysusers")
     run("systemd-tmpfiles", "--create", "teemate.conf")
     run("journalctl", "--update-catalog")
-    # What the rule for the device does where udev runs.
-    run("chgrp", "sgx", "/dev/sgx_enclave")
-    run("chmod", "0660", "/dev/sgx_enclave")
+    give_device()
     write_policy(0)
     DROP_IN.parent.mkdir(parents=True)
     # In this machine a broker takes as long to start as elsewhere a hundred do.
@@ -95,6 +104,30 @@ def install() -> None:
     settings.append("Environment=LD_LIBRARY_PATH=/opt/python/lib")  # where Python is no package of Debian's
     DROP_IN.write_text("[Service]\n" + "\n".join(settings) + "\n")
     run("systemctl", "enable", "teemate-broker.socket", "teemate-broker.service")  # reads all units again
+
+
+def give_device() -> None:
+    """Have the rule give the device to the broker's group; where there is no udev, as it would do it."""
+    if not UDEVD.exists():
+        run("chgrp", "sgx", str(DEVICE))
+        run("chmod", "0660", str(DEVICE))
+        tell("no udev to run the rule for the device (Debian: udev)")
+        return
+    DEVICE.chmod(0o600)
+    # Its own rules say the same by now; this is about ours.
+    others = Path("/etc/udev/rules.d/50-udev-default.rules")
+    others.parent.mkdir(parents=True, exist_ok=True)
+    others.symlink_to("/dev/null")
+    run(str(UDEVD), "--daemon")
+    run("udevadm", "trigger", "--settle", "--subsystem-match=misc")
+    status = DEVICE.stat()
+    assert (grp.getgrgid(status.st_gid).gr_name, stat.S_IMODE(status.st_mode)) == ("sgx", 0o660), status
+    tell("udev", version=run("udevadm", "--version"), group="sgx", mode="0660")
+
+
+def newer() -> bool:
+    """Whether what is for systemd 254 and later is in force too."""
+    return int(run("systemctl", "--version").split()[1]) >= 254
 
 
 def main_pid() -> int:
@@ -159,6 +192,7 @@ def reload(holder: Holder) -> None:
     write_policy(12345)
     run("systemctl", "reload", UNIT)
     while not any(record["TEEMATE_EVENT"] == "policy taken" for record in records()):
+        assert not newer(), "systemctl came back before the new policy was in force"
         holder.broker.ping()
     try:
         holder.broker.attach("vault")
@@ -225,6 +259,11 @@ def main() -> None:
     holder.expect_nothing_lost("kill -9", old)
     reload(holder)
     watchdog(holder)
+    if newer():
+        old = main_pid()
+        run("systemctl", "stop", UNIT)
+        run("systemctl", "start", UNIT)
+        holder.expect_nothing_lost("systemctl stop and start", old)
     look_into_journal()
     print(run("systemctl", "status", UNIT, "--no-pager", "-n", "0"), file=sys.stderr)
 
