@@ -12,7 +12,6 @@ import os
 import select
 import socket
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -313,11 +312,3 @@ def once(point: str, op: str) -> Callable[[str, str], bool]:
         return False
 
     return die
-
-
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    """Wait for something that another thread does."""
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.005)

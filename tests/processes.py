@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -59,6 +60,21 @@ def wait_for_stop(pid: int) -> None:
         ),
         f"{pid} is stopped",
     )
+
+
+def end(process: subprocess.Popen[str]) -> int:
+    """Close the standard input of a program that ends by that; returns its status."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.close()
+    try:
+        return process.wait(DEADLINE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        raise
+    finally:
+        process.stdout.close()
 
 
 def descriptors(pid: int) -> dict[Path, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -41,6 +42,21 @@ sigstruct = "{vault.sigstruct}"
 def vault_broker(broker: Callable[..., RunningBroker], vault_policy: Callable[..., str]) -> RunningBroker:
     """A broker with the vault, 12 client slots, for root."""
     return broker(vault_policy())
+
+
+@pytest.fixture
+def faults_broker(broker: Callable[..., RunningBroker], images: Images) -> RunningBroker:
+    """A broker with the enclave that has bad things happen on request, for this user."""
+    return broker(f"""
+[administrators]
+uids = [{os.geteuid()}]
+[[enclave]]
+name = "faults"
+image = "{images.faults.sgxs}"
+sigstruct = "{images.faults.sigstruct}"
+[[enclave.attach]]
+uid = {os.geteuid()}
+""")
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from images import Images
 from processes import DEADLINE
 from raw_client import RawClient
 from running_broker import RunningBroker
@@ -64,26 +63,12 @@ def spinner(broker: RunningBroker, slots: str) -> Iterator[subprocess.Popen[byte
             process.kill()
 
 
-@pytest.fixture
-def running(broker: Callable[..., RunningBroker], images: Images) -> RunningBroker:
-    return broker(f"""
-[administrators]
-uids = [{os.geteuid()}]
-[[enclave]]
-name = "faults"
-image = "{images.faults.sgxs}"
-sigstruct = "{images.faults.sigstruct}"
-[[enclave.attach]]
-uid = {os.geteuid()}
-""")
-
-
 @pytest.mark.parametrize("slots", ["0", "1", "0,1"])
 def test_who_spins_on_the_wardens_tcss_is_named_and_the_warden_gets_through(
-    running: RunningBroker, connect: Connect, slots: str
+    faults_broker: RunningBroker, connect: Connect, slots: str
 ) -> None:
-    admin = connect(running)
-    with spinner(running, slots) as process:
+    admin = connect(faults_broker)
+    with spinner(faults_broker, slots) as process:
         begun = time.monotonic()
         for turn in itertools.count():  # each a few control ECALLs: clear, reset, arm
             grant = admin.ok("attach", enclave="faults", slots=2, wait=60)
@@ -102,7 +87,7 @@ def test_who_spins_on_the_wardens_tcss_is_named_and_the_warden_gets_through(
             assert not seen
             return
         assert seen
-    records = [record for record in running.log() if record["event"] == "warden's TCS entered"]
+    records = [record for record in faults_broker.log() if record["event"] == "warden's TCS entered"]
     assert records
     assert len(records) <= 2 + (time.monotonic() - begun) / QUIET, "not one for each entry"
     # The administrator's connection held grants of its own at times: one process, or one of two.
@@ -110,4 +95,4 @@ def test_who_spins_on_the_wardens_tcss_is_named_and_the_warden_gets_through(
     for record in records:
         named.update(record.get("suspects", []))
     assert process.pid in named
-    assert not [record for record in running.log() if record["event"] == "slot quarantined"]
+    assert not [record for record in faults_broker.log() if record["event"] == "slot quarantined"]

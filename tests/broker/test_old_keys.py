@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from images import Images
 from old_keys import ATTACK, PLACES, hostile
 from processes import wait_for_cpu
 from raw_client import RawClient
@@ -36,25 +35,14 @@ def calls(request: pytest.FixtureRequest) -> int:
     return 10_000 if request.config.getoption("--full") else 200
 
 
-@pytest.fixture
-def running(broker: Callable[..., RunningBroker], images: Images) -> RunningBroker:
-    return broker(f"""
-[administrators]
-uids = [{os.geteuid()}]
-[[enclave]]
-name = "faults"
-image = "{images.faults.sgxs}"
-sigstruct = "{images.faults.sigstruct}"
-[[enclave.attach]]
-uid = {os.geteuid()}
-""")
-
-
 def test_no_old_key_opens_anything_from_the_moment_revoke_returns(
-    running: RunningBroker, connect: Connect, attempts: int, record_property: Callable[[str, object], None]
+    faults_broker: RunningBroker,
+    connect: Connect,
+    attempts: int,
+    record_property: Callable[[str, object], None],
 ) -> None:
-    admin = connect(running)
-    with hostile(running.socket) as attacker:
+    admin = connect(faults_broker)
+    with hostile(faults_broker.socket) as attacker:
         board = attacker.board
         board.wait_for(200)
         board.wait_for_entries()  # these keys do open the gate
@@ -98,10 +86,10 @@ with teemate.connect(socket) as broker, broker.attach("faults", slots=1, wait=60
 
 
 def test_the_next_holder_of_a_slot_is_not_hurt_by_old_keys_and_gets_right_answers_when_interrupted(
-    running: RunningBroker, connect: Connect, attempts: int, calls: int
+    faults_broker: RunningBroker, connect: Connect, attempts: int, calls: int
 ) -> None:
-    admin = connect(running)
-    with hostile(running.socket) as attacker:
+    admin = connect(faults_broker)
+    with hostile(faults_broker.socket) as attacker:
         board = attacker.board
         board.wait_for_entries()
         admin.ok("revoke", grant=attacker.grant, grace=0)
@@ -122,7 +110,7 @@ def test_the_next_holder_of_a_slot_is_not_hurt_by_old_keys_and_gets_right_answer
         admin.ok("slots.release", grant=grant["grant"], slots=attacker.slots, clean=True)
         seed = random.randrange(1 << 30)
         done = subprocess.run(
-            [sys.executable, "-c", NEXT_HOLDER, running.socket, str(calls), str(seed)],
+            [sys.executable, "-c", NEXT_HOLDER, faults_broker.socket, str(calls), str(seed)],
             env={**os.environ, "TEEMATE_TICK": "20us-200us"},
             capture_output=True,
             text=True,
@@ -178,11 +166,11 @@ os._exit(0)
 @pytest.mark.parametrize("revoked", [True, False], ids=["revoked", "control"])
 @pytest.mark.parametrize("how", ["running", "parked"])
 def test_a_call_that_is_stopped_and_continued_after_the_revocation_never_completes(
-    running: RunningBroker, connect: Connect, how: str, revoked: bool
+    faults_broker: RunningBroker, connect: Connect, how: str, revoked: bool
 ) -> None:
-    admin = connect(running)
+    admin = connect(faults_broker)
     with subprocess.Popen(
-        [sys.executable, "-c", STOPPED, running.socket, how],
+        [sys.executable, "-c", STOPPED, faults_broker.socket, how],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},

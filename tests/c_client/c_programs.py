@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 import pytest
-from backends import PATIENCE
+from processes import end
 
 import teemate
 
@@ -75,17 +75,7 @@ class Program:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Let it end; sanitizers judge by its status."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        try:
-            status = self._process.wait(60 * PATIENCE)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-            raise
-        finally:
-            self._process.stdout.close()
+        status = end(self._process)
         if kind is None:
             assert status == 0
 

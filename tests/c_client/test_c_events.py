@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from backends import PATIENCE
 from c_programs import Program, Refused
-from fake_broker import FakeBroker, Upstream, running, wait_until
+from fake_broker import FakeBroker, Upstream, running
 from losing import lose_epc
+from processes import wait_until
 from recorder import Recorder
 from running_broker import RunningBroker
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 from c_programs import EXTRA_FLAGS, HERE, Program, Refused, compile_program, flags
-from fake_broker import FakeBroker, running, wait_until
+from fake_broker import FakeBroker, running
+from processes import wait_until
 from running_broker import RunningBroker
 
 SOURCE = HERE.parents[1]

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_broker import DEADLINE, FakeBroker, once, running, wait_until
+from fake_broker import DEADLINE, FakeBroker, once, running
+from processes import wait_until
 
 from teemate import _resume
 from teemate._connection import Connection

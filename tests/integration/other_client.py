@@ -35,17 +35,9 @@ class OtherClient:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Let it detach and end."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        try:
-            status = self._process.wait(60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-            raise
-        finally:
-            self._process.stdout.close()
+        from processes import end  # this file is the other program too, which has not the path to that
+
+        status = end(self._process)
         if kind is None:
             assert status == 0
 

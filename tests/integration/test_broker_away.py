@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import trio
-from fake_broker import FakeBroker, Upstream, once, running, wait_until
+from fake_broker import FakeBroker, Upstream, once, running
+from processes import wait_until
 from running_broker import RunningBroker
 
 import teemate

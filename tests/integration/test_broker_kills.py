@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_broker import DEADLINE, wait_until
+from fake_broker import DEADLINE
 from images import Images
 from policies import enclave_policy
+from processes import wait_until
 from running_broker import RunningBroker, run_broker
 
 import teemate

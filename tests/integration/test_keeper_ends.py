@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from fake_broker import wait_until
+from processes import wait_until
 from running_broker import DEADLINE, RunningBroker
 
 import teemate

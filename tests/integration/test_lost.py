@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import struct
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from backends import PATIENCE, sgx_only
+from backends import sgx_only
 from images import Images
 from losing import break_epc, lose_epc
 from policies import enclave_policy
+from processes import wait_until
 from running_broker import RunningBroker
 
 import teemate
@@ -48,13 +48,6 @@ def info_of(connection: teemate.Broker, name: str) -> teemate.EnclaveInfo:
     return info
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    """The broker hears of a loss from a warden, after it has answered the client that gave its slot back."""
-    deadline = time.monotonic() + 30 * PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "the broker was told nothing"
-
-
 def statistics_of(connection: teemate.Broker, name: str) -> dict[str, Any]:
     (found,) = [enclave for enclave in connection.stats()["enclaves"] if enclave["name"] == name]
     return dict(found)
@@ -79,7 +72,7 @@ def test_a_lost_enclave_is_lost_for_every_later_call_and_for_the_broker(
                         second.call("empty")
                 with pytest.raises(teemate.EnclaveLost), enclave.slot():
                     pass
-        wait_until(lambda: info_of(admin, name).state != "ready")
+        wait_until(lambda: info_of(admin, name).state != "ready", "the broker knows of the loss")
         info = info_of(admin, name)
         assert info.state == "lost"
         assert "EPC" in str(info.reason)
@@ -126,7 +119,7 @@ def test_a_neighbour_hears_of_the_loss_without_entering(broker: StartBroker, los
                     slot.call("empty")
         events: list[Any] = []
         two._connection.on_event = events.append
-        wait_until(lambda: two.ping() or events)
+        wait_until(lambda: two.ping() or events, "the other holder is told")
         assert (events[0]["event"], events[0]["grant"]) == ("lost", reply.ok["grant"])
 
 
@@ -182,7 +175,7 @@ def test_a_lost_enclave_is_built_again_and_clients_attach_to_its_next_generation
                 lose_epc(enclave)
                 with pytest.raises(teemate.EnclaveLost, match="next generation"):
                     slot.call("empty")
-            wait_until(lambda: info_of(admin, "faults").generation == 2)
+            wait_until(lambda: info_of(admin, "faults").generation == 2, "it is built again")
             # The old grant is there still: nothing is in the way of the new one.
             with connection.attach("faults") as again, again.slot() as slot:
                 assert slot.call("echo", b"again") == b"again"
@@ -192,7 +185,7 @@ def test_a_lost_enclave_is_built_again_and_clients_attach_to_its_next_generation
         assert (new.state, new.generation, new.mrenclave) == ("ready", 2, old.mrenclave)
         assert new.slots.total == old.slots.total
         # The old one is held by nobody: its address and its warden are free.
-        wait_until(lambda: admin.stats()["generations"]["retired"] == 0)
+        wait_until(lambda: admin.stats()["generations"]["retired"] == 0, "the old one is gone")
         stats = admin.stats()
         assert stats["generations"]["rebuilt"] == 1
         assert stats["addresses"]["ranges"] == 2
@@ -210,7 +203,8 @@ def test_an_attach_that_meets_a_lost_enclave_waits_for_the_next_generation(
             wait_until(
                 lambda before=before: (
                     info_of(connection, "faults").state == "lost" or rebuilt(running) > before
-                )
+                ),
+                "the broker knows of the loss",
             )
             with connection.attach("faults") as enclave, enclave.slot() as slot:
                 assert slot.call("echo", b"here") == b"here"
@@ -228,9 +222,12 @@ def test_an_enclave_that_is_lost_too_often_is_not_built_again_and_the_log_names_
     with teemate.connect(running.socket) as connection:
         for generation in (2, 3):
             lose_one(connection, "faults")
-            wait_until(lambda generation=generation: info_of(connection, "faults").generation == generation)
+            wait_until(
+                lambda generation=generation: info_of(connection, "faults").generation == generation,
+                "it is built again",
+            )
         lose_one(connection, "faults")
-        wait_until(lambda: info_of(connection, "faults").state == "lost")
+        wait_until(lambda: info_of(connection, "faults").state == "lost", "it is given up")
         with pytest.raises(teemate.EnclaveLost, match="rebuild_limit"):
             connection.attach("faults")
         assert connection.stats()["generations"]["given_up"] == 1
@@ -249,7 +246,7 @@ def test_an_enclave_made_by_request_is_built_again_from_the_image_that_came(
         image.unlink()
         pages = connection.stats()["users"][0]["used"]["pages"]
         lose_one(connection, "mine")
-        wait_until(lambda: info_of(connection, "mine").generation == 2)
+        wait_until(lambda: info_of(connection, "mine").generation == 2, "it is built again")
         assert info_of(connection, "mine").mrenclave == made.mrenclave
         assert connection.stats()["users"][0]["used"]["pages"] == pages, "charged once, as before"
         with connection.attach("mine") as enclave, enclave.slot() as slot:
@@ -270,7 +267,7 @@ def test_a_lost_enclave_that_is_drained_stays_drained_in_its_next_generation(
             lose_epc(enclave)
             with pytest.raises(teemate.EnclaveLost):
                 slot.call("empty")
-        wait_until(lambda: info_of(connection, "faults").generation == 2)
+        wait_until(lambda: info_of(connection, "faults").generation == 2, "it is built again")
         with pytest.raises(teemate.Draining):
             connection.attach("faults")
         assert connection.undrain("faults").enclaves == ("faults",)
@@ -287,10 +284,10 @@ def test_an_enclave_whose_slots_are_all_in_quarantine_is_replaced(
     with teemate.connect(running.socket) as connection:
         old = info_of(connection, "bare")
         connection.attach("bare", slots=old.slots.total).detach()  # nothing can scrub them
-        wait_until(lambda: info_of(connection, "bare").generation == 2)
+        wait_until(lambda: info_of(connection, "bare").generation == 2, "it is built again")
         with connection.attach("bare") as enclave, enclave.slot() as slot:
             slot.enter()
-        wait_until(lambda: connection.stats()["generations"]["retired"] == 0)
+        wait_until(lambda: connection.stats()["generations"]["retired"] == 0, "the old one is gone")
     (record,) = [r for r in running.log() if r["event"] == "next generation"]
     assert "quarantine" in str(record["reason"])
 
@@ -311,7 +308,7 @@ def test_a_memory_error_in_a_slot_loses_the_enclave_for_all_and_ends_no_process(
                     slot.call("empty")
                 with pytest.raises(teemate.EnclaveLost):
                     second.call("empty")
-        wait_until(lambda: info_of(admin, "faults").state == "lost")
+        wait_until(lambda: info_of(admin, "faults").state == "lost", "the broker knows of the loss")
         assert info_of(admin, "vault").state == "ready"
         with admin.attach("vault") as other, other.slot() as slot:
             assert slot.call("echo", b"unharmed") == b"unharmed"
