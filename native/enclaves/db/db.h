@@ -89,7 +89,7 @@ enum db_kind {
 
 enum db_execute_flags {
     DB_NAMED = 1,    /* parameters are given by name, see below */
-    DB_DESCRIBE = 2, /* columns are wanted in the result */
+    DB_DESCRIBE = 2, /* columns are wanted in the result; DB_FETCH has this flag too */
     DB_ONCE = 4,     /* do not keep the statement prepared */
 };
 

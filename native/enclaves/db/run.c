@@ -189,6 +189,20 @@ static int begin(struct task *task)
     return sqlite3_exec(db, texts[task->op.begin], NULL, NULL, NULL);
 }
 
+/* The columns into the reply, before any row: not until it was stepped, as that is when a changed schema shows. */
+static int describe(struct task *task, sqlite3_stmt *stmt)
+{
+    size_t before = task->reply->length;
+
+    task->rows.columns = (uint16_t)sqlite3_column_count(stmt);
+    if (!(task->op.flags & DB_DESCRIBE))
+        return 0;
+    if (!reply_columns(task->reply, stmt))
+        return SQLITE_NOMEM;
+    task->rows.described = (uint32_t)(task->reply->length - before);
+    return 0;
+}
+
 /*
  * Rows of `cursor` into the reply, as many as are wanted and fit.  The row that does not fit any more stays the
  * statement's present one.
@@ -253,10 +267,12 @@ static int query(struct task *task, struct statement *statement)
         code = sqlite3_step(statement->stmt);
         if (code == SQLITE_ROW) {
             cursor->row = true;
-            return fetch(task, cursor);
+            code = describe(task, statement->stmt);
+            if (!code)
+                return fetch(task, cursor);
+        } else if (code == SQLITE_DONE) {
+            code = describe(task, statement->stmt);
         }
-        if (code == SQLITE_DONE)
-            code = 0;
     }
     if (!code && cursor->changes)
         task->rows.changes = sqlite3_changes64(task->connection->db);
@@ -325,13 +341,6 @@ static int execute(struct task *task)
         task->rows.flags |= DB_CHANGES;
         code = begin(task);
     }
-    if (!code && task->op.flags & DB_DESCRIBE && task->rows.columns) {
-        size_t before = task->reply->length;
-
-        if (!reply_columns(task->reply, statement->stmt))
-            code = SQLITE_NOMEM;
-        task->rows.described = (uint32_t)(task->reply->length - before);
-    }
     if (!code && task->rows.columns && task->op.sets <= 1)
         return query(task, statement);
     if (!code)
@@ -368,13 +377,17 @@ static int script(struct task *task)
 static int more(struct task *task)
 {
     struct cursor *cursor = connection_cursor(task->connection, task->op.cursor);
+    int code;
 
     if (task->op.kind == DB_END) {
         if (cursor)
             connection_end_cursor(task->connection, cursor);
         return 0;
     }
-    return cursor ? fetch(task, cursor) : DB_E_CURSOR;
+    if (!cursor)
+        return DB_E_CURSOR;
+    code = describe(task, cursor->statement->stmt);
+    return code ? code : fetch(task, cursor);
 }
 
 /* ---- the list ----------------------------------------------------------------------- */
