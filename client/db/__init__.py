@@ -1,0 +1,120 @@
+"""Confidential databases: SQLite in the enclave, as PEP 249 has it and the sqlite3 module is used.
+
+::
+
+    import teemate
+    from teemate import db
+
+    with teemate.connect() as broker, broker.attach("db") as enclave:
+        connection = db.connect(enclave)            # or db.connect("db"), which attaches by itself
+        with connection:                            # one transaction
+            connection.execute("CREATE TABLE person(name TEXT, born INTEGER)")
+            connection.executemany("INSERT INTO person VALUES (?, ?)", [("Ada", 1815), ("Alan", 1912)])
+        for name, born in connection.execute("SELECT * FROM person ORDER BY born"):
+            print(name, born)
+        connection.close()
+
+Each connection takes a slot and has SQLite's own memory in it.  Statements, parameters and rows
+pass through this process; pages, caches and temporary tables stay in the enclave.
+
+What of sqlite3 is not here calls back into the program (functions, collations, authorizers, progress
+handlers), or reads the database as a file (backup, serialize, extensions): such methods raise
+:class:`NotSupportedError`.  Rows are fetched ahead, in batches: a statement may have read further
+than the program has when its transaction ends.
+"""
+
+from __future__ import annotations
+
+from teemate.db._blob import Blob
+from teemate.db._codes import NUMBERS
+from teemate.db._connection import Connection, connect
+from teemate.db._cursor import Cursor
+from teemate.db._errors import (
+    DatabaseError,
+    DatabaseTampered,
+    DataError,
+    Error,
+    IntegrityError,
+    InterfaceError,
+    InternalError,
+    NotSupportedError,
+    OperationalError,
+    ProgrammingError,
+    Warning,  # noqa: A004
+)
+from teemate.db._row import Row
+from teemate.db._statement import complete_statement
+from teemate.db._types import (
+    PARSE_COLNAMES,
+    PARSE_DECLTYPES,
+    Binary,
+    Date,
+    DateFromTicks,
+    PrepareProtocol,
+    Time,
+    TimeFromTicks,
+    Timestamp,
+    TimestampFromTicks,
+    adapt,
+    adapters,
+    converters,
+    register_adapter,
+    register_converter,
+)
+
+__all__ = [
+    "PARSE_COLNAMES",
+    "PARSE_DECLTYPES",
+    "Binary",
+    "Blob",
+    "Connection",
+    "Cursor",
+    "DataError",
+    "DatabaseError",
+    "DatabaseTampered",
+    "Date",
+    "DateFromTicks",
+    "Error",
+    "IntegrityError",
+    "InterfaceError",
+    "InternalError",
+    "NotSupportedError",
+    "OperationalError",
+    "PrepareProtocol",
+    "ProgrammingError",
+    "Row",
+    "Time",
+    "TimeFromTicks",
+    "Timestamp",
+    "TimestampFromTicks",
+    "Warning",
+    "adapt",
+    "adapters",
+    "apilevel",
+    "complete_statement",
+    "connect",
+    "converters",
+    "paramstyle",
+    "register_adapter",
+    "register_converter",
+    "sqlite_version",
+    "sqlite_version_info",
+    "threadsafety",
+]
+
+apilevel = "2.0"
+threadsafety = 1
+"""Threads may share the module; connections only where `check_same_thread` is off."""
+paramstyle = "qmark"
+"""And ``:name`` with a mapping."""
+sqlite_version_info = (3, 54, 0)
+"""Of the SQLite that the image is built from."""
+sqlite_version = ".".join(map(str, sqlite_version_info))
+
+
+def __getattr__(name: str) -> int:
+    """Return one of the constants SQLITE_*."""
+    try:
+        return NUMBERS[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None

@@ -1,0 +1,304 @@
+"""What goes to the database enclave and what comes back, in bytes: the mirror of native/enclaves/db/db.h.
+
+Results are not decoded before somebody wants their rows: a batch keeps the bytes and where it is in
+them, and texts stay UTF-8 until it is known what the program wants them as.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from teemate.errors import ProtocolError
+
+__all__ = [
+    "CREATE",
+    "DB_FAILED",
+    "MEMORY",
+    "READONLY",
+    "REPLY_MIN",
+    "Batch",
+    "Failure",
+    "Opened",
+    "Stored",
+    "Text",
+    "decode",
+    "decode_failure",
+    "encode_end",
+    "encode_execute",
+    "encode_fetch",
+    "encode_open",
+    "encode_run",
+    "encode_script",
+    "encode_set",
+]
+
+VERSION: Final = 1
+READONLY, CREATE, MEMORY = 1, 2, 4
+DB_FAILED: Final = 1
+"""The status of an ECALL whose answer is a struct db_error."""
+REPLY_MIN: Final = 1024
+_EXECUTE, _FETCH, _END, _SCRIPT = 1, 2, 3, 4
+_NAMED, _DESCRIBE = 1, 2
+_MORE, _TRANSACTION, _READS, _CHANGES = 1, 2, 4, 8
+_NULL, _INTEGER, _REAL, _TEXT, _BLOB = range(5)
+_ROWS, _ERROR_KIND = 1, 2
+
+_OPEN = struct.Struct("<IIIIQII")
+_OPENED = struct.Struct("<QII")
+_RUN = struct.Struct("<IIQ")
+_OPERATION = struct.Struct("<BBBBHHIIIII")
+_RESULT = struct.Struct("<BBHIIIIIqq")
+_ERROR = struct.Struct("<BBHiiIII")
+_INTEGER_FIELD = struct.Struct("<q")
+_REAL_FIELD = struct.Struct("<d")
+_LENGTH = struct.Struct("<H")
+_NO_NAME = 0xFFFF
+
+
+class Text(bytes):
+    """The UTF-8 of a text, which tells it from a blob."""
+
+    __slots__ = ()
+
+
+Stored = None | int | float | Text | bytes
+"""A value as SQLite has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A connection in the enclave."""
+
+    connection: int
+    slot: int
+    sqlite_version: int
+
+    @classmethod
+    def parse(cls, reply: bytes) -> Opened:
+        """Decode a struct db_opened."""
+        if len(reply) != _OPENED.size:
+            raise ProtocolError(f"db_opened has {_OPENED.size} bytes, this one {len(reply)}")
+        return cls(*_OPENED.unpack(reply))
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What an operation failed with."""
+
+    code: int
+    """SQLite's extended result code, or a negative one of the enclave's own."""
+    message: str
+    offset: int
+    """Where in the SQL, in bytes; -1 when that is not known."""
+    set: int
+    """Which set of parameters; for ROOM the cursor to fetch from."""
+    needed: int
+    transaction: bool
+
+
+class Batch:
+    """The rows of one result, decoded one by one."""
+
+    __slots__ = (
+        "_at",
+        "_data",
+        "_left",
+        "changes",
+        "columns",
+        "counts_changes",
+        "cursor",
+        "last_rowid",
+        "names",
+        "reads",
+        "transaction",
+    )
+
+    def __init__(self, data: bytes, at: int) -> None:
+        kind, flags, columns, count, cursor, described, length, _, changes, last_rowid = _RESULT.unpack_from(
+            data, at
+        )
+        at += _RESULT.size
+        if kind != _ROWS or len(data) - at < described + length:
+            raise ProtocolError("the database enclave's answer is not one")
+        self.columns: int = columns
+        self.cursor: int = cursor if flags & _MORE else 0
+        """To fetch more rows from; 0 when these are the last."""
+        self.transaction = bool(flags & _TRANSACTION)
+        self.reads = bool(flags & _READS)
+        self.counts_changes = bool(flags & _CHANGES)
+        self.changes: int = changes
+        self.last_rowid: int = last_rowid
+        self.names = tuple(_names(data[at : at + described]))
+        """Name and declared type of each column, if that was asked for."""
+        self._data = data
+        self._at = at + described
+        self._left: int = count
+
+    def __len__(self) -> int:
+        """How many rows are not read yet."""
+        return self._left
+
+    def row(self) -> list[Stored]:
+        """Decode the next row."""
+        width = self.columns
+        data, fields = self._data, self._at + width
+        end = fields + 8 * width
+        row: list[Stored] = []
+        for kind in data[self._at : fields]:
+            if kind == _NULL:
+                row.append(None)
+            elif kind == _REAL:
+                row.append(_REAL_FIELD.unpack_from(data, fields)[0])
+            else:
+                (field,) = _INTEGER_FIELD.unpack_from(data, fields)
+                if kind == _INTEGER:
+                    row.append(field)
+                else:
+                    if not 0 <= field <= len(data) - end:
+                        raise ProtocolError("the database enclave's answer ends within a value")
+                    raw = data[end : end + field]
+                    end += field
+                    row.append(Text(raw) if kind == _TEXT else raw)
+            fields += 8
+        self._at = end
+        self._left -= 1
+        return row
+
+
+def _names(data: bytes) -> Iterator[tuple[str, str | None]]:
+    texts: list[str | None] = []
+    at = 0
+    while at < len(data):
+        (length,) = _LENGTH.unpack_from(data, at)
+        at += _LENGTH.size
+        if length == _NO_NAME:
+            texts.append(None)
+            continue
+        texts.append(data[at : at + length].decode(errors="replace"))
+        at += length
+    return ((name or "", declared) for name, declared in zip(texts[::2], texts[1::2], strict=True))
+
+
+# ---- requests --------------------------------------------------------------------------------
+
+
+def encode_open(
+    name: bytes, flags: int, *, busy_ms: int, cursors: int, memory: int, statement_ms: int
+) -> bytes:
+    """Encode what db_open is asked; 0 for `cursors`, `memory` and `statement_ms`: the enclave's default."""
+    return _OPEN.pack(VERSION, flags, busy_ms, cursors, memory, statement_ms, len(name)) + name
+
+
+def encode_set(values: Iterable[object]) -> bytes:
+    """Encode one row of None, int, float, str or bytes-like values; subclasses of them too.
+
+    Raises :class:`OverflowError` for an integer of more than 64 bits, :class:`UnicodeEncodeError` for a
+    lone surrogate, :class:`TypeError`, whose argument is the position, for another type.
+    """
+    types, fields, data = bytearray(), bytearray(), bytearray()
+    for position, value in enumerate(values):
+        if value is None:
+            types.append(_NULL)
+            fields += bytes(8)
+        elif isinstance(value, int):
+            types.append(_INTEGER)
+            try:
+                fields += _INTEGER_FIELD.pack(value)
+            except struct.error:
+                raise OverflowError("Python int too large to convert to SQLite INTEGER") from None
+        elif isinstance(value, float):
+            types.append(_REAL)
+            fields += _REAL_FIELD.pack(value)
+        elif isinstance(value, str):
+            raw = str.encode(value)
+            types.append(_TEXT)
+            fields += _INTEGER_FIELD.pack(len(raw))
+            data += raw
+        else:
+            try:
+                blob = memoryview(value).tobytes()  # type: ignore[arg-type]
+            except TypeError:
+                raise TypeError(position) from None
+            types.append(_BLOB)
+            fields += _INTEGER_FIELD.pack(len(blob))
+            data += blob
+    return bytes(types + fields + data)
+
+
+def encode_execute(
+    sql: bytes,
+    sets: Sequence[bytes] = (),
+    *,
+    parameters: int = 0,
+    names: Sequence[str] | None = None,
+    begin: int = 0,
+    rows: int,
+) -> bytes:
+    """Encode a statement with `sets` of `parameters` values each, found by their `names` if there are any."""
+    head = b""
+    if names is not None:
+        head = b"".join(_LENGTH.pack(len(raw)) + raw for raw in map(str.encode, names))
+    tail = head + b"".join(sets)
+    flags = _DESCRIBE | (_NAMED if names is not None else 0)
+    return (
+        _OPERATION.pack(_EXECUTE, flags, begin, 0, parameters, 0, len(sets), rows, 0, len(sql), len(tail))
+        + sql
+        + tail
+    )
+
+
+def encode_script(sql: bytes) -> bytes:
+    """Encode statements without parameters."""
+    return _OPERATION.pack(_SCRIPT, 0, 0, 0, 0, 0, 0, 0, 0, len(sql), 0) + sql
+
+
+def encode_fetch(cursor: int, rows: int, *, describe: bool = False) -> bytes:
+    """Encode that at most `rows` more of `cursor` are wanted, and its columns with them if `describe`."""
+    return _OPERATION.pack(_FETCH, _DESCRIBE if describe else 0, 0, 0, 0, 0, 0, rows, cursor, 0, 0)
+
+
+def encode_end(cursor: int) -> bytes:
+    """Encode that no more of `cursor` is wanted."""
+    return _OPERATION.pack(_END, 0, 0, 0, 0, 0, 0, 0, cursor, 0, 0)
+
+
+def encode_run(operations: Sequence[bytes], interrupt: int) -> bytes:
+    """Encode what db_run is asked; `interrupt`: address of a uint32_t that ends it when it is not 0."""
+    return _RUN.pack(len(operations), 0, interrupt) + b"".join(operations)
+
+
+# ---- answers ---------------------------------------------------------------------------------
+
+
+def decode_failure(data: bytes, at: int = 0) -> Failure:
+    """Decode a struct db_error."""
+    try:
+        kind, flags, _, code, offset, set_, needed, length = _ERROR.unpack_from(data, at)
+    except struct.error:
+        raise ProtocolError("the database enclave's answer ends within an error") from None
+    if kind != _ERROR_KIND:
+        raise ProtocolError(f"the database enclave's answer is of kind {kind}")
+    at += _ERROR.size
+    message = data[at : at + length].decode(errors="replace")
+    return Failure(code, message, offset, set_, needed, bool(flags & _TRANSACTION))
+
+
+def decode(reply: bytes) -> tuple[list[Batch], Failure | None]:
+    """Decode what db_run answers: a result for each operation that was done, and what the next failed with.
+
+    Raises :class:`~teemate.ProtocolError` for what no database enclave of this version answers.
+    """
+    batches: list[Batch] = []
+    at = 0
+    while at < len(reply):
+        if reply[at] == _ERROR_KIND:
+            return batches, decode_failure(reply, at)
+        if len(reply) - at < _RESULT.size:
+            raise ProtocolError("the database enclave's answer ends within a result")
+        _, _, _, _, _, described, length, _, _, _ = _RESULT.unpack_from(reply, at)
+        batches.append(Batch(reply, at))
+        at += _RESULT.size + described + length
+    return batches, None
