@@ -1,0 +1,81 @@
+"""A database in an enclave that a broker shares, opened by the enclave's name."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from connections import database_image
+from running_broker import RunningBroker
+
+import teemate
+from teemate import db
+
+Brokers = Callable[..., RunningBroker]
+README = Path(__file__).parents[2] / "README.md"
+
+
+@pytest.fixture
+def shared(broker: Brokers, monkeypatch: pytest.MonkeyPatch) -> RunningBroker:
+    """A broker whose enclave "db" this user may attach to."""
+    attach = f"[[enclave.attach]]\nuid = {os.geteuid()}\n"
+    attach += f"[administrators]\nuids = [{os.geteuid()}]\n"
+    running = broker(f'[[enclave]]\nname = "db"\nimage = "{database_image()}"\n{attach}')
+    monkeypatch.setenv("TEEMATE_SOCKET", running.socket)
+    return running
+
+
+def test_the_readmes_example_prints_what_it_says(
+    shared: RunningBroker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (example,) = re.findall(r"<!-- database -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
+    exec(compile(example, str(README), "exec"), {})
+    assert capsys.readouterr().out == "Ada 1815\n"
+
+
+def test_connections_by_name_give_back_what_they_took(shared: RunningBroker) -> None:
+    one, two = db.connect("db"), db.connect("db")
+    one.execute("CREATE TABLE t(n)")
+    with pytest.raises(db.OperationalError, match="no such table"):
+        two.execute("SELECT * FROM t")
+    two.close()
+    for _ in range(40):  # more than there are slots
+        db.connect("db").close()
+    assert one.execute("SELECT count(*) FROM t").fetchone() == (0,)
+    one.close()
+    with teemate.connect() as broker, broker.attach("db"):  # where nothing is mapped any more
+        pass
+
+
+def test_an_enclave_that_was_taken_back_is_attached_anew(shared: RunningBroker) -> None:
+    old = db.connect("db")
+    with teemate.connect() as broker:
+        (client,) = [client for client in broker.clients() if client.name == "teemate.db"]
+        broker.revoke(client=client.client)
+        with pytest.raises(db.OperationalError) as gone:
+            old.execute("SELECT 1")
+        assert isinstance(gone.value.__cause__, teemate.Revoked)
+    new = db.connect("db")
+    assert new.execute("SELECT 1").fetchone() == (1,)
+    old.close()
+    assert new.execute("SELECT 2").fetchone() == (2,)
+    new.close()
+
+
+def test_an_enclave_that_there_is_not_is_said_by_teemate(shared: RunningBroker) -> None:
+    with pytest.raises(teemate.NotFound):
+        db.connect("nothing")
+
+
+def test_a_slot_that_was_taken_back_is_an_operational_error_with_its_cause(shared: RunningBroker) -> None:
+    with teemate.connect() as broker, broker.attach("db") as enclave:
+        connection = db.connect(enclave)
+        connection.execute("CREATE TABLE t(n)")
+        enclave.detach()
+        with pytest.raises(db.OperationalError) as gone:
+            connection.execute("INSERT INTO t VALUES (1)")
+        assert isinstance(gone.value.__cause__, teemate.NotAttached)
+        connection.close()
