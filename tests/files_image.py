@@ -61,7 +61,7 @@ def order(handle: int = 0, flags: int = 0, offset: int = 0, length: int = 0, dat
 class Slot(Protocol):
     """What can be called."""
 
-    def call(self, name: str, payload: bytes) -> bytes: ...
+    def call(self, name: str, payload: bytes, *, max_reply: int) -> bytes: ...
 
 
 class Files:
@@ -71,7 +71,7 @@ class Files:
         self._slot = slot
 
     def _ask(self, name: str, payload: bytes) -> tuple[int, bytes]:
-        reply = self._slot.call(name, payload)
+        reply = self._slot.call(name, payload, max_reply=MOST + 8)
         return int.from_bytes(reply[:8], "little", signed=True), reply[8:]
 
     def open(self, name: str, flags: int = CREATE) -> int:

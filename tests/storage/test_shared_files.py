@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import random
 import signal
@@ -187,6 +188,28 @@ def test_whatever_the_warden_was_doing_when_it_was_killed_is_done_once(
     killed = [record for record in running.broker.log() if record["event"] == "warden killed"]
     assert len(killed) == kills
     assert {record["reason"] for record in killed} == {"somebody else killed it"}
+
+
+def test_nobody_works_in_a_folder_that_another_warden_is_still_at_work_in(
+    disk: StartDisk, client: StartClient, tmp_path: Path
+) -> None:
+    """A dead warden has its lock until its last system call has ended; here this test has it."""
+    path = tmp_path / "state" / "enclaves" / "files"
+    path.mkdir(parents=True)
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        running = disk()
+        writer = client(running, "append", "journal")
+        wait_until(writer.waits, "it does not wait for its file")
+        assert not (running.folder / "journal").exists()
+        fcntl.flock(folder, fcntl.LOCK_UN)
+        wait_until(writer.said, "it is held up")
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert writer.stop() == records(running.folder / "journal")
+    finally:
+        os.close(folder)
 
 
 def test_files_go_on_when_the_broker_is_killed(disk: StartDisk, client: StartClient) -> None:
