@@ -202,6 +202,8 @@ WRONG_ARGUMENTS: list[tuple[str, dict[str, object], str]] = [
     ("detach", {"grant": 2**53}, "grant"),
     ("revoke", {"client": -5}, "client"),
     ("clients", {"after": "x"}, "after"),
+    ("clients", {"activity": 1}, "activity"),
+    ("holders", {"enclave": "vault", "calls": "yes"}, "calls"),
 ]
 
 

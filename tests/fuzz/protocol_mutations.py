@@ -26,11 +26,11 @@ VALUES: tuple[Callable[[random.Random], Any], ...] = (
     lambda rng: _nested(rng.randrange(1, 10)),
 )
 OPERATIONS = ("hello", "ping", "enclaves", "attach", "slots.acquire", "slots.release", "detach", "create",
-              "destroy", "drain", "undrain", "upgrade", "revoke", "clients", "stats", "slots.steal",
-              "")  # fmt: skip
+              "destroy", "drain", "undrain", "upgrade", "revoke", "clients", "stats", "holders",
+              "slots.steal", "")  # fmt: skip
 KEYS = ("id", "op", "args", "grant", "client", "enclave", "slots", "count", "wait", "clean", "stolen", "name",
         "sigstruct", "backend", "debug", "owner", "force", "all", "deadline", "reason", "grace", "after",
-        "resume", "version", "unknown")  # fmt: skip
+        "resume", "version", "counters", "activity", "calls", "unknown")  # fmt: skip
 
 
 def _nested(depth: int) -> Any:
@@ -59,6 +59,8 @@ def record(path: str, image: str, sigstruct: bytes) -> list[dict[str, Any]]:
         client.ok("ping")
         client.ok("enclaves")
         grant = client.ok("attach", enclave="vault", slots=2, wait=1.0)
+        client.ok("clients", after=0, activity=True)
+        client.ok("holders", enclave="vault", first=0, calls=True)
         more = client.ok("slots.acquire", grant=grant["grant"], count=1, wait=0.5)
         client.ok("slots.release", grant=grant["grant"], slots=[more["slots"][0]["slot"]], clean=True)
         client.ok("detach", grant=grant["grant"], clean=True)
