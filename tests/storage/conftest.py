@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from fake_broker import wait_until
 from images import BuiltImage
 from policies import enclave_policy
+from processes import wait_until
 from running_broker import RunningBroker
 
 import teemate

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_broker import wait_until
 from files_image import (
     CREATE,
     EACCES,
@@ -29,6 +28,7 @@ from files_image import (
 )
 from images import BuiltImage, Images
 from policies import enclave_policy
+from processes import wait_until
 from running_broker import RunningBroker, run_broker
 
 import teemate
