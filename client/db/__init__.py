@@ -19,8 +19,8 @@ pass through this process; pages, caches and temporary tables stay in the enclav
 
 What of sqlite3 is not here calls back into the program (functions, collations, authorizers, progress
 handlers), or reads the database as a file (backup, serialize, extensions): such methods raise
-:class:`NotSupportedError`.  Rows are fetched ahead, in batches: a statement may have read further
-than the program has when its transaction ends.
+:class:`NotSupportedError`, ``create_function`` not before a statement uses the function.  Rows are
+fetched ahead, in batches: a statement may have read further than the program has when its transaction ends.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from teemate.db._wire import (
     MEMORY,
     READONLY,
     Batch,
+    Failure,
     Opened,
     decode,
     decode_failure,
@@ -36,6 +37,7 @@ from teemate.db._wire import (
     encode_open,
     encode_run,
     encode_script,
+    encode_set,
 )
 
 __all__ = ["Connection", "connect"]
@@ -104,6 +106,7 @@ class Connection:
         self._forgotten: deque[int] = deque()
         self._transaction = False
         self._trace: Callable[[str], object] | None = None
+        self._functions: set[str] = set()
         self._word = ctypes.c_uint32(0)
         self._limits = dict(_LIMITS)
         self.row_factory = None
@@ -259,6 +262,28 @@ class Connection:
         self._check()
         self._trace = trace
 
+    def create_function(
+        self,
+        name: str,
+        narg: int,
+        func: Callable[..., Any] | None,
+        /,
+        *,
+        deterministic: bool = False,
+    ) -> None:
+        """Remember that `name` is a function of this program: statements with it are not supported.
+
+        For libraries that register functions which few statements use (SQLAlchemy's ``regexp``).  Instead
+        of one that SQLite has itself none can be put.
+        """
+        self._check()
+        with self._locked():
+            sql = b"SELECT count(*) FROM pragma_function_list WHERE name = lower(?)"
+            known = self._run(encode_execute(sql, [encode_set([name])], parameters=1, rows=1)).row()
+            if known != [0]:
+                self._unsupported()
+            self._functions.add(name.lower())
+
     def _unsupported(self, *_args: object, **_options: object) -> Any:
         self._check()
         raise _errors.NotSupportedError(
@@ -266,7 +291,7 @@ class Connection:
             "is read by nobody else"
         )
 
-    backup = create_aggregate = create_collation = create_function = _unsupported
+    backup = create_aggregate = create_collation = _unsupported
     create_window_function = deserialize = enable_load_extension = iterdump = load_extension = _unsupported
     serialize = set_authorizer = set_progress_handler = _unsupported
 
@@ -352,11 +377,20 @@ class Connection:
                     # The statement is at its first row, which is asked for again with more room.
                     ended, operation, room = [], encode_fetch(failure.set, 1, describe=True), failure.needed
                     continue
-                raise error_of(failure.code, failure.message)
+                raise self._error(failure)
             if len(batches) == len(ended) + 1:
                 self._transaction = batches[-1].transaction
                 return batches[-1]
             ended = ended[len(batches) :]
+
+    def _error(self, failure: Failure) -> _errors.Error:
+        error = error_of(failure.code, failure.message)
+        name = failure.message.removeprefix("no such function: ")
+        if name != failure.message and name.lower() in self._functions:
+            return _errors.NotSupportedError(
+                f"the function {name} is this program's, and is not called from inside the enclave"
+            )
+        return error
 
     def _leave(self) -> None:
         slot, self._slot = self._slot, None

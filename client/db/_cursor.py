@@ -74,6 +74,7 @@ class Cursor:
             statement = connection._statement(sql)
             names, values = _bound(statement, parameters)
             self._reset()
+            self.description = None
             self.rowcount = -1
             operation = encode_execute(
                 statement.sql,

@@ -194,8 +194,20 @@ def test_names_that_no_database_has_are_refused(connect: Open, name: str) -> Non
 
 
 def test_what_would_call_back_says_so(connect: Open) -> None:
+    connection = connect()
     with pytest.raises(db.NotSupportedError, match="nothing of this program is called from inside"):
-        connect().create_function("f", 1, abs)
+        connection.create_collation("c", lambda one, two: 0)
+
+
+def test_a_function_of_the_program_is_refused_where_it_is_used(connect: Open) -> None:
+    connection = connect()
+    connection.create_function("Shout", 1, str.upper)
+    with pytest.raises(db.NotSupportedError, match="the function SHOUT is this program's"):
+        connection.execute("SELECT SHOUT('a')")
+    with pytest.raises(db.OperationalError, match="no such function: whisper"):
+        connection.execute("SELECT whisper('a')")
+    with pytest.raises(db.NotSupportedError):  # else SQLite's own would be called, and nobody see it
+        connection.create_function("UPPER", 1, str.lower)
 
 
 @pytest.mark.parametrize(
