@@ -175,6 +175,8 @@ static int slot_ocall(struct teemate_slot *slot, uint64_t kind, uint64_t length,
     case TM_OCALL_FILE: {
         uint64_t answer = 0;
 
+        if (length < sizeof(struct tm_file_request))
+            return slot_nonsense(slot);
         status = private_file(slot->enclave, slot->ocall_buffer, length, &answer);
         slot_prepare_return(slot, status, answer);
         return 1;

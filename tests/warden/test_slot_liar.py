@@ -20,7 +20,7 @@ from teemate.image import LayoutOptions, SigParams, layout_image, sign_with_key
 HERE = Path(__file__).resolve().parent
 
 DONE, OCALL = 0, 1
-NAMED, WAIT, WAKE, PRINT = range(4)
+NAMED, WAIT, WAKE, PRINT, FILE = range(5)
 OCALL_FAILED = -10
 CAPACITY = 4096
 OCALL_CAPACITY = 1 << 20
@@ -78,7 +78,8 @@ def wait(index: int, expected: int = 0, timeout_ns: int = 0) -> bytes:
         answer(DONE, (1 << 64) - (1 << 40)),
         answer(DONE, 0, CAPACITY + 1),
         answer(DONE, 0, (1 << 64) - 1),
-        answer(OCALL, 4),
+        answer(OCALL, 5),
+        answer(OCALL, FILE, 8),
         answer(OCALL, (1 << 64) - 1),
         answer(OCALL, NAMED, OCALL_CAPACITY + 1, 1, name_of(4)),
         answer(OCALL, NAMED, (1 << 64) - 1, 1, name_of(4)),
