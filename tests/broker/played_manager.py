@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -48,7 +49,10 @@ class PlayedManager:
         self._policy = folder / "broker.toml"
         self._policy.write_text(policy)
         self._ready = threading.Event()
+        self._dead: set[int] = set()
+        """What they said and is read later counts no more, as with systemd."""
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._sock.bind(str(folder / "notify"))
         self._address = str(folder / "notify")
         self._thread = threading.Thread(target=self._listen, daemon=True)
@@ -71,6 +75,7 @@ class PlayedManager:
     def kill(self) -> None:
         """End the broker as a crash does."""
         assert self.broker is not None
+        self._dead.add(self.broker.pid)
         self.broker.kill()
         self.broker.wait()
 
@@ -97,12 +102,16 @@ class PlayedManager:
         while True:
             data, ancillary, _, _ = self._sock.recvmsg(4096, socket.CMSG_SPACE(64), socket.MSG_CMSG_CLOEXEC)
             fds = array.array("i")
-            for _, _, payload in ancillary:
-                fds.frombytes(payload)
+            sender = 0
+            for _, kind, payload in ancillary:
+                if kind == socket.SCM_RIGHTS:
+                    fds.frombytes(payload)
+                elif kind == socket.SCM_CREDENTIALS:
+                    sender = struct.unpack_from("i", payload)[0]
             if not data:
                 return
             message = dict(line.split("=", 1) for line in data.decode().splitlines())
-            if self.heed(message):
+            if sender not in self._dead and self.heed(message):
                 self._do(message, fds)
             for fd in fds:  # that of BARRIER=1: closing it is the answer
                 os.close(fd)
