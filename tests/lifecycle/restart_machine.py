@@ -122,10 +122,13 @@ class Restarts(Crowd):
 
     @rule(data=st.data())
     def it_shows_a_token_that_another_has_taken_the_place_of(self, data: st.DataObject) -> None:
-        process = self.pick(data, [process for process in self.away() if process.stale])
+        clients = cast("list[ResumingProcess]", self.clients())
+        process = self.pick(data, [process for process in clients if process.stale and not process.dead])
         if process is None:
             return
-        token = data.draw(st.sampled_from(process.stale[-3:]))
+        if process.sock is not None:
+            self.the_broker_dies(False)
+        token = data.draw(st.sampled_from(process.stale[-2:]))
         assert not self.mortal.resumes(process, token), "a token was good twice"
 
     def may_stay(self, held: Held) -> bool:

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 from modelled_process import ModelledProcess, Reply
-from modelled_restart import MortalWorld
+from modelled_restart import MortalWorld, ResumingProcess
 from modelled_world import ENCLAVE
 
 from teemate.broker.enclaves import EnclaveState
+from teemate.broker.resumption import Resumption
 from teemate.broker.revocation import Revocation
 from teemate.broker.slots import SlotState
 
@@ -137,3 +138,26 @@ def test_a_revocation_is_answered_after_a_restart_when_what_had_come_back_is_clo
     world.administrator.hear()
     assert reply.ok is not None
     assert not world.enclave.slots[index].opens(key)
+
+
+@pytest.mark.parametrize("careful", [True, False])
+def test_the_token_before_is_good_for_nothing_once_a_request_was_answered(
+    world: MortalWorld, holder: ModelledProcess, monkeypatch: pytest.MonkeyPatch, careful: bool
+) -> None:
+    """Where the broker does not let go of it, which is the control of this test, it is good again."""
+    if not careful:
+
+        def keep(_self: Resumption, _client: object) -> None:
+            pass
+
+        monkeypatch.setattr(Resumption, "first_request", keep)
+    attach(world, holder)
+    assert isinstance(holder, ResumingProcess)
+    before = holder.shown
+    assert before is not None
+    restart(world, holder)
+    assert holder.shown != before
+    assert ask(world, holder, "ping").ok is not None
+    world.restart()
+    holder.hear()
+    assert world.resumes(holder, before) is not careful
