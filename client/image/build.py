@@ -154,7 +154,7 @@ def build_elf(
             if objects_kept is None:
                 _run(step, work)
             else:
-                _compile_kept(step, work, objects_kept)
+                _compile_kept(step, work, objects_kept, places)
 
         with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
             list(pool.map(compile_one, files, objects))
@@ -166,32 +166,31 @@ def build_elf(
             shutil.copyfile(work / "out.elf", file)
 
 
-def _compile_kept(step: list[str], work: Path, folder: Path) -> None:
-    """Do `step`, which compiles to its last word, or take the object that it made the last time."""
+def _compile_kept(step: list[str], work: Path, folder: Path, places: Sequence[tuple[Path, str]]) -> None:
+    """Do `step`, which compiles to its last word, or take the object that it made the last time.
+
+    Paths are mapped to the names in `places`, in the object as in what it is known by; its text shows macros.
+    """
     target = work / step[-1]
     text = target.with_suffix(".i")
-    _run(
-        [
-            *step[: step.index("-c")],
-            "-E",
-            "-fno-working-directory",
-            *step[step.index("-c") + 1 : -1],
-            str(text),
-        ],
-        work,
-    )
+    place = step.index("-c")
+    _run([*step[:place], "-E", "-fno-working-directory", *step[place + 1 : -1], str(text)], work)
     version = subprocess.run([*compiler(), "-v"], capture_output=True, check=False).stderr  # noqa: S603
-    # Of the paths only what is left of them: the work folder is another each time, and mapped away.
-    words = [word for word in step[:-3] if str(work) not in word]
-    digest = hashlib.sha256(version + repr(words).encode() + text.read_bytes()).hexdigest()
-    kept = folder / f"{digest[:32]}.o"
+    known = (
+        "\0".join(word for word in step[:place] if "-map=" not in word and word[:2] != "-D").encode()
+        + text.read_bytes()
+    )
+    for old, new in reversed(places):
+        known = known.replace(str(old).encode(), new.encode())
+    kept = folder / f"{hashlib.sha256(version + known).hexdigest()[:32]}.o"
     if not kept.exists():
         _run(step, work)
         folder.mkdir(parents=True, exist_ok=True)
-        with _replacing(kept) as new:
-            shutil.copyfile(target, new)
-        for old in sorted(folder.glob("*.o"), key=lambda path: path.stat().st_mtime)[:-_OBJECTS_KEPT]:
-            old.unlink(missing_ok=True)
+        with _replacing(kept) as new_object:
+            shutil.copyfile(target, new_object)
+        for old_object in sorted(folder.glob("*.o"), key=lambda path: path.stat().st_mtime)[:-_OBJECTS_KEPT]:
+            old_object.unlink(missing_ok=True)
+    os.utime(kept)  # the next one that goes is another
     shutil.copyfile(kept, target)
 
 
