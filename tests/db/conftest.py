@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+from backends import BACKEND
 from connections import Connection, database_image
 
 import teemate
 
 
 @pytest.fixture
-def enclave() -> Iterator[teemate.Enclave]:
-    """A private enclave with the database image."""
+def storage(tmp_path: Path) -> Path:
+    """Where the enclave's files are."""
+    folder = tmp_path / "storage"
+    folder.mkdir()
+    return folder
+
+
+def start(storage: Path | None) -> teemate.Enclave:
+    """Build a private enclave with the database image."""
     image = database_image()
-    with teemate.create_enclave(image, image.with_suffix(".sig"), backend="sim") as enclave:
+    return teemate.create_enclave(image, image.with_suffix(".sig"), backend=BACKEND, storage=storage)
+
+
+@pytest.fixture
+def life(storage: Path) -> Callable[[], teemate.Enclave]:
+    """Begin a life of an enclave with these files."""
+    return lambda: start(storage)
+
+
+@pytest.fixture
+def enclave(storage: Path) -> Iterator[teemate.Enclave]:
+    """A private enclave with the database image, and files."""
+    with start(storage) as enclave:
         yield enclave
 
 

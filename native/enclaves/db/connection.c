@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "connection.h"
 
-#include "files.h"
 #include "reply.h"
+#include "shared.h"
+#include "vfs.h"
 
 /* How many of SQLite's instructions pass between two looks at what may end a statement: some 20 microseconds. */
 #define PROGRESS_STEPS 2000
@@ -13,6 +14,15 @@ static _Atomic uint64_t last_number;
 int tm_on_start(void)
 {
     return slot_count() > SLOTS_MOST ? TM_E_ARGUMENT : local_prepare();
+}
+
+/* Its holder is gone, and with it what it held; its memory is the SDK's to free. */
+void tm_on_slot_reset(uint32_t slot)
+{
+    running[slot].number = 0;
+#ifndef DB_TEST_KEEP_LOCKS
+    databases_forget(slot);
+#endif
 }
 
 /* ---- what ends a statement --------------------------------------------------- */
@@ -229,8 +239,9 @@ static int open(struct connection *self, const struct db_open *request, const ch
     code = sqlite3_open_v2(memory ? ":memory:" : name, &self->db, flags, NULL);
     if (!code)
         code = limits(self, request);
+    /* Opening reads nothing: whether it is a database, and ours, is seen here. */
     if (!code && !memory)
-        code = files_begin(self->db);
+        code = sqlite3_exec(self->db, "SELECT 1 FROM sqlite_schema LIMIT 1", NULL, NULL, NULL);
     return code;
 }
 
@@ -299,6 +310,26 @@ TM_ECALL(db_close)
     if (connection_self())
         close(connection_self());
     return 0;
+}
+
+TM_ECALL(db_delete)
+{
+    char name[DB_NAME_MAX + 1] = {0};
+    struct reply reply = {0};
+    int code, status;
+
+    if (!name_is_right((const char *)rq->in, (uint32_t)rq->in_len))
+        return TM_E_ARGUMENT;
+    if (!connection_self())
+        return TM_E_STATE; /* SQLite's memory is the connection's */
+    memcpy(name, rq->in, rq->in_len);
+    code = vfs_delete_database(name);
+    if (!code)
+        return 0;
+    reply_error(&reply, connection_self(), code, -1, 0);
+    status = tm_reply(rq, reply.start, reply.length);
+    reply_close(&reply);
+    return status ? status : DB_FAILED;
 }
 
 TM_ECALL(db_interrupt)

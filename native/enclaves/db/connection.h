@@ -39,7 +39,8 @@ struct connection {
     const volatile uint32_t *interrupt; /* in the caller's memory, or NULL */
     uint64_t deadline;
     bool late;     /* it was the deadline */
-    bool tampered; /* a file of it is not what the enclave wrote */
+    bool tampered;   /* a file of it is not what the enclave wrote */
+    bool no_storage; /* the enclave has none */
 };
 
 static inline struct connection *connection_self(void)

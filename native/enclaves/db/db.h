@@ -10,6 +10,8 @@
  *   db_open       struct db_open, name                   -> struct db_opened
  *   db_run        struct db_run, operations              -> results
  *   db_close      nothing                                -> nothing; what is open is rolled back
+ *   db_delete     name of a database that nobody has open; from a slot with a connection
+ *                                                        -> nothing, or struct db_error with DB_FAILED
  *   db_interrupt  struct db_interrupt                    -> nothing
  *   db_statistics nothing                                -> struct db_statistics
  *
@@ -168,6 +170,7 @@ enum db_own_code {
     DB_E_ROOM = -6,       /* not even one row fits: fetch again from a reply with `needed` bytes; `set` is the cursor */
     DB_E_TIME = -7,       /* the statement took longer than statement_ms */
     DB_E_REQUEST = -8,    /* the operation is none: a length or number in it cannot be */
+    DB_E_STORAGE = -9,    /* the enclave has no storage: databases in memory only */
 };
 
 /* Bytes that the reply needs whatever happens: smaller ones are TM_E_SPACE. */

@@ -29,7 +29,10 @@ static const char *own_message(int code)
 {
     switch (code) {
     case DB_E_TAMPERED:
-        return "a file of the database is not what the enclave wrote: it was changed, swapped, or an older one was put back";
+        return "a file of the database is not what the enclave wrote: it was changed, swapped, or an older one was "
+               "put back; or it was made by an enclave of another signer or on another computer";
+    case DB_E_STORAGE:
+        return "the enclave has no storage for files: let its policy give it some, or use a database in memory";
     case DB_E_PARAMETERS:
         return "as many values are wanted as the statement has parameters, each of its names among them";
     case DB_E_STATEMENTS:
@@ -47,6 +50,15 @@ static const char *own_message(int code)
     }
 }
 
+/* An error that a file's own may have become. */
+static bool is_of_files(int code)
+{
+    int primary = code & 0xff;
+
+    return code > 0 && (primary == SQLITE_IOERR || primary == SQLITE_CANTOPEN || primary == SQLITE_CORRUPT ||
+                        primary == SQLITE_NOTADB || primary == SQLITE_FULL);
+}
+
 void reply_error(struct reply *reply, struct connection *connection, int code, int offset, uint32_t set)
 {
     sqlite3 *db = connection->db;
@@ -54,8 +66,10 @@ void reply_error(struct reply *reply, struct connection *connection, int code, i
     const char *text;
     uint8_t *place;
 
-    if (connection->tampered && code > 0)
+    if (connection->tampered && is_of_files(code))
         error.code = DB_E_TAMPERED;
+    if (connection->no_storage && is_of_files(code))
+        error.code = DB_E_STORAGE;
     if ((code & 0xff) == SQLITE_INTERRUPT && connection->late)
         error.code = DB_E_TIME;
     if (error.code < 0)

@@ -1,0 +1,358 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "records.h"
+
+#include "files.h"
+
+#define NONCE 12u
+#define TAG 16u
+/* A record that another slot writes just now may be read half: it is read again, so often. */
+#define READS 64u
+#define LARGEST (FRAME_SIZE + RECORD_EXTRA)
+
+struct binding {
+    uint8_t label[8];
+    uint64_t kind;
+    uint64_t record;
+};
+
+static struct binding binding_of(const struct record_file *file, uint64_t record)
+{
+    return (struct binding){.label = "tmdb 1", .kind = file->kind, .record = record};
+}
+
+uint32_t record_size(enum file_kind kind, uint64_t record)
+{
+    return kind == FILE_MAIN ? PAGE_SIZE : record ? FRAME_SIZE : LOG_HEAD;
+}
+
+static uint64_t place_of(enum file_kind kind, uint64_t record)
+{
+    if (kind == FILE_MAIN)
+        return HEAD_SIZE + record * (PAGE_SIZE + RECORD_EXTRA);
+    return record ? LOG_HEAD + RECORD_EXTRA + (record - 1) * (uint64_t)(FRAME_SIZE + RECORD_EXTRA) : 0;
+}
+
+int64_t records_counted(const struct record_file *file)
+{
+    int64_t size = tm_file_size(file->handle);
+    uint64_t first = file->kind == FILE_MAIN ? HEAD_SIZE : LOG_HEAD + RECORD_EXTRA;
+
+    if (size < 0)
+        return size;
+    if ((uint64_t)size < first)
+        return 0;
+    if (file->kind == FILE_MAIN)
+        return (int64_t)(((uint64_t)size - first) / (PAGE_SIZE + RECORD_EXTRA));
+    return 1 + (int64_t)(((uint64_t)size - first) / (FRAME_SIZE + RECORD_EXTRA));
+}
+
+static uint64_t short_tag(const uint8_t *tag)
+{
+    uint64_t value;
+
+    memcpy(&value, tag, sizeof(value));
+    return value ? value : 1;
+}
+
+/* ---- what a power cut leaves ------------------------------------------------------ */
+
+static bool open_record(const struct record_file *file, uint64_t record, const uint8_t *raw, uint8_t *data)
+{
+    uint32_t size = record_size(file->kind, record);
+    struct binding binding = binding_of(file, record);
+
+    return !tm_aead_open(file->database->key, raw, &binding, sizeof(binding), raw + NONCE, size, data,
+                         raw + NONCE + size);
+}
+
+/* A frame of the log, of the same life of the log as `salt`: neither judged for freshness nor kept. */
+static bool peek_frame(const struct record_file *file, uint64_t record, const uint8_t salt[8], uint8_t *frame)
+{
+    uint8_t raw[LARGEST];
+    int64_t got = tm_file_read(file->handle, place_of(FILE_WAL, record), raw, sizeof(raw));
+
+    return got == (int64_t)sizeof(raw) && open_record(file, record, raw, frame) && !memcmp(frame + 8, salt, 8);
+}
+
+static uint32_t big_endian(const uint8_t *bytes)
+{
+    uint32_t value;
+
+    memcpy(&value, bytes, sizeof(value));
+    return __builtin_bswap32(value);
+}
+
+/* SQLite's checksum of the log (wal.c, walChecksumBytes) goes on from one frame to the next. */
+static void add_checksum(uint32_t sum[2], const uint8_t *data, uint32_t length)
+{
+    for (uint32_t i = 0; i < length; i += 8) {
+        uint32_t words[2];
+
+        memcpy(words, data + i, sizeof(words));
+        sum[0] += words[0] + sum[1];
+        sum[1] += words[1] + sum[0];
+    }
+}
+
+static bool follows(const uint32_t before[2], const uint8_t *frame)
+{
+    uint32_t sum[2] = {before[0], before[1]};
+
+    add_checksum(sum, frame, 8);
+    add_checksum(sum, frame + FRAME_HEAD, PAGE_SIZE);
+    return sum[0] == big_endian(frame + 16) && sum[1] == big_endian(frame + 20);
+}
+
+/*
+ * A frame of the log is not right, and nothing is known of it in this life.  When power failed before its
+ * transaction was synced it may be torn, and the log ends before it, as for SQLite.  But a transaction
+ * begins when the last one is synced: when a later one was committed and yet another one follows, this
+ * one was whole, and somebody has changed it since.
+ */
+static bool log_goes_on(struct record_file *file, uint64_t record)
+{
+    uint64_t count = file->database->files[FILE_WAL].records;
+    uint8_t head[LOG_HEAD], *frame = sqlite3_malloc(FRAME_SIZE);
+    uint32_t sum[2];
+    bool commit = false, found = false;
+
+    if (!frame || record_read(file, 0, head)) {
+        sqlite3_free(frame);
+        return true;
+    }
+    while (!found && ++record < count) {
+        if (!peek_frame(file, record, head + 16, frame)) {
+            commit = false;
+            continue;
+        }
+        found = commit && follows(sum, frame);
+        commit = big_endian(frame + 4) != 0;
+        sum[0] = big_endian(frame + 16);
+        sum[1] = big_endian(frame + 20);
+    }
+    sqlite3_free(frame);
+    return found;
+}
+
+static bool is_zero(const uint8_t *data, uint32_t length)
+{
+    while (length && !*data)
+        data++, length--;
+    return !length;
+}
+
+int record_read(struct record_file *file, uint64_t record, uint8_t *data)
+{
+    uint32_t size = record_size(file->kind, record);
+    bool unknown, zeros = false;
+    uint8_t raw[LARGEST];
+
+    for (uint32_t reads = 0; reads < READS; reads++) {
+        int64_t got = tm_file_read(file->handle, place_of(file->kind, record), raw, size + RECORD_EXTRA);
+        uint64_t tag;
+
+        if (got < 0)
+            return (int)got;
+        if (got < size + RECORD_EXTRA) {
+            if (record >= file->database->files[file->kind].records)
+                return RECORD_END;
+            continue;
+        }
+        zeros = is_zero(raw, size + RECORD_EXTRA);
+        if (!open_record(file, record, raw, data))
+            continue;
+        tag = short_tag(raw + NONCE + size);
+        if (!known_is_right(file->database, file->kind, record, tag))
+            continue;
+        if (known_is_unknown(file->database, file->kind, record)) {
+            if (known_reserve(file->database, file->kind, record))
+                return RECORD_MEMORY;
+            known_set(file->database, file->kind, record, tag);
+        }
+        return RECORD_OK;
+    }
+    unknown = known_is_unknown(file->database, file->kind, record);
+    if (file->kind == FILE_WAL && unknown && (record ? !log_goes_on(file, record) : zeros)) {
+        memset(data, 0, size);
+        return RECORD_OK; /* no frame: for SQLite its checksum is wrong, and the log ends here */
+    }
+    return file->kind == FILE_MAIN && unknown ? RECORD_TORN : RECORD_TAMPERED;
+}
+
+/*
+ * What the slot's last write left open, when it was not acknowledged: it was done or not, and cannot be done
+ * any more (files.h), so what is in the file now is what counts.
+ */
+static int settle(struct record_file *file)
+{
+    struct pending *pending = &file->database->pending[file->kind][thread_self()->fixed.index];
+    uint8_t tag[TAG];
+
+    for (uint64_t i = 0; i < pending->count; i++) {
+        uint64_t record = pending->first + i;
+        uint64_t place = place_of(file->kind, record) + NONCE + record_size(file->kind, record);
+        int64_t got = tm_file_read(file->handle, place, tag, sizeof(tag));
+
+        if (got < 0)
+            return (int)got;
+        if (got == sizeof(tag) && short_tag(tag) == pending->tags[i])
+            known_set(file->database, file->kind, record, pending->tags[i]);
+    }
+    pending->count = 0;
+    return 0;
+}
+
+int records_write(struct record_file *file, uint64_t first, const uint8_t *data, uint32_t count)
+{
+    struct pending *pending = &file->database->pending[file->kind][thread_self()->fixed.index];
+    uint32_t size = record_size(file->kind, first), step = size + RECORD_EXTRA;
+    struct known_file *known = &file->database->files[file->kind];
+    uint64_t records;
+    uint8_t *raw;
+    int64_t done;
+    int status;
+
+    if (pending->count) {
+        status = settle(file);
+        if (status)
+            return status;
+    }
+    raw = sqlite3_malloc((int)(step * count));
+    if (!raw)
+        return RECORD_MEMORY;
+    for (uint32_t i = 0; i < count; i++) {
+        struct binding binding = binding_of(file, first + i);
+        uint8_t *at = raw + i * step;
+
+        status = known_reserve(file->database, file->kind, first + i);
+        if (status) {
+            sqlite3_free(raw);
+            return RECORD_MEMORY;
+        }
+        tm_random(at, NONCE);
+        tm_aead_seal(file->database->key, at, &binding, sizeof(binding), data + i * (size_t)size, size, at + NONCE,
+                     at + NONCE + size);
+        pending->tags[i] = short_tag(at + NONCE + size);
+    }
+    pending->first = first;
+    pending->count = count;
+    done = tm_file_write(file->handle, place_of(file->kind, first), raw, (size_t)step * count);
+    sqlite3_free(raw);
+    if (done < 0)
+        return (int)done; /* some of it may be there: both are right until the next write */
+    for (uint32_t i = 0; i < count; i++)
+        known_set(file->database, file->kind, first + i, pending->tags[i]);
+    records = known->records;
+    while (records < first + count && !__atomic_compare_exchange_n((uint64_t *)&known->records, &records, first + count,
+                                                                   false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+        ;
+    pending->count = 0;
+    return 0;
+}
+
+int records_cut(struct record_file *file, uint64_t count)
+{
+    int status = tm_file_truncate(file->handle, place_of(file->kind, count));
+
+    if (!status)
+        known_cut(file->database, file->kind, count);
+    return status;
+}
+
+/* ---- the head -------------------------------------------------------------------- */
+
+struct head {
+    uint8_t key[16];
+};
+#define HEAD_SEALED (sizeof(struct head) + TM_SEAL_OVERHEAD)
+
+static void head_binding(const struct record_file *file, uint8_t text[80])
+{
+    static const char label[] = "teemate database 1";
+
+    memset(text, 0, 80);
+    memcpy(text, label, sizeof(label));
+    memcpy(text + 24, file->database->name, strlen(file->database->name));
+}
+
+/* An empty database in WAL mode, as SQLite would make it; it never has a rollback journal. */
+static void first_page(uint8_t page[PAGE_SIZE])
+{
+    static const uint8_t head[] = {
+        'S', 'Q', 'L', 'i', 't', 'e', ' ', 'f', 'o', 'r', 'm', 'a', 't', ' ', '3', 0,
+        0x10, 0, 2, 2, 0, 64, 32, 32, /* page size, WAL, nothing reserved, fractions */
+        0, 0, 0, 1, 0, 0, 0, 1,       /* change counter, pages */
+    };
+
+    memset(page, 0, PAGE_SIZE);
+    memcpy(page, head, sizeof(head));
+    page[95] = 1; /* version-valid-for: the change counter */
+    page[96] = (uint8_t)(SQLITE_VERSION_NUMBER >> 24);
+    page[97] = (uint8_t)(SQLITE_VERSION_NUMBER >> 16);
+    page[98] = (uint8_t)(SQLITE_VERSION_NUMBER >> 8);
+    page[99] = (uint8_t)SQLITE_VERSION_NUMBER;
+    page[100] = 13; /* a leaf of a table, with no cells */
+    page[105] = 0x10;
+}
+
+/* The first page, then the head: without a head there is nothing yet.  A log is another database's of that name. */
+static int make(struct record_file *file, const char *log)
+{
+    uint8_t binding[80], sealed[HEAD_SEALED];
+    struct head head;
+    uint8_t *page;
+    int status = tm_file_delete(log);
+
+    if (!status || status == -TM_ENOENT)
+        status = tm_file_truncate(file->handle, 0);
+
+    page = status ? NULL : sqlite3_malloc(PAGE_SIZE);
+    if (!page)
+        return status ? status : RECORD_MEMORY;
+    tm_random(head.key, sizeof(head.key));
+    head_binding(file, binding);
+    status = tm_seal(SGX_KEYPOLICY_MRSIGNER, binding, sizeof(binding), &head, sizeof(head), sealed);
+    memcpy(file->database->key, head.key, sizeof(head.key));
+    first_page(page);
+    if (!status)
+        status = records_write(file, 0, page, 1);
+    if (!status)
+        status = tm_file_sync(file->handle);
+    if (!status) {
+        int64_t done = tm_file_write(file->handle, 0, sealed, sizeof(sealed));
+
+        status = done < 0 ? (int)done : tm_file_sync(file->handle);
+    }
+    sqlite3_free(page);
+    tm_wipe(&head, sizeof(head));
+    return status;
+}
+
+int record_open_database(struct record_file *file, const char *log, bool create)
+{
+    static const uint8_t nothing[HEAD_SEALED];
+    uint8_t binding[80], sealed[HEAD_SEALED] = {0};
+    struct head head;
+    int64_t got = tm_file_read(file->handle, 0, sealed, sizeof(sealed));
+    int status;
+
+    if (got < 0)
+        return (int)got;
+    /* Its making was cut short, or it is new: nobody was told that there is something in it. */
+    if (!memcmp(sealed, nothing, sizeof(sealed))) {
+        if (!create)
+            return -TM_ENOENT;
+        return make(file, log);
+    }
+    head_binding(file, binding);
+    status = tm_unseal(binding, sizeof(binding), sealed, sizeof(sealed), &head);
+    if (status)
+        return RECORD_TAMPERED;
+    memcpy(file->database->key, head.key, sizeof(head.key));
+    tm_wipe(&head, sizeof(head));
+    got = records_counted(file);
+    if (got < 0)
+        return (int)got;
+    file->database->files[FILE_MAIN].records = (uint64_t)got;
+    return 0;
+}

@@ -1,0 +1,50 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A database's files as the host has them: records of authenticated ciphertext, AES-128-GCM.
+ *
+ *   main file   4096 bytes: a sealed head (who may know the key, and the key); then per page of 4096 bytes
+ *               nonce 12 | ciphertext 4096 | tag 16
+ *   -wal        the same of the log's head of 32 bytes; then per frame of 24 + 4096 bytes
+ *
+ * Every record is bound to the database (its key is its own), the file and the record's number.  Nonces
+ * are random: a key is good for 2^32 writes (NIST SP 800-38D, 8.3), which is 16 TiB.
+ *
+ * What the host can do and is not found: bring back all of an earlier state while no enclave runs.
+ */
+#ifndef DB_RECORDS_H
+#define DB_RECORDS_H
+
+#include "shared.h"
+
+#define PAGE_SIZE 4096u
+#define FRAME_HEAD 24u
+#define FRAME_SIZE (FRAME_HEAD + PAGE_SIZE)
+#define LOG_HEAD 32u
+#define HEAD_SIZE 4096u
+#define RECORD_EXTRA 28u
+
+/* A failure of the host's, as SQLite's code; what is not what the enclave wrote. */
+enum record_status { RECORD_OK = 0, RECORD_END = 1, RECORD_TAMPERED = -1001, RECORD_MEMORY = -1002, RECORD_TORN = -1003 };
+
+struct record_file {
+    struct database *database;
+    enum file_kind kind;
+    uint32_t handle;
+};
+
+uint32_t record_size(enum file_kind kind, uint64_t record);
+/* How many the host's file has room for; or a negative tm_errno. */
+int64_t records_counted(const struct record_file *file);
+/*
+ * RECORD_OK, RECORD_END when there is none, RECORD_TAMPERED, a negative tm_errno.  RECORD_TORN: as RECORD_TAMPERED,
+ * but nothing was known of it: a checkpoint that power cut short leaves such pages, and the log has them.
+ */
+int record_read(struct record_file *file, uint64_t record, uint8_t *data);
+/* `count` records of one size, one after the other: at most BATCH. */
+int records_write(struct record_file *file, uint64_t first, const uint8_t *data, uint32_t count);
+int records_cut(struct record_file *file, uint64_t count);
+
+/* The key of a database that has a file; makes key and first page when it has none and `create`.  `log`: its -wal. */
+int record_open_database(struct record_file *file, const char *log, bool create);
+
+#endif

@@ -1,0 +1,88 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What the slots share of a database: key, locks, wal-index, and what is known of its files.
+ * One struct database for each name, for as long as the enclave lives.
+ *
+ * LOCKS.  A slot's word says what the slot holds; only the slot changes it, and the SDK's reset of the slot,
+ * so locks are gone with their holder.  Who wants one first says so in its word, then looks at the others',
+ * and takes it back if there is one in the way: so of two at most one succeeds.
+ *
+ * FRESHNESS.  Of every record that was read or written in this life of the enclave 64 bits of its tag are
+ * kept, and nothing else is believed for it.  A write says beforehand what it will write (struct pending):
+ * until it is acknowledged both are right, and when its slot is gone, until the slot's next writer has looked.
+ */
+#ifndef DB_SHARED_H
+#define DB_SHARED_H
+
+#include "connection.h"
+
+#define REGION_SIZE 32768u /* SQLite's WALINDEX_PGSZ */
+#define REGIONS_MOST 256u
+#define TAGS_IN_CHUNK 4096u
+#define CHUNKS_MOST 512u /* 2^21 records, 8 GiB */
+#define BATCH 15u         /* records in one write: 64 KiB */
+
+enum file_kind { FILE_MAIN = 0, FILE_WAL = 1, FILE_KINDS = 2 };
+
+/* Bits of a slot's word.  The wal-index has 8 locks, shared and exclusive. */
+#define HOLDS_SHARED(first, count) ((((1ull << (count)) - 1) << (first)))
+#define HOLDS_EXCLUSIVE(first, count) ((((1ull << (count)) - 1) << ((first) + 8)))
+#define HOLDS_FILE_SHARED (1ull << 16)
+#define HOLDS_FILE_RESERVED (1ull << 17)
+#define HOLDS_FILE_PENDING (1ull << 18)
+#define HOLDS_FILE_EXCLUSIVE (1ull << 19)
+#define HOLDS_FILE (HOLDS_FILE_SHARED | HOLDS_FILE_RESERVED | HOLDS_FILE_PENDING | HOLDS_FILE_EXCLUSIVE)
+#define HOLDS_SETUP (1ull << 20)
+#define HOLDS_OPEN (1ull << 21)
+
+struct pending {
+    uint64_t first;
+    _Atomic uint64_t count; /* written last, taken away last */
+    uint64_t tags[BATCH];
+};
+
+struct known_file {
+    _Atomic uint64_t records; /* that the file has */
+    uint64_t *tags[CHUNKS_MOST]; /* 0: nothing is known */
+};
+
+struct database {
+    struct database *next;
+    char name[DB_NAME_MAX + 8];
+    struct tm_mutex mutex; /* for what is added: chunks of tags, regions */
+    _Atomic uint32_t ready; /* the key is there */
+    uint8_t key[16];
+    _Atomic uint64_t words[SLOTS_MOST];
+    void *regions[REGIONS_MOST];
+    struct known_file files[FILE_KINDS];
+    struct pending pending[FILE_KINDS][SLOTS_MOST];
+};
+
+/* Find it, or make it: 0, TM_E_NOMEM, TM_E_BUSY. */
+int database_find(const char *name, struct database **database);
+/* Everything that the slot held, of all databases. */
+void databases_forget(uint32_t slot);
+
+/*
+ * Let the running slot hold `bits` beside what it holds: false when another slot holds one of `against`.
+ */
+bool database_hold(struct database *database, uint64_t bits, uint64_t against);
+void database_drop(struct database *database, uint64_t bits);
+uint64_t database_holds(const struct database *database);
+/* Does another slot hold one of them? */
+bool database_held(const struct database *database, uint64_t bits);
+
+/* Region `index` of the wal-index; NULL when there is none and `make` is false.  0, TM_E_NOMEM, TM_E_BUSY. */
+int database_region(struct database *database, uint32_t index, bool make, void **region);
+
+/* Make room for what is known of `record`: 0, TM_E_NOMEM, TM_E_BUSY. */
+int known_reserve(struct database *database, enum file_kind kind, uint64_t record);
+/* May a record with this tag have been read? */
+bool known_is_right(struct database *database, enum file_kind kind, uint64_t record, uint64_t tag);
+/* Nothing is known of it, or it was never written in this life. */
+bool known_is_unknown(struct database *database, enum file_kind kind, uint64_t record);
+void known_set(struct database *database, enum file_kind kind, uint64_t record, uint64_t tag);
+/* Records from `count` on are gone. */
+void known_cut(struct database *database, enum file_kind kind, uint64_t count);
+
+#endif

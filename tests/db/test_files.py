@@ -1,0 +1,173 @@
+"""Databases in files: what is committed stays, and connections see each other's as SQLite promises."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from connections import BUSY, CREATE, EXECUTE, READONLY, Connection, SqlError, operation
+
+import teemate
+
+Connect = Callable[..., Connection]
+Life = Callable[[], teemate.Enclave]
+
+
+def fill(db: Connection, rows: int = 100) -> None:
+    db.script("CREATE TABLE t(id INTEGER PRIMARY KEY, v)")
+    db.run(
+        operation(
+            EXECUTE, "INSERT INTO t VALUES (?, ?)", [(n, f"PLAIN{n:05}" * 20) for n in range(rows)], begin=2
+        )
+    )
+    db.sql("COMMIT")
+
+
+def test_what_was_committed_is_there_in_the_enclaves_next_life(life: Life) -> None:
+    for number in range(3):
+        with life() as enclave, enclave.slot() as slot:
+            db = Connection(slot, "accounts")
+            if not number:
+                db.script("CREATE TABLE t(v)")
+            db.sql("INSERT INTO t VALUES (?)", number)
+            assert db.sql("SELECT v FROM t") == [(n,) for n in range(number + 1)]
+            assert db.sql("PRAGMA integrity_check") == [("ok",)]
+            if number == 1:
+                assert db.sql("PRAGMA wal_checkpoint(TRUNCATE)")[0][0] == 0
+
+
+def test_nothing_of_it_can_be_read_in_the_files(connect: Connect, storage: Path) -> None:
+    db = connect("accounts")
+    fill(db, 500)
+    db.sql("PRAGMA wal_checkpoint(FULL)")
+    files = {path.name: path.read_bytes() for path in storage.iterdir()}
+    assert set(files) == {"accounts", "accounts-wal"}
+    for data in files.values():
+        assert len(data) > 100_000
+        for text in (b"PLAIN", b"SQLite", b"CREATE", b"accounts"):
+            assert text not in data
+
+
+def test_files_are_the_owners_alone(connect: Connect, storage: Path) -> None:
+    fill(connect("accounts"))
+    assert {path.stat().st_mode & 0o777 for path in storage.iterdir()} == {0o600}
+
+
+def test_a_reader_sees_what_was_there_when_it_began(connect: Connect) -> None:
+    one, two = connect("accounts"), connect("accounts")
+    fill(one, 3)
+    two.sql("BEGIN")
+    assert two.sql("SELECT count(*) FROM t") == [(3,)]
+    one.sql("DELETE FROM t WHERE id = 1")
+    assert two.sql("SELECT count(*) FROM t") == [(3,)]
+    two.sql("COMMIT")
+    assert two.sql("SELECT count(*) FROM t") == [(2,)]
+
+
+def test_one_writes_and_the_other_is_told_so_or_waits(connect: Connect) -> None:
+    one, two = connect("accounts"), connect("accounts")
+    three = connect("accounts", busy_ms=60_000)
+    fill(one, 3)
+    one.sql("BEGIN IMMEDIATE")
+    with pytest.raises(SqlError, match="locked") as failed:
+        two.sql("BEGIN IMMEDIATE")
+    assert failed.value.code == BUSY
+    waiting = threading.Thread(target=three.sql, args=("UPDATE t SET v = 'three' WHERE id = 1",))
+    waiting.start()
+    one.sql("UPDATE t SET v = 'one' WHERE id = 1")
+    one.sql("COMMIT")
+    waiting.join()
+    assert two.sql("SELECT v FROM t WHERE id = 1") == [("three",)]
+
+
+def test_closing_and_losing_the_slot_roll_back(enclave: teemate.Enclave, connect: Connect) -> None:
+    other = connect("accounts")
+    fill(other, 3)
+    with enclave.slot() as slot:
+        db = Connection(slot, "accounts")
+        db.sql("BEGIN IMMEDIATE")
+        db.sql("DELETE FROM t")
+        db.close()
+        assert other.sql("SELECT count(*) FROM t") == [(3,)]
+        db = Connection(slot, "accounts")
+        db.sql("BEGIN IMMEDIATE")
+        db.sql("DELETE FROM t")
+    assert other.sql("SELECT count(*) FROM t") == [(3,)]
+
+
+def test_a_read_only_connection_writes_nothing(connect: Connect, storage: Path) -> None:
+    with pytest.raises(SqlError, match="unable to open"):
+        connect("accounts", flags=READONLY)
+    assert list(storage.iterdir()) == []
+    db = connect("accounts")
+    fill(db, 3)
+    reader = connect("accounts", flags=READONLY)
+    assert reader.sql("SELECT count(*) FROM t") == [(3,)]
+    for text in ("DELETE FROM t", "CREATE TABLE u(v)", "PRAGMA user_version = 3"):
+        with pytest.raises(SqlError, match="readonly"):
+            reader.sql(text)
+    db.sql("DELETE FROM t WHERE id = 0")
+    assert reader.sql("SELECT count(*) FROM t") == [(2,)]
+
+
+def test_a_database_stays_in_the_mode_that_all_have(connect: Connect) -> None:
+    db = connect("accounts")
+    fill(db, 3)
+    for text, answer in (("PRAGMA journal_mode=DELETE", "wal"), ("PRAGMA locking_mode=EXCLUSIVE", "normal")):
+        assert db.sql(text) == [(answer,)]
+    db.sql("PRAGMA page_size=8192")
+    db.sql("VACUUM")
+    assert db.sql("PRAGMA page_size") == [(4096,)]
+    assert db.sql("PRAGMA integrity_check") == [("ok",)]
+    assert connect("accounts").sql("SELECT count(*) FROM t") == [(3,)]
+
+
+def test_a_transaction_larger_than_the_cache_is_rolled_back_and_committed(connect: Connect) -> None:
+    db, other = connect("accounts"), connect("accounts")
+    db.sql("PRAGMA cache_size = 20")
+    fill(db, 10)
+    insert = "INSERT INTO t(v) VALUES (zeroblob(1500))"
+    db.sql("BEGIN")
+    db.run(*[operation(EXECUTE, insert)] * 600, max_reply=1 << 20)
+    db.sql("SAVEPOINT s")
+    db.sql("UPDATE t SET v = 'changed'")
+    db.sql("ROLLBACK TO s")
+    assert other.sql("SELECT count(*) FROM t") == [(10,)]
+    db.sql("COMMIT")
+    assert other.sql("SELECT count(*), max(v = 'changed') FROM t") == [(610, 0)]
+    db.sql("BEGIN")
+    db.sql("DELETE FROM t")
+    db.sql("ROLLBACK")
+    db.sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert other.sql("SELECT count(*) FROM t") == [(610,)]
+    assert other.sql("PRAGMA integrity_check") == [("ok",)]
+
+
+def test_an_enclave_without_storage_says_so() -> None:
+    from conftest import start
+
+    with start(None) as enclave, enclave.slot() as slot, pytest.raises(SqlError, match="no storage"):
+        Connection(slot, "accounts")
+
+
+def test_a_database_is_deleted_when_nobody_has_it(connect: Connect, storage: Path) -> None:
+    db, boss = connect("accounts"), connect()
+    fill(db, 3)
+    with pytest.raises(teemate.CallFailed):
+        boss.slot.call("db_delete", b"accounts")
+    db.close()
+    boss.slot.call("db_delete", b"accounts")
+    assert list(storage.iterdir()) == []
+    with pytest.raises(SqlError):
+        Connection(db.slot, "accounts", flags=0)
+    again = Connection(db.slot, "accounts", flags=CREATE)
+    assert again.sql("SELECT * FROM sqlite_schema") == []
+
+
+@pytest.mark.parametrize("name", ["", ".x", "-x", "a/b", "a-wal", "a-journal", "x" * 49, "a\0b", "ä"])
+def test_names_that_cannot_be_are_refused(enclave: teemate.Enclave, name: str) -> None:
+    with enclave.slot() as slot, pytest.raises(teemate.CallFailed) as failed:
+        Connection(slot, name, flags=CREATE)
+    assert failed.value.status == -1

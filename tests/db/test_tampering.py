@@ -1,0 +1,182 @@
+"""What the host does to the files is found before it is believed, also after everybody has gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from connections import TAMPERED, Connection, SqlError
+from test_files import Life, fill
+
+Connect = Callable[..., Connection]
+
+HEAD, PAGE, LOG_HEAD, FRAME = 4096, 4096 + 28, 32 + 28, 24 + 4096 + 28
+
+# What lies where (records.h): a byte of each kind.
+PLACES = {
+    "accounts": {
+        "sealed head": 3,
+        "sealed key": 90,
+        "first page's nonce": HEAD + 2,
+        "first page": HEAD + 12 + 50,
+        "first page's tag": HEAD + 12 + 4096 + 5,
+        "a page's nonce": HEAD + 6 * PAGE + 2,
+        "a page": HEAD + 6 * PAGE + 2000,
+        "a page's tag": HEAD + 7 * PAGE - 1,
+    },
+    "accounts-wal": {
+        "the log's head": 12 + 8,
+        "the log's nonce": 1,
+        "the log's tag": 12 + 32 + 3,
+        "a frame's nonce": LOG_HEAD + FRAME,
+        "a frame's head": LOG_HEAD + FRAME + 12 + 4,
+        "a frame's page": LOG_HEAD + FRAME + 12 + 24 + 99,
+        "a frame's tag": LOG_HEAD + 2 * FRAME - 2,
+    },
+}
+
+
+def ask(db: Connection) -> tuple[object, ...]:
+    """Read everything there is."""
+    db.sql("PRAGMA integrity_check")
+    return db.sql("SELECT count(*), sum(length(v)), sum(id), min(v), max(v) FROM t")[0]
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0x40
+    path.write_bytes(data)
+
+
+def detects(db: Callable[[], Connection]) -> None:
+    with pytest.raises(SqlError) as failed:
+        ask(db())
+    assert failed.value.code == TAMPERED, failed.value
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [(name, place) for name, places in PLACES.items() for place in places]
+)
+def test_a_changed_byte_is_found(life: Life, storage: Path, name: str, place: str) -> None:
+    with life() as enclave, enclave.slot() as slot:
+        db = Connection(slot, "accounts")
+        fill(db, 200)
+        db.sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        for rows in ("0, 199", "50", "60"):
+            db.sql(f"UPDATE t SET v = v || 'more' WHERE id IN ({rows})")
+        db.close()
+        path = storage / name
+        kept = path.read_bytes()
+        assert len(kept) > PLACES[name][place]
+        if "sealed" not in place:  # which is read once in a life
+            flip(path, PLACES[name][place])
+            if place.startswith("the log's"):  # it is read when the log is read anew
+                path.write_bytes(kept)
+            else:
+                detects(lambda: Connection(slot, "accounts"))
+                slot.call("db_close")
+                path.write_bytes(kept)
+        right = ask(Connection(slot, "accounts"))
+        assert right[0] == 200
+    flip(path, PLACES[name][place])
+    with life() as enclave, enclave.slot() as slot:
+        detects(lambda: Connection(slot, "accounts"))
+
+
+def test_only_of_the_last_transaction_it_cannot_be_told_from_a_power_cut(life: Life, storage: Path) -> None:
+    with life() as enclave, enclave.slot() as slot:
+        db = Connection(slot, "accounts")
+        fill(db, 200)
+        for number in range(3):
+            db.sql("UPDATE t SET v = ?", f"{number}")
+        db.close()
+    path = storage / "accounts-wal"
+    flip(path, len(path.read_bytes()) - 2)
+    with life() as enclave, enclave.slot() as slot:
+        db = Connection(slot, "accounts")
+        assert db.sql("SELECT count(*), min(v), max(v) FROM t") == [(200, "1", "1")]
+        assert db.sql("PRAGMA integrity_check") == [("ok",)]
+
+
+def test_pages_that_were_swapped_are_found(connect: Connect, storage: Path) -> None:
+    db = connect("accounts")
+    fill(db, 200)
+    db.sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    db.close()
+    path = storage / "accounts"
+    data = path.read_bytes()
+    one, two = (slice(HEAD + n * PAGE, HEAD + (n + 1) * PAGE) for n in (2, 3))
+    swapped = bytearray(data)
+    swapped[one], swapped[two] = data[two], data[one]
+    path.write_bytes(swapped)
+    detects(lambda: Connection(db.slot, "accounts"))
+    db.slot.call("db_close")
+    path.write_bytes(data)
+    assert ask(Connection(db.slot, "accounts"))[0] == 200
+
+
+def test_a_database_under_anothers_name_is_found(life: Life, storage: Path) -> None:
+    with life() as enclave, enclave.slot() as slot:
+        for name in ("accounts", "salaries"):
+            db = Connection(slot, name)
+            fill(db, 10)
+            db.sql("PRAGMA wal_checkpoint(TRUNCATE)")
+            db.close()
+    (storage / "salaries").write_bytes((storage / "accounts").read_bytes())
+    with life() as enclave, enclave.slot() as slot:
+        detects(lambda: Connection(slot, "salaries"))
+
+
+@pytest.mark.parametrize(
+    "what", ["all", "a page", "the log", "the log's end", "the file's end", "nothing left"]
+)
+def test_what_is_older_is_found_while_the_enclave_lives(connect: Connect, storage: Path, what: str) -> None:
+    db = connect("accounts")
+    fill(db, 200)
+    db.sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    db.sql("UPDATE t SET v = 'old'")
+    before = {path.name: path.read_bytes() for path in storage.iterdir()}
+    db.sql("UPDATE t SET v = 'new'")
+    if what in ("all", "a page", "the file's end", "nothing left"):
+        db.sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    db.close()
+    main, log = storage / "accounts", storage / "accounts-wal"
+    after = main.read_bytes()
+    changed = [n for n in range((len(after) - HEAD) // PAGE) if page(after, n) != page(before["accounts"], n)]
+    match what:
+        case "all":
+            for name, data in before.items():
+                (storage / name).write_bytes(data)
+        case "a page":
+            number = changed[-1]
+            main.write_bytes(
+                after[: HEAD + number * PAGE]
+                + page(before["accounts"], number)
+                + after[HEAD + (number + 1) * PAGE :]
+            )
+        case "the log":
+            log.write_bytes(before["accounts-wal"])
+        case "the log's end":
+            log.write_bytes(log.read_bytes()[:-1])
+        case "the file's end":
+            main.write_bytes(after[:-1])
+        case "nothing left":
+            main.write_bytes(b"")
+    detects(lambda: Connection(db.slot, "accounts"))
+
+
+def page(data: bytes, number: int) -> bytes:
+    return data[HEAD + number * PAGE : HEAD + (number + 1) * PAGE]
+
+
+def test_a_deleted_file_is_found_or_does_no_harm(connect: Connect, storage: Path) -> None:
+    db = connect("accounts")
+    fill(db, 20)
+    db.close()
+    (storage / "accounts").unlink()
+    try:  # whoever serves files may still have it open
+        assert ask(Connection(db.slot, "accounts"))[0] == 20
+    except SqlError as failed:
+        assert failed.code == TAMPERED  # noqa: PT017
+    assert not (storage / "accounts").exists()
