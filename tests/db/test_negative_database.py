@@ -1,0 +1,112 @@
+"""Without freshness, without forgetting locks, without syncs: what the other tests guard does not hold."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from backends import BACKEND
+from connections import BUSY, Connection, SqlError, database_image
+from images import Images, layout_options
+from test_files import fill
+from test_power_cut import MARK, SYNC, File, look, recorded
+from test_tampering import ask
+
+import teemate
+from teemate.image import SigParams, build_elf, layout_image, sign_with_key
+from teemate.image.build import SdkPaths
+
+FOLDER = Path(__file__).parents[2] / "native" / "enclaves" / "db"
+HOLES = ("DB_TEST_NO_FRESHNESS", "DB_TEST_KEEP_LOCKS", "DB_TEST_NO_SYNC")
+
+
+@pytest.fixture(scope="module")
+def altered_image(images: Images, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The database image without any of the three."""
+    import sys
+
+    database_image()
+    sys.path.insert(0, str(FOLDER))
+    try:
+        from sqlite_source import SourceMissingError, sqlite_source
+    finally:
+        sys.path.remove(str(FOLDER))
+    try:
+        source = sqlite_source()
+    except SourceMissingError as missing:
+        pytest.skip(f"SQLite's source was not to be had: {missing}")
+    output = tmp_path_factory.mktemp("altered") / "db.sgxs"
+    elf = output.with_suffix(".elf")
+    sources = sorted(FOLDER.glob("*.c"))
+    includes = [FOLDER / "libc", source]
+    sdk = SdkPaths(native=FOLDER.parents[1])  # the same text as the build's, so SQLite is compiled once
+    build_elf(sources, elf, defines=HOLES, includes=includes, sdk=sdk, objects_kept=source.parent / "objects")
+    built = layout_image(elf, output, layout_options("db", heap="16M", slots=3))
+    signature = sign_with_key(SigParams().unsigned(built.mrenclave), images.key)
+    output.with_suffix(".sig").write_bytes(signature.to_bytes())
+    return output
+
+
+@pytest.fixture
+def altered(altered_image: Path, storage: Path) -> Callable[[], teemate.Enclave]:
+    signature = altered_image.with_suffix(".sig")
+    return lambda: teemate.create_enclave(altered_image, signature, backend=BACKEND, storage=storage)
+
+
+def test_without_freshness_old_pages_are_believed(
+    altered: Callable[[], teemate.Enclave], storage: Path
+) -> None:
+    with altered() as enclave, enclave.slot() as slot:
+        db = Connection(slot, "accounts")
+        fill(db, 20)
+        db.sql("UPDATE t SET v = 'old'")
+        before = {path: path.read_bytes() for path in storage.iterdir()}
+        db.sql("UPDATE t SET v = 'new'")
+        db.sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        db.close()
+        db = Connection(slot, "accounts")
+        (storage / "accounts").write_bytes(
+            _with_old_pages(before[storage / "accounts"], storage / "accounts")
+        )
+        assert ask(db)[0] == 20
+
+
+def _with_old_pages(before: bytes, path: Path) -> bytes:
+    """The old file, as long as the new one."""
+    return before + path.read_bytes()[len(before) :]
+
+
+def test_locks_that_are_not_forgotten_stay(altered: Callable[[], teemate.Enclave]) -> None:
+    with altered() as enclave, enclave.slot() as first:
+        other = Connection(first, "accounts")
+        fill(other, 3)
+        with enclave.slot() as slot:
+            db = Connection(slot, "accounts")
+            db.sql("BEGIN IMMEDIATE")
+            db.sql("DELETE FROM t")
+        with pytest.raises(SqlError) as failed:
+            other.sql("BEGIN IMMEDIATE")
+        assert failed.value.code == BUSY
+
+
+def test_without_syncs_a_power_cut_loses_what_was_committed(altered_image: Path, tmp_path: Path) -> None:
+    steps = recorded(altered_image, tmp_path, 12)
+    assert sum(1 for step in steps if step[0] == SYNC) < 6  # those of a database's making
+    files: dict[str, File] = {}
+    for kind, name, offset, data in steps:
+        if kind != MARK:
+            files.setdefault(name, File()).do(kind, offset, data)
+    dice = random.Random(3)
+    found = []
+    for number in range(6):
+        folder = tmp_path / f"cut-{number}"
+        folder.mkdir()
+        for name, file in files.items():
+            (folder / name).write_bytes(file.cut(dice))
+        try:
+            found.append(len(look(altered_image, folder) or {}))
+        except (SqlError, AssertionError):
+            found.append(-1)
+    assert found != [found[0]] * 6
