@@ -2,7 +2,7 @@
 
 While nobody looks, a message costs a look at an empty dictionary.  While somebody does, it is described,
 its secrets are taken out, and it is encoded once, however many look; what nobody's filter wants is not
-encoded.  Twenty times a second everybody is sent what has gathered.
+encoded.  Ten times a second everybody is sent what has gathered.
 
 Who reads too slowly misses messages and is told how many.  Nothing is queued for a viewer in here: what its
 socket does not take at once is missed.  So a viewer costs the broker what its socket buffer holds, and what
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Monitoring", "MonitoringStatistics"]
 
-GATHER = 0.05
+GATHER = 0.1
 """Seconds for which messages gather before they are sent."""
 _HELD_BYTES = 1 << 20
 """Of messages that wait to be sent; what comes on top is missed by everybody."""

@@ -12,7 +12,6 @@ added to the protocol later is not shown because nobody thought of this module.
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Any, final
@@ -45,19 +44,19 @@ class Concealer:
     """Replaces secrets, each by the same pseudonym wherever it turns up."""
 
     def __init__(self) -> None:
-        self._salt = os.urandom(32)
+        self._hash = blake2b(key=os.urandom(32), digest_size=_LONGEST_DIGEST)
 
     def conceal(self, message: Mapping[str, Any], data: bytes) -> bytes:
         """Return `data`, which encodes `message`, without its secrets.
 
         Everything else is byte for byte as it was; except that what has secrets in an unusual shape
-        (short ones, text) is encoded anew.
+        (short ones, text, one of them twice) is encoded anew.
         """
         found: list[bytes | str] = []
         _find(message, found)
-        for secret, times in Counter(found).items() if len(found) > 1 else ((one, 1) for one in found):
-            # As often as it was found: else it is also something else there, which has to stay as it is.
-            if isinstance(secret, str) or len(secret) < _SURE or data.count(secret) != times:
+        for secret in found:
+            # Exactly once: else it is also something else there, which has to stay as it is.
+            if isinstance(secret, str) or len(secret) < _SURE or data.count(secret) != 1:
                 return encode_part(self._copy("", message))
             data = data.replace(secret, self._pseudonym(secret))
         return data
@@ -79,8 +78,9 @@ class Concealer:
 
     def _pseudonym(self, secret: bytes) -> bytes:
         size = len(secret)
-        digest = blake2b(secret, key=self._salt, digest_size=_LONGEST_DIGEST).digest()
-        return digest.ljust(size, b"\0")[:size]
+        digest = self._hash.copy()
+        digest.update(secret)
+        return digest.digest().ljust(size, b"\0")[:size]
 
 
 def _find(items: Mapping[str, Any], found: list[bytes | str]) -> None:

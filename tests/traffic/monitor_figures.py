@@ -5,7 +5,8 @@ Usage: python tests/traffic/monitor_figures.py [--json] [--rounds N] [--viewers 
 While programs attach and leave as in `teemate bench attach`, in Python and in C, with and without viewers:
   attach_p50          at most 1.3 x without
   broker_cpu          of the broker's one thread, for the same messages: at most 1.1 x without
-Ends with status 1 when one of them is more.
+Of the broker's time the best round counts: what disturbs a round only makes it slower.  On a busy machine
+run it with real-time priority (`chrt -r 1`).  Ends with status 1 when one of them is more.
 """
 
 from __future__ import annotations
@@ -100,8 +101,8 @@ def main() -> int:
     for name, what, watched in times:
         if watched:
             continue
-        for figure, found, unit in (("attach_p50", times, 1), ("broker_cpu", spent, BATCH)):
-            without, beside = (median(found[name, what, looked]) / unit / 1000 for looked in (False, True))
+        for figure, found, unit, one in (("attach_p50", times, 1, median), ("broker_cpu", spent, BATCH, min)):
+            without, beside = (one(found[name, what, looked]) / unit / 1000 for looked in (False, True))
             rows.append(
                 {
                     "figure": figure,
