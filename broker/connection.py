@@ -212,13 +212,13 @@ class Connection:
         try:
             untrusted_message = wire.decode(packet.data)
             if self._monitoring.viewers:
-                self._monitoring.received(self, untrusted_message, packet.data, untrusted_fds)
+                self._monitoring.received(self, packet.data, untrusted_fds)
             request = parse_request(untrusted_message)
             method = find_method(request.operation)
             self._check_frame(request, method, len(untrusted_fds))
         except errors.ProtocolError as error:
             if untrusted_message is None and self._monitoring.viewers:
-                self._monitoring.malformed(self, packet.data, untrusted_fds, error.message)
+                self._monitoring.received(self, packet.data, untrusted_fds, error.message)
             self.client.dispose(untrusted_fds)
             raise
         try:
@@ -292,7 +292,7 @@ class Connection:
             message = {"id": number, "ok": answer.ok}
             data = self.outbox.hold(message)
             if self._monitoring.viewers:
-                self._monitoring.sent(self, message, data, ())
+                self._monitoring.sent(self, data, ())
         else:
             try:
                 self.send({"id": number, "ok": answer.ok}, answer.fds)
@@ -330,7 +330,7 @@ class Connection:
         """
         data = self.outbox.send(message, fds)
         if data and self._monitoring.viewers:
-            self._monitoring.sent(self, message, data, fds)
+            self._monitoring.sent(self, data, fds)
 
     # -- ending ----------------------------------------------------------------
 

@@ -1,8 +1,9 @@
 """Shows administrators the traffic, without the clients noticing.
 
-While nobody looks, a message costs a look at an empty dictionary.  While somebody does, it is described,
-its secrets are taken out, and it is encoded once, however many look; what nobody's filter wants is not
-encoded.  Ten times a second everybody is sent what has gathered.
+While nobody looks, a message costs a look at an empty dictionary.  While somebody does, it is noted.  Ten
+times a second, or when some have come together, they are described, their secrets are taken out, and they
+are encoded once, however many look; what nobody's filter wants is not encoded.  Then everybody is sent what
+has gathered.
 
 Who reads too slowly misses messages and is told how many.  Nothing is queued for a viewer in here: what its
 socket does not take at once is missed.  So a viewer costs the broker what its socket buffer holds, and what
@@ -12,7 +13,7 @@ waits for the next sending is bounded for all of them together.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, final
 
@@ -37,6 +38,8 @@ _HELD_BYTES = 1 << 20
 """Of messages that wait to be sent; what comes on top is missed by everybody."""
 _EVENT_BYTES = 60000
 """Of messages in one event: with what is around them they fit into a packet."""
+_NOTED, _NOTED_BYTES = 64, 1 << 17
+"""Messages, and bytes of them, that wait to be described."""
 _MESSAGE_BYTES = 48000
 _AROUND = 1200
 """What is said around a message takes so much at most, and what is said of its sender."""
@@ -60,6 +63,18 @@ class _Followed(NamedTuple):
     name: str
     peer: dict[str, object]
     conversation: Conversation
+
+
+class _Noted(NamedTuple):
+    """A message as it was, until it is described."""
+
+    connection: Connection
+    sender: str
+    data: bytes
+    fds: Sequence[dict[str, object]]
+    problem: str
+    at: float
+    """By the monotonic clock."""
 
 
 class _Gathered(NamedTuple):
@@ -101,6 +116,10 @@ class Monitoring:
         """What each has missed and was not told yet."""
         self._followed: dict[Connection, _Followed] = {}
         self._concealer = Concealer()
+        self._noted: list[_Noted] = []
+        self._noted_bytes = 0
+        self._over: list[Connection] = []
+        """Connections that are followed until what was noted of them is described."""
         self._held_bytes = 0
         self._due = trio.Event()
         self._since_1970 = time.time() - time.monotonic()
@@ -115,6 +134,7 @@ class Monitoring:
         assert connection is not None  # it has just brought the request
 
         def add() -> None:
+            self._describe_noted()  # this viewer is shown what comes from now on
             self._remove(connection)
             audience = self._audiences.setdefault(
                 args.filter, _Audience(args.filter, args.filter == _EVERYTHING)
@@ -127,7 +147,10 @@ class Monitoring:
 
     def ended(self, connection: Connection) -> None:
         """A connection is over."""
-        self._followed.pop(connection, None)
+        if self._noted:  # perhaps its own
+            self._over.append(connection)
+        else:
+            self._followed.pop(connection, None)
         self._remove(connection)
 
     def _remove(self, connection: Connection) -> None:
@@ -139,56 +162,72 @@ class Monitoring:
         if not audience.viewers:
             del self._audiences[audience.filter]
         if not self.viewers:
+            self._noted.clear()
+            self._over.clear()
+            self._noted_bytes = 0
             self._followed.clear()
             self._concealer = Concealer()  # who looks later cannot connect what they see with this
 
     # -- messages --------------------------------------------------------------
 
-    def received(
-        self, connection: Connection, message: Mapping[str, object], data: bytes, fds: tuple[int, ...]
-    ) -> None:
-        """Describe a message that came from a client; `fds` are open still."""
-        told: dict[str, object] = {"fds": [describe_fd(fd).as_map() for fd in fds]} if fds else {}
-        self._describe(connection, CLIENT, message, data, told)
+    def received(self, connection: Connection, data: bytes, fds: tuple[int, ...], problem: str = "") -> None:
+        """Note a message that came from a client; `fds` are open still, `problem` says that it is none.
 
-    def sent(
-        self, connection: Connection, message: Mapping[str, object], data: bytes, fds: tuple[int, ...]
-    ) -> None:
-        """Describe a message to a client."""
-        told: dict[str, object] = {"fds": [describe_own(fd).as_map() for fd in fds]} if fds else {}
-        self._describe(connection, BROKER, message, data, told)
+        Nobody knows what such a one holds, so it is not shown.
+        """
+        self._note(connection, CLIENT, data, [describe_fd(fd).as_map() for fd in fds] if fds else (), problem)
 
-    def malformed(self, connection: Connection, data: bytes, fds: tuple[int, ...], problem: str) -> None:
-        """Describe what cannot be read: nobody knows what it holds, so it is not shown."""
-        told: dict[str, object] = {"from": CLIENT, "size": len(data), "problem": problem}
-        if fds:
-            told["fds"] = [describe_fd(fd).as_map() for fd in fds]
-        wanting = self._wanting(self._follow(connection).number, _MALFORMED)
-        if wanting:
-            self._gather(wanting, self._follow(connection), _MALFORMED, told, time.monotonic(), len(problem))
+    def sent(self, connection: Connection, data: bytes, fds: tuple[int, ...]) -> None:
+        """Note a message to a client."""
+        self._note(connection, BROKER, data, [describe_own(fd).as_map() for fd in fds] if fds else (), "")
 
-    def _describe(
+    def _note(
         self,
         connection: Connection,
         sender: str,
-        message: Mapping[str, object],
         data: bytes,
-        told: dict[str, object],
+        fds: Sequence[dict[str, object]],
+        problem: str,
     ) -> None:
-        now = time.monotonic()
-        followed = self._follow(connection)
-        facts = followed.conversation.follow(now, sender, message)
+        """Remember a message for :meth:`_describe_noted`: many at once take half the time of one by one."""
+        if connection not in self._followed:
+            self._follow(connection)  # now, while its process can be looked at
+        self._noted.append(_Noted(connection, sender, data, fds, problem, time.monotonic()))
+        self._noted_bytes += len(data)
+        if len(self._noted) >= _NOTED or self._noted_bytes >= _NOTED_BYTES:
+            self._describe_noted()
+        self._due.set()
+
+    def _describe_noted(self) -> None:
+        """Describe what was noted, for those who want to see it."""
+        noted, self._noted = self._noted, []
+        self._noted_bytes = 0
+        for message in noted:
+            self._describe(message)
+        for connection in self._over:
+            self._followed.pop(connection, None)
+        self._over.clear()
+
+    def _describe(self, noted: _Noted) -> None:
+        followed = self._follow(noted.connection)
+        told: dict[str, object] = {"from": noted.sender, "size": len(noted.data)}
+        if noted.fds:
+            told["fds"] = noted.fds
+        if noted.problem:
+            wanting = self._wanting(followed.number, _MALFORMED)
+            self._gather(wanting, followed, _MALFORMED, told | {"problem": noted.problem}, noted.at, 0)
+            return
+        message = wire.decode_trusted(noted.data)  # what came from a client was checked
+        facts = followed.conversation.follow(noted.at, noted.sender, message)
         wanting = self._wanting(followed.number, facts)
         if not wanting:
             return
-        told["from"] = sender
-        told["size"] = len(data)
-        shown = self._concealer.conceal(message, data)
+        shown = self._concealer.conceal(message, noted.data)
         if len(shown) <= _MESSAGE_BYTES:
             told["message"] = shown
         else:
             told["problem"] = f"too long to be shown here: {len(shown)} bytes"
-        self._gather(wanting, followed, facts, told, now, len(shown))
+        self._gather(wanting, followed, facts, told, noted.at, len(shown))
 
     def _wanting(self, number: int, facts: Facts) -> list[_Audience]:
         return [a for a in self._audiences.values() if a.everything or a.filter.wants(number, facts)]
@@ -202,6 +241,7 @@ class Monitoring:
         now: float,
         size: int,
     ) -> None:
+        """Keep what is told of a message until it is sent to who wants it."""
         if self._held_bytes >= _HELD_BYTES:
             for audience in wanting:
                 audience.dropped += 1
@@ -222,7 +262,6 @@ class Monitoring:
         self._held_bytes += gathered.size
         for audience in wanting:
             audience.gathered.append(gathered)
-        self._due.set()
 
     def _follow(self, connection: Connection) -> _Followed:
         client = connection.client
@@ -259,6 +298,7 @@ class Monitoring:
             await self._send_all()
 
     async def _send_all(self) -> None:
+        self._describe_noted()
         self._held_bytes = 0
         self._since_1970 = time.time() - time.monotonic()  # the clock may be set meanwhile
         for audience in list(self._audiences.values()):
