@@ -116,7 +116,7 @@ class Connection:
         request = encode_open(
             name,
             flags,
-            busy_ms=max(0, int(timeout * 1000)),
+            busy_ms=int(min(max(0.0, timeout), 86400.0) * 1000),
             cursors=cursors,
             memory=memory,
             statement_ms=int(statement_timeout * 1000),

@@ -230,3 +230,29 @@ def test_parameters_are_counted_as_sqlite_counts_them(
         text = sql.replace("[?]", "1").replace("`:b`", "1")  # which are columns that there are not
         with pytest.raises(sqlite3.ProgrammingError, match=f"uses {count}, and there are {count + 1}"):
             plain.execute(text, (0,) * (count + 1))
+
+
+PIECES = [
+    "SELECT 1",
+    ";",
+    "'",
+    '"',
+    "`",
+    "[",
+    "]",
+    "--",
+    "/*",
+    "*/",
+    "\n",
+    " ",
+    "x",
+    "create ",
+    "temp ",
+    "trigger ",
+    "end",
+]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+def test_what_is_complete_is_what_sqlite_says_is_complete(text: str) -> None:
+    assert db.complete_statement(text) == sqlite3.complete_statement(text)
