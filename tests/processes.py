@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from backends import PATIENCE
@@ -75,6 +76,24 @@ def end(process: subprocess.Popen[str]) -> int:
         raise
     finally:
         process.stdout.close()
+
+
+@contextlib.contextmanager
+def repeatedly(action: Callable[[], object]) -> Iterator[None]:
+    """Do it every hundredth of a second, from another thread: what it is for may not have begun yet."""
+    over = threading.Event()
+
+    def run() -> None:
+        while not over.wait(0.01):
+            action()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def descriptors(pid: int) -> dict[Path, str]:

@@ -75,7 +75,7 @@ class DatabaseTampered(DatabaseError):  # noqa: N818
     """
 
 
-TAMPERED, PARAMETERS, STATEMENTS, CURSOR, CURSORS, ROOM, TIME, REQUEST = range(-1, -9, -1)
+TAMPERED, PARAMETERS, STATEMENTS, CURSOR, CURSORS, ROOM, TIME, REQUEST, STORAGE = range(-1, -10, -1)
 _OWN: dict[int, tuple[type[Error], str]] = {
     TAMPERED: (DatabaseTampered, ""),
     PARAMETERS: (ProgrammingError, ""),
@@ -85,6 +85,7 @@ _OWN: dict[int, tuple[type[Error], str]] = {
     ROOM: (DataError, ""),
     TIME: (OperationalError, ""),
     REQUEST: (InternalError, ""),
+    STORAGE: (OperationalError, ""),
 }
 _BY_NAME: dict[str, type[Error]] = {
     "INTERNAL NOTFOUND": InternalError,

@@ -7,13 +7,13 @@ import datetime
 import gc
 import math
 import sqlite3
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import repeatedly
 
 import teemate
 from teemate import db
@@ -162,11 +162,8 @@ def test_what_executemany_has_taken_is_done_when_its_iterator_fails(
 
 def test_a_statement_is_ended_from_another_thread(connect: Open) -> None:
     connection = connect(check_same_thread=False)
-    timer = threading.Timer(0.05, connection.interrupt)
-    timer.start()
-    with pytest.raises(db.OperationalError, match="interrupted") as ended:
+    with repeatedly(connection.interrupt), pytest.raises(db.OperationalError, match="interrupted") as ended:
         connection.execute(SLOW)
-    timer.join()
     assert ended.value.sqlite_errorname == "SQLITE_INTERRUPT"
     assert connection.execute("SELECT 1").fetchone() == (1,)
 

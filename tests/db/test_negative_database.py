@@ -10,7 +10,7 @@ import pytest
 from backends import BACKEND
 from connections import BUSY, Connection, SqlError, database_image
 from images import Images, layout_options
-from test_files import fill
+from test_database_files import fill
 from test_power_cut import MARK, SYNC, File, look, recorded
 from test_tampering import ask
 

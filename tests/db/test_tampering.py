@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from connections import TAMPERED, Connection, SqlError
-from test_files import Life, fill
+from test_database_files import Life, fill
 
 Connect = Callable[..., Connection]
 
