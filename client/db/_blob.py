@@ -83,8 +83,9 @@ class Blob:
     def write(self, data: Any, /) -> None:
         """Write `data` where it is; the blob does not grow."""
         self._check()
-        self._put(self._at, memoryview(data).tobytes())
-        self._at += len(data)
+        raw = memoryview(data).tobytes()  # its items may have more than a byte each
+        self._put(self._at, raw)
+        self._at += len(raw)
 
     def seek(self, offset: int, origin: int = os.SEEK_SET, /) -> None:
         """Go to `offset` from the beginning, from where it is (``os.SEEK_CUR``) or from the end."""

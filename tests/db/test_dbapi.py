@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import datetime
 import gc
@@ -181,6 +182,21 @@ def test_a_slot_is_free_again_when_nobody_has_the_connection(enclave: teemate.En
         db.connect(enclave).execute("CREATE TABLE t(n)")
     gc.collect()
     assert enclave.statistics().free == enclave.statistics().slots
+
+
+def test_parts_of_a_blob_whose_items_have_more_than_a_byte_follow_one_another(
+    connect: Open, plain: sqlite3.Connection
+) -> None:
+    read = []
+    for connection in (connect(), plain):
+        connection.execute("CREATE TABLE t(b)")
+        connection.execute("INSERT INTO t VALUES (zeroblob(16))")
+        with connection.blobopen("t", "b", 1) as blob:
+            blob.write(array.array("H", [1, 2]))
+            assert blob.tell() == 4
+            blob.write(array.array("I", [3]))
+        read.append(connection.execute("SELECT b FROM t").fetchone())
+    assert read[0] == read[1]
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../up", ".hidden", "x" * 49, "a-wal", "a b", "ä"])
