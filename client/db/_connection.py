@@ -342,6 +342,8 @@ class Connection:
     def _end(self, how: str) -> None:
         self._check()
         with self._locked():
+            if how == "ROLLBACK" and self._out_of_use():
+                self._transaction = False
             if self._transaction:
                 self._run(encode_execute(how.encode(), rows=0), trace=statement_of(how))
 
@@ -392,13 +394,17 @@ class Connection:
             )
         return error
 
+    def _out_of_use(self) -> bool:
+        """Whether the slot is, whose repair rolls back what was open in it."""
+        return self._slot.broken is not None or self._slot.revoked is not None
+
     def _leave(self) -> None:
+        gone = self._out_of_use()
         slot, self._slot = self._slot, None
         self._transaction = False
         self._forgotten.clear()
         with self._held:
-            # A slot that is out of use has been rolled back by its repair.
-            if slot.broken is None and slot.revoked is None:
+            if not gone:
                 with contextlib.suppress(teemate_errors.Error):
                     slot.call("db_close")
 

@@ -7,14 +7,17 @@ import contextlib
 import datetime
 import gc
 import math
+import os
+import signal
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import repeatedly
+from processes import repeatedly, wait_until
 
 import teemate
 from teemate import db
@@ -144,6 +147,27 @@ def test_leaving_a_connection_commits_or_rolls_back(connect: Open) -> None:
         connection.execute("INSERT INTO t VALUES (2)")
         raise ZeroDivisionError
     assert connection.execute("SELECT n FROM t").fetchall() == [(1,)]
+
+
+def test_ctrl_c_leaves_a_with_block_as_itself(enclave: teemate.Enclave, connect: Open) -> None:
+    connection = connect()
+    connection.execute("CREATE TABLE t(n)")
+
+    def press(before: int) -> None:
+        wait_until(lambda: enclave.statistics().pauses > before, "the statement runs")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def work() -> None:
+        with connection:
+            connection.execute("INSERT INTO t VALUES (1)")
+            threading.Thread(target=press, args=(enclave.statistics().pauses,)).start()
+            connection.execute(SLOW)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert not connection.in_transaction
+    with pytest.raises(db.OperationalError, match="out of use"):
+        connection.execute("SELECT 1")
 
 
 def test_what_executemany_has_taken_is_done_when_its_iterator_fails(
