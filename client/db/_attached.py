@@ -8,44 +8,73 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Iterator
 
 from teemate import errors
 from teemate._broker import Broker
 from teemate._broker import connect as connect_broker
 from teemate._enclave import SlotLease
-from teemate._grant import GrantedEnclave
+from teemate._grant import WAIT, GrantedEnclave
 from teemate._slot import Slot
 
 __all__ = ["slot_of"]
 
 
 class _Attached:
-    """One enclave, and how many connections have slots of it or wait for one."""
+    """One enclave, while connections have slots of it or wait for one."""
 
     def __init__(self) -> None:
-        self.users = 0
+        # Held while the enclave is mapped or unmapped, and not by who waits for a slot: closing must not
+        # wait for them.  Reentrant: a connection that nobody has any more is closed wherever the
+        # collector finds it.
         self.lock = threading.RLock()
+        self.users: set[object] = set()
+        """Who counts on its staying mapped; they come and go without the lock."""
         self.broker: Broker | None = None
         self.enclave: GrantedEnclave | None = None
 
-    def take(self, name: str) -> tuple[SlotLease, Slot]:
-        """Return a slot, and what gives it back."""
-        with self.lock:
-            if self.enclave is not None and self.enclave.gone is not None:
-                self.leave()
-            if self.enclave is None:
-                with contextlib.ExitStack() as failed:
-                    self.broker = failed.enter_context(connect_broker(client="teemate.db"))
-                    self.enclave = self.broker.attach(name)
-                    failed.pop_all()
-            elif not self.enclave.statistics().free:
-                self.enclave.acquire()
-            lease = self.enclave.slot()
-            return lease, lease.__enter__()
+    def take(self, name: str) -> tuple[GrantedEnclave, SlotLease, Slot]:
+        """Return a slot, after its enclave and what gives it back."""
+        deadline = time.monotonic() + WAIT
+        while True:
+            with self.lock:
+                enclave = self._mapped(name)
+                lease = enclave.slot(wait=0)
+                with contextlib.suppress(errors.Busy):
+                    return enclave, lease, lease.__enter__()
+            left = deadline - time.monotonic()
+            try:
+                enclave.acquire(wait=max(0.0, left))
+            except errors.Error:
+                # One that went meanwhile is attached anew, perhaps by another connection already.
+                if enclave.gone is None or left <= 0:
+                    raise
 
-    def leave(self) -> None:
-        """Detach."""
+    def left(self, enclave: GrantedEnclave | None) -> None:
+        """Give a slot of `enclave` back to the broker, or detach when nobody uses it any more."""
+        if self.users and (enclave is None or enclave is not self.enclave):
+            return  # it went, and its slots with it
+        with self.lock:
+            if not self.users:
+                self._leave()
+            elif enclave is not None and enclave is self.enclave:
+                # One that broke has gone back already.
+                with contextlib.suppress(errors.Error):
+                    enclave.release()
+
+    def _mapped(self, name: str) -> GrantedEnclave:
+        if self.enclave is not None and self.enclave.gone is None:
+            return self.enclave
+        self._leave()
+        with contextlib.ExitStack() as failed:
+            broker = failed.enter_context(connect_broker(client="teemate.db"))
+            enclave = broker.attach(name)
+            self.broker, self.enclave = broker, enclave
+            failed.pop_all()
+        return enclave
+
+    def _leave(self) -> None:
         enclave, broker = self.enclave, self.broker
         self.enclave = self.broker = None
         try:
@@ -56,18 +85,8 @@ class _Attached:
                 broker.close()
 
 
-# Reentrant: a connection that nobody has any more is closed wherever the collector finds it.
-_lock = threading.RLock()
+# None is ever taken out: who comes while the last one detaches has to find the lock that is held for it.
 _attached: dict[tuple[int, str, str], _Attached] = {}
-
-
-def _enter(key: tuple[int, str, str]) -> _Attached:
-    with _lock:
-        while True:
-            found = _attached.setdefault(key, _Attached())
-            found.users += 1
-            if _attached.get(key) is found:
-                return found
 
 
 @contextlib.contextmanager
@@ -75,24 +94,17 @@ def slot_of(name: str) -> Iterator[Slot]:
     """Have a slot of the enclave `name`, which the broker at ``TEEMATE_SOCKET`` shares."""
     # A child of fork() holds nothing of its parent's.
     key = (os.getpid(), os.environ.get("TEEMATE_SOCKET", ""), name)
-    attached = _enter(key)
+    attached = _attached.setdefault(key, _Attached())
+    user = object()
+    attached.users.add(user)
+    enclave: GrantedEnclave | None = None
     try:
-        lease, slot = attached.take(name)
+        enclave, lease, slot = attached.take(name)
         try:
             yield slot
         finally:
             lease.__exit__(None, None, None)
     finally:
-        with _lock:
-            attached.users -= 1
-            last = not attached.users
-            if last:
-                _attached.pop(key, None)
+        attached.users.discard(user)
         if key[0] == os.getpid():
-            with attached.lock:
-                if last:
-                    attached.leave()
-                elif attached.enclave is not None:
-                    # One that broke has gone back already.
-                    with contextlib.suppress(errors.Error):
-                        attached.enclave.release()
+            attached.left(enclave or attached.enclave)

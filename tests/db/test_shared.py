@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
 from connections import database_image
+from processes import wait_until
+from raw_client import raw_client
 from running_broker import RunningBroker
 
 import teemate
 from teemate import db
+from teemate._grant import GrantedEnclave
 
 Brokers = Callable[..., RunningBroker]
 README = Path(__file__).parents[2] / "README.md"
@@ -63,6 +68,43 @@ def test_an_enclave_that_was_taken_back_is_attached_anew(shared: RunningBroker) 
     old.close()
     assert new.execute("SELECT 2").fetchone() == (2,)
     new.close()
+
+
+def test_a_connection_that_waits_for_a_slot_gets_the_one_of_a_connection_that_closes(
+    shared: RunningBroker,
+) -> None:
+    def open_and_ask() -> object:
+        with contextlib.closing(db.connect("db")) as connection:
+            return connection.execute("SELECT 1").fetchone()
+
+    one = db.connect("db")
+    with contextlib.ExitStack() as held, ThreadPoolExecutor(1) as other:
+        admin = held.enter_context(teemate.connect())
+        while free := admin.enclaves()[0].slots.free:
+            others = held.enter_context(raw_client(shared.socket))
+            others.ok("attach", enclave="db", slots=min(free, 16))
+        asked = other.submit(open_and_ask)
+        wait_until(lambda: asked.done() or admin.enclaves()[0].slots.waiting, "it waits for a slot")
+        one.close()
+        assert asked.result() == (1,)
+
+
+def test_who_opens_while_the_last_one_detaches_comes_after_it(
+    shared: RunningBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detach = GrantedEnclave.detach
+    opened: list[Future[None]] = []
+
+    def open_meanwhile(enclave: GrantedEnclave) -> None:
+        if not opened:
+            opened.append(other.submit(lambda: db.connect("db").close()))
+            wait(opened, timeout=0.3)  # as long as who does not come after it gets to be the first
+        detach(enclave)
+
+    monkeypatch.setattr(GrantedEnclave, "detach", open_meanwhile)
+    with ThreadPoolExecutor(1) as other:
+        db.connect("db").close()
+        opened[0].result()
 
 
 def test_an_enclave_that_there_is_not_is_said_by_teemate(shared: RunningBroker) -> None:
