@@ -51,7 +51,7 @@ def shell(enclave: str, database: str, readonly: bool, timeout: float, path: str
                 attached, database, timeout=timeout, isolation_level=None, readonly=readonly
             )
         except database_module.Error as error:
-            raise click.ClickException(str(error)) from None
+            raise click.ClickException(shown_text(str(error))) from None
         with contextlib.closing(connection):
             _converse(connection)
 
@@ -73,9 +73,10 @@ def _converse(connection: Any) -> None:
                 else:
                     _print(connection.execute(text), terminal)
         except Error as error:
+            said = shown_text(str(error))
             if not terminal:
-                raise click.ClickException(str(error)) from None
-            click.echo(f"Error: {error}", err=True)
+                raise click.ClickException(said) from None
+            click.echo(f"Error: {said}", err=True)
 
 
 def _inputs(terminal: bool) -> Iterator[str]:
@@ -135,10 +136,10 @@ def _command(connection: Any, text: str) -> bool:
     elif text in (".quit", ".exit"):
         return False
     else:
-        click.echo(_HELP if text == ".help" else f"There is no {text}: .help says what there is.")
+        click.echo(_HELP if text == ".help" else f"There is no {shown(text)}: .help says what there is.")
         return True
     for (line,) in connection.execute(query):
-        click.echo(line)
+        click.echo(shown_text(line))
     return True
 
 
@@ -149,6 +150,11 @@ def shown(value: object) -> str:
     if isinstance(value, bytes):
         return f"x'{value.hex()}'"
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
+
+
+def shown_text(text: str) -> str:
+    """Return `text` as `shown` does, but with the lines and tabs that it has."""
+    return "".join(c if c in "\n\t" else shown(c) for c in text)
 
 
 def _print(cursor: Any, terminal: bool) -> None:

@@ -67,3 +67,13 @@ def test_statements_are_told_apart_where_their_semicolons_are_their_own() -> Non
 def test_nothing_of_a_value_is_a_command_to_the_terminal() -> None:
     assert shown("a\x1b[31m\n") == "a\\x1b[31m\\n"
     assert shown("äß") == "äß"
+
+
+def test_nothing_of_a_name_or_an_error_is_a_command_to_the_terminal(environment: dict[str, str]) -> None:
+    name = "\x1b]0;owned\x07"
+    script = f'CREATE TABLE "{name}"(\n\ta);\n.tables\n.schema\nSELECT * FROM "{name}!";\n'
+    done = subprocess.run(SHELL, input=script, capture_output=True, text=True, timeout=60, env=environment)
+    escaped = "\\x1b]0;owned\\x07"
+    assert done.stdout == f'{escaped}\nCREATE TABLE "{escaped}"(\n\ta);\n'
+    assert f"no such table: {escaped}!" in done.stderr
+    assert "\x1b" not in done.stderr
