@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import click
@@ -39,8 +40,9 @@ def db() -> None:
 def shell(enclave: str, database: str, readonly: bool, timeout: float, path: str | None) -> None:
     """Read SQL and print what it returns, from DATABASE in ENCLAVE (default: one in memory).
 
-    At a terminal results are tables, Ctrl-C ends the statement that runs, and the history is not written
-    to a file.  Otherwise columns are separated by tabs, and the first error is the end, with status 1.
+    At a terminal results are tables, Ctrl-C ends the statement that runs or the printing of its rows, and
+    the history is not written to a file.  Otherwise columns are separated by tabs, and the first error is
+    the end, with status 1.
     """
     from .. import connect
     from .. import db as database_module
@@ -66,12 +68,14 @@ def _converse(connection: Any) -> None:
         click.echo("SQLite in an enclave.  .help says what there is besides SQL.")
     for text in _inputs(terminal):
         try:
-            with _interrupting(connection):
+            with _interrupting(connection) as check:
                 if text.startswith("."):
-                    if not _command(connection, text):
+                    if not _command(connection, text, check):
                         return
                 else:
-                    _print(connection.execute(text), terminal)
+                    # Closed at once: what is half read would keep its lock until the next statement.
+                    with contextlib.closing(connection.execute(text)) as cursor:
+                        _print(cursor, terminal, check)
         except Error as error:
             said = shown_text(str(error))
             if not terminal:
@@ -117,16 +121,39 @@ def split(text: str) -> tuple[list[str], str]:
 
 
 @contextlib.contextmanager
-def _interrupting(connection: Any) -> Iterator[None]:
-    """Have Ctrl-C end the statement that runs, and not this program with it."""
-    before = signal.signal(signal.SIGINT, lambda *_: connection.interrupt())
+def _interrupting(connection: Any) -> Iterator[Callable[[], None]]:
+    """Have Ctrl-C end the statement that runs, and not this program with it.
+
+    Yields what raises the same error where it came while no statement ran, but its rows were printed.
+    """
+    from ..db import OperationalError
+
+    pressed = False
+
+    def press(*_: object) -> None:
+        nonlocal pressed
+        pressed = True
+        connection.interrupt()
+
+    def check() -> None:
+        if pressed:
+            raise OperationalError("interrupted")
+
+    before = signal.signal(signal.SIGINT, press)
     try:
-        yield
+        yield check
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def _command(connection: Any, text: str) -> bool:
+def _rows(cursor: Any, check: Callable[[], None]) -> Iterator[Any]:
+    """Yield the rows of `cursor`, none once Ctrl-C has come."""
+    for row in cursor:
+        yield row
+        check()
+
+
+def _command(connection: Any, text: str, check: Callable[[], None]) -> bool:
     """Do what `text` says; false when it is to leave."""
     tables = "FROM sqlite_schema WHERE name NOT LIKE 'sqlite~_%' ESCAPE '~'"
     if text == ".tables":
@@ -138,8 +165,9 @@ def _command(connection: Any, text: str) -> bool:
     else:
         click.echo(_HELP if text == ".help" else f"There is no {shown(text)}: .help says what there is.")
         return True
-    for (line,) in connection.execute(query):
-        click.echo(shown_text(line))
+    with contextlib.closing(connection.execute(query)) as cursor:
+        for (line,) in _rows(cursor, check):
+            click.echo(shown_text(line))
     return True
 
 
@@ -157,12 +185,12 @@ def shown_text(text: str) -> str:
     return "".join(c if c in "\n\t" else shown(c) for c in text)
 
 
-def _print(cursor: Any, terminal: bool) -> None:
+def _print(cursor: Any, terminal: bool, check: Callable[[], None]) -> None:
     if cursor.description is None:
         return
     names = [shown(column[0]) for column in cursor.description]
     if not terminal:
-        for row in cursor:
+        for row in _rows(cursor, check):
             click.echo("\t".join(map(shown, row)))
         return
     from rich.console import Console
@@ -170,7 +198,8 @@ def _print(cursor: Any, terminal: bool) -> None:
     from rich.text import Text
 
     console = Console()
-    rows = cursor.fetchmany(_CHUNK)
+    each = _rows(cursor, check)
+    rows = list(islice(each, _CHUNK))
     while True:
         table = Table()
         for name in names:
@@ -183,6 +212,6 @@ def _print(cursor: Any, terminal: bool) -> None:
                 cells.append(Text(shown(value), style=style, justify="right" if right else "left"))
             table.add_row(*cells)
         console.print(table)
-        rows = cursor.fetchmany(_CHUNK)
+        rows = list(islice(each, _CHUNK))
         if not rows:
             return

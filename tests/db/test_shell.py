@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import pty
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 
+import click
 import pytest
 from connections import database_image
 from running_broker import RunningBroker
 
-from teemate.cli.db import shown, split
+import teemate
+from teemate import db
+from teemate.cli.db import _converse, shown, split
 
 SHELL = [sys.executable, "-c", "from teemate.cli.main import main; main()", "db", "shell", "db"]
 
@@ -77,3 +83,25 @@ def test_nothing_of_a_name_or_an_error_is_a_command_to_the_terminal(environment:
     assert done.stdout == f'{escaped}\nCREATE TABLE "{escaped}"(\n\ta);\n'
     assert f"no such table: {escaped}!" in done.stderr
     assert "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize("text", ["SELECT n FROM t;", ".tables"])
+def test_ctrl_c_while_rows_are_printed_is_their_end(
+    enclave: teemate.Enclave, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    printed = []
+
+    def echo(line: str) -> None:
+        printed.append(line)
+        if len(printed) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with contextlib.closing(db.connect(enclave, isolation_level=None)) as connection:
+        for number in range(9):
+            connection.execute(f"CREATE TABLE t{number or ''}(n)")
+        connection.executemany("INSERT INTO t VALUES (?)", [(n,) for n in range(1000)])
+        monkeypatch.setattr(click, "echo", echo)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(f"{text}\nSELECT 'next';\n"))
+        with pytest.raises(click.ClickException, match="interrupted"):
+            _converse(connection)
+        assert len(printed) == 3
