@@ -145,6 +145,22 @@ def test_a_transaction_larger_than_the_cache_is_rolled_back_and_committed(connec
     assert other.sql("PRAGMA integrity_check") == [("ok",)]
 
 
+@pytest.mark.parametrize("cache", [4, 7, 10, 13])
+def test_what_was_rolled_back_is_written_over_nobody_elses_commit(connect: Connect, cache: int) -> None:
+    one, two = connect("accounts"), connect("accounts")
+    fill(one, 200)
+    one.sql(f"PRAGMA cache_size = {cache}")  # so that pages go into the log before the end
+    one.sql("BEGIN")
+    one.sql("UPDATE t SET v = upper(v)")
+    one.sql("ROLLBACK")
+    two.sql("UPDATE t SET v = id")
+    for db in (one, two):
+        assert db.sql("SELECT count(*) FROM t WHERE v = id") == [(200,)]
+    one.close()
+    assert two.sql("SELECT count(*) FROM t WHERE v = id") == [(200,)]
+    assert Connection(one.slot, "accounts").sql("PRAGMA integrity_check") == [("ok",)]
+
+
 def test_an_enclave_without_storage_says_so() -> None:
     from conftest import start
 

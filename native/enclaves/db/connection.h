@@ -27,8 +27,11 @@ struct cursor {
     bool once;    /* its statement is not kept */
 };
 
+struct file; /* vfs.c */
+
 struct connection {
     sqlite3 *db;
+    struct file *log; /* the -wal of its database, while it is open */
     uint64_t number; /* of all connections of the enclave */
     uint64_t uses;
     uint64_t statement_ns;

@@ -7,6 +7,7 @@
 
 #define SETUP_PATIENCE 500u /* rounds of 10 ms that another slot may take to open a database for the first time */
 #define SUFFIX "-wal"
+#define WRITER 0 /* of the wal-index's locks: SQLite's WAL_WRITE_LOCK */
 
 /*
  * One open file.  What is written to the log is gathered until a transaction's last frame, which says so in
@@ -88,6 +89,20 @@ static int flush(struct file *file)
     return code_of(status, SQLITE_IOERR_WRITE);
 }
 
+/*
+ * Nobody writes to the log any more.  What was gathered and not written then is of a transaction that was rolled back,
+ * and its place in the log is the next writer's, of whatever slot.
+ */
+static void forget_batch(void)
+{
+    struct connection *connection = connection_self();
+
+    if (!connection || !connection->log)
+        return;
+    connection->log->batch_count = 0;
+    connection->log->half = false;
+}
+
 static int rewrite(struct file *file, uint64_t record, const void *data, uint32_t length, uint32_t offset)
 {
     uint8_t *frame = sqlite3_malloc(FRAME_SIZE);
@@ -152,6 +167,8 @@ static int file_close(sqlite3_file *base)
     sqlite3_free(file->batch);
     if (file->records.kind == FILE_MAIN)
         database_drop(file->records.database, ~0ull);
+    else if (connection_self())
+        connection_self()->log = NULL;
     tm_file_close(file->records.handle);
     base->pMethods = NULL;
     return code;
@@ -327,6 +344,8 @@ static int shm_lock(sqlite3_file *base, int first, int count, int flags)
     uint64_t shared = HOLDS_SHARED(first, count), exclusive = HOLDS_EXCLUSIVE(first, count);
 
     if (flags & SQLITE_SHM_UNLOCK) {
+        if (!(flags & SQLITE_SHM_SHARED) && first == WRITER)
+            forget_batch();
         database_drop(database, flags & SQLITE_SHM_SHARED ? shared : exclusive);
         return SQLITE_OK;
     }
@@ -517,6 +536,8 @@ static int vfs_open(sqlite3_vfs *vfs, sqlite3_filename name, sqlite3_file *base,
             database_drop(database, ~0ull);
         return code;
     }
+    if (!main && connection_self())
+        connection_self()->log = file;
     base->pMethods = &methods;
     if (out)
         *out = flags;
