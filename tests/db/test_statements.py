@@ -263,10 +263,29 @@ def test_each_slot_has_its_own_memory_database(connect: Connect) -> None:
 
 def test_other_files_are_out_of_reach(connect: Connect) -> None:
     db = connect()
-    for text in ("ATTACH 'other' AS o", "VACUUM INTO 'copy'"):
+    for text in ("ATTACH 'other' AS o", "VACUUM INTO 'copy'", "VACUUM INTO 'co' || 'py'"):
         with pytest.raises(SqlError) as failed:
             db.sql(text)
         assert failed.value.code & 0xFF in (1, 23)
+
+
+def test_no_expression_leads_to_another_database_or_twice_to_ones_own(connect: Connect) -> None:
+    db, other = connect("accounts"), connect("other")
+    for made in (db, other):
+        made.script("CREATE TABLE t(v)")
+    for text, values in (
+        ("ATTACH 'oth' || 'er' AS o", ()),
+        ("ATTACH ? AS o", ("other",)),
+        ("ATTACH ? AS o", ("other-wal",)),
+        ("ATTACH lower('ACCOUNTS') AS o", ()),
+        ("ATTACH (SELECT 'accounts') AS o", ()),
+    ):
+        with pytest.raises(SqlError) as failed:
+            db.sql(text, *values)
+        assert failed.value.code & 0xFF in (1, 23), text
+    for text in ("ATTACH ':memory:' AS m", "ATTACH '' AS n", "VACUUM"):
+        db.sql(text)
+    assert [row[1] for row in db.sql("PRAGMA database_list")] == ["main", "m", "n"]
 
 
 def test_deep_expressions_and_json_end_before_the_stack_does(connect: Connect) -> None:

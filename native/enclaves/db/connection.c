@@ -50,7 +50,7 @@ void connection_begin(struct connection *self, const volatile uint32_t *interrup
 
 /*
  * One connection is one database: who was given this one does not reach others by ATTACH or VACUUM INTO.
- * VACUUM itself attaches '', in memory.
+ * VACUUM itself attaches '', in memory.  A name that is no literal is not known yet when this is asked.
  */
 static int authorize(void *argument, int action, const char *first, const char *second, const char *name,
                      const char *trigger)
@@ -59,7 +59,7 @@ static int authorize(void *argument, int action, const char *first, const char *
     (void)second;
     (void)name;
     (void)trigger;
-    if (action == SQLITE_ATTACH && first && *first && strcmp(first, ":memory:"))
+    if (action == SQLITE_ATTACH && (!first || (*first && strcmp(first, ":memory:"))))
         return SQLITE_DENY;
     return SQLITE_OK;
 }

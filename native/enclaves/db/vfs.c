@@ -509,6 +509,9 @@ static int vfs_open(sqlite3_vfs *vfs, sqlite3_filename name, sqlite3_file *base,
     file->records = (struct record_file){database, main ? FILE_MAIN : FILE_WAL, 0};
     /* Whoever sets it up, or deletes it, has to be done: and from here on nobody begins to delete it. */
     if (main) {
+        /* A slot's locks are its own whatever connection took them: one database is open in it once. */
+        if (database_holds(database) & HOLDS_OPEN)
+            return SQLITE_CANTOPEN;
         database_hold(database, HOLDS_OPEN, 0);
         for (uint32_t rounds = 0; database_held(database, HOLDS_SETUP); rounds++) {
             if (rounds == SETUP_PATIENCE) {
