@@ -240,6 +240,7 @@ int records_write(struct record_file *file, uint64_t first, const uint8_t *data,
     sqlite3_free(raw);
     if (done < 0)
         return (int)done; /* some of it may be there: both are right until the next write */
+    known_supersede(file->database, file->kind, first, count);
     for (uint32_t i = 0; i < count; i++)
         known_set(file->database, file->kind, first + i, pending->tags[i]);
     records = known->records;

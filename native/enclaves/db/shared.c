@@ -189,7 +189,8 @@ bool known_is_right(struct database *database, enum file_kind kind, uint64_t rec
         const struct pending *pending = &database->pending[kind][slot];
         uint64_t some = pending->count;
 
-        if (record - pending->first < some && pending->tags[record - pending->first] == tag)
+        if (record - pending->first < some &&
+            __atomic_load_n(&pending->tags[record - pending->first], __ATOMIC_SEQ_CST) == tag)
             return true;
     }
     return false;
@@ -200,6 +201,23 @@ bool known_is_unknown(struct database *database, enum file_kind kind, uint64_t r
     uint64_t *known = tag_of(database, kind, record);
 
     return !known || !__atomic_load_n(known, __ATOMIC_SEQ_CST);
+}
+
+void known_supersede(struct database *database, enum file_kind kind, uint64_t first, uint64_t count)
+{
+    uint32_t slots = slot_count(), self = (uint32_t)thread_self()->fixed.index;
+
+#ifdef DB_TEST_NO_FRESHNESS
+    return;
+#endif
+    for (uint32_t slot = 0; slot < slots; slot++) {
+        struct pending *pending = &database->pending[kind][slot];
+        uint64_t some = pending->count;
+
+        for (uint64_t i = 0; slot != self && i < some; i++)
+            if (pending->first + i - first < count)
+                __atomic_store_n(&pending->tags[i], 0, __ATOMIC_SEQ_CST); /* no record's (short_tag) */
+    }
 }
 
 void known_set(struct database *database, enum file_kind kind, uint64_t record, uint64_t tag)

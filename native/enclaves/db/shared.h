@@ -9,7 +9,8 @@
  *
  * FRESHNESS.  Of every record that was read or written in this life of the enclave 64 bits of its tag are
  * kept, and nothing else is believed for it.  A write says beforehand what it will write (struct pending):
- * until it is acknowledged both are right, and when its slot is gone, until the slot's next writer has looked.
+ * until it is acknowledged both are right; when its slot is gone, until the slot's next writer has looked or
+ * somebody else has written there.
  */
 #ifndef DB_SHARED_H
 #define DB_SHARED_H
@@ -81,6 +82,11 @@ int known_reserve(struct database *database, enum file_kind kind, uint64_t recor
 bool known_is_right(struct database *database, enum file_kind kind, uint64_t record, uint64_t tag);
 /* Nothing is known of it, or it was never written in this life. */
 bool known_is_unknown(struct database *database, enum file_kind kind, uint64_t record);
+/*
+ * The running slot's write of these was acknowledged: what other slots left open there, dead or refused by the host, is
+ * right no more.  SQLite's locks let one slot at a time write to a file, so none of them is still at it.
+ */
+void known_supersede(struct database *database, enum file_kind kind, uint64_t first, uint64_t count);
 void known_set(struct database *database, enum file_kind kind, uint64_t record, uint64_t tag);
 /* Records from `count` on are gone. */
 void known_cut(struct database *database, enum file_kind kind, uint64_t count);
