@@ -642,7 +642,7 @@ int vfs_delete_database(const char *name)
 
     if (database_find(name, &database))
         return SQLITE_NOMEM;
-    if (!database_hold(database, HOLDS_SETUP, HOLDS_SETUP | HOLDS_OPEN))
+    if (database_holds(database) & HOLDS_OPEN || !database_hold(database, HOLDS_SETUP, HOLDS_SETUP | HOLDS_OPEN))
         return SQLITE_BUSY;
     database->ready = 0;
     for (uint32_t index = 0; index < REGIONS_MOST; index++)
