@@ -178,7 +178,10 @@ enum db_own_code {
 
 /* ---- the rest ------------------------------------------------------------------ */
 
-/* From any slot of the same identity: its statement ends with SQLITE_INTERRUPT.  TM_E_STATE: it is closed. */
+/*
+ * From any slot of the same identity: the db_run that it is in ends with SQLITE_INTERRUPT, later ones do not.
+ * TM_E_STATE: it is closed.
+ */
 struct db_interrupt {
     uint32_t slot;
     uint32_t reserved; /* 0 */

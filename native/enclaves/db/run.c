@@ -460,6 +460,7 @@ TM_ECALL(db_run)
         rq->out_len = DB_REPLY_MIN;
         return TM_E_SPACE;
     }
+    running[tm_caller().slot].stop = 0; /* that was for an earlier list, which it ended or came too late for */
     for (uint32_t i = 0; i < head.count; i++) {
         struct task task = {.connection = self, .reply = &reply, .offset = -1};
 
