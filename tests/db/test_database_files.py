@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -182,6 +183,30 @@ def test_a_database_is_deleted_when_nobody_has_it(connect: Connect, storage: Pat
         Connection(db.slot, "accounts", flags=0)
     again = Connection(db.slot, "accounts", flags=CREATE)
     assert again.sql("SELECT * FROM sqlite_schema") == []
+
+
+def test_names_without_a_database_take_no_memory_that_stays(connect: Connect) -> None:
+    boss = connect()
+
+    def free() -> int:
+        return struct.unpack("<8Q", boss.slot.call("db_statistics"))[5]
+
+    def come_and_go(names: range) -> None:
+        for n in names:
+            with pytest.raises(SqlError):
+                Connection(slot, f"missing{n}", flags=0)
+            boss.slot.call("db_delete", b"never%d" % n)
+            if not n % 5:
+                fill(Connection(slot, f"made{n}"), 3)
+                slot.call("db_close")
+                boss.slot.call("db_delete", b"made%d" % n)
+
+    slot = connect().slot
+    slot.call("db_close")
+    come_and_go(range(5))
+    before = free()
+    come_and_go(range(5, 50))
+    assert free() >= before - 65536  # one alone takes some 50 KiB
 
 
 @pytest.mark.parametrize("name", ["", ".x", "-x", "a/b", "a-wal", "a-journal", "x" * 49, "a\0b", "ä"])

@@ -27,6 +27,57 @@ static struct database *find(const char *name)
     return database;
 }
 
+bool database_is(const struct database *database, const char *name)
+{
+    return !strcmp(database->name, name);
+}
+
+void database_wipe(struct database *database)
+{
+    database->ready = 0;
+    for (uint32_t index = 0; index < REGIONS_MOST; index++)
+        if (database->regions[index])
+            memset(database->regions[index], 0, REGION_SIZE);
+    for (enum file_kind kind = 0; kind < FILE_KINDS; kind++) {
+        for (uint32_t chunk = 0; chunk < CHUNKS_MOST; chunk++)
+            if (database->files[kind].tags[chunk])
+                memset(database->files[kind].tags[chunk], 0, TAGS_IN_CHUNK * sizeof(uint64_t));
+        database->files[kind].records = 0;
+        for (uint32_t slot = 0; slot < SLOTS_MOST; slot++)
+            database->pending[kind][slot].count = 0;
+    }
+}
+
+/*
+ * Under the list's mutex: one that has no database and nobody at it, for another name.  Else everybody who asks for
+ * names that there are not would take memory that never comes back.
+ */
+static struct database *reuse(const char *name)
+{
+    struct database *database = list, *found = NULL;
+    uint64_t words[sizeof(database->name_words) / 8] = {0};
+    struct tm_txn txn;
+
+    memcpy(words, name, strlen(name));
+    for (; database && !found; database = database->next) {
+        uint64_t others = HOLDS_SETUP | HOLDS_OPEN;
+
+        if (database->ready || database_holds(database) || database_held(database, others) ||
+            !database_hold(database, HOLDS_SETUP, others))
+            continue;
+        if (!database->ready) {
+            database_wipe(database);
+            tm_txn_begin(&txn);
+            for (size_t i = 0; i < sizeof(words) / sizeof(*words); i++)
+                tm_txn_set(&txn, &database->name_words[i], words[i]);
+            tm_txn_commit(&txn);
+            found = database;
+        }
+        database_drop(database, HOLDS_SETUP);
+    }
+    return found;
+}
+
 int database_find(const char *name, struct database **database)
 {
     struct database *new = NULL;
@@ -36,26 +87,28 @@ int database_find(const char *name, struct database **database)
     *database = find(name);
     if (*database)
         return 0;
+    /* Before the lock: while one is held the heap's is not waited for.  Without memory there may be one to take over. */
     status = tm_try_alloc(sizeof(*new), (void **)&new);
-    if (status)
-        return status;
-    memcpy(new->name, name, strlen(name));
-    status = lock(&list_mutex);
-    if (!status) {
-        *database = find(name);
-        if (!*database) {
-            new->next = list;
-            tm_txn_begin(&txn);
-            tm_txn_keep(&txn, new);
-            tm_txn_set_ptr(&txn, &list, new);
-            tm_txn_commit(&txn);
-            *database = new;
-            new = NULL;
-        }
-        tm_unlock(&list_mutex);
+    if (lock(&list_mutex)) {
+        tm_free(new);
+        return TM_E_BUSY;
     }
+    *database = find(name);
+    if (!*database)
+        *database = reuse(name);
+    if (!*database && new) {
+        memcpy(new->name, name, strlen(name));
+        new->next = list;
+        tm_txn_begin(&txn);
+        tm_txn_keep(&txn, new);
+        tm_txn_set_ptr(&txn, &list, new);
+        tm_txn_commit(&txn);
+        *database = new;
+        new = NULL;
+    }
+    tm_unlock(&list_mutex);
     tm_free(new);
-    return status;
+    return *database ? 0 : status;
 }
 
 void databases_forget(uint32_t slot)

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * What the slots share of a database: key, locks, wal-index, and what is known of its files.
- * One struct database for each name, for as long as the enclave lives.
+ * One struct database for each name that there is a database of, for as long as the enclave lives: where there is
+ * none and nobody is at it, another name takes the struct over.
  *
  * LOCKS.  A slot's word says what the slot holds; only the slot changes it, and the SDK's reset of the slot,
  * so locks are gone with their holder.  Who wants one first says so in its word, then looks at the others',
@@ -49,7 +50,10 @@ struct known_file {
 
 struct database {
     struct database *next;
-    char name[DB_NAME_MAX + 8];
+    union {
+        char name[DB_NAME_MAX + 8];
+        uint64_t name_words[(DB_NAME_MAX + 8) / 8];
+    };
     struct tm_mutex mutex; /* for what is added: chunks of tags, regions */
     _Atomic uint32_t ready; /* the key is there */
     uint8_t key[16];
@@ -59,8 +63,14 @@ struct database {
     struct pending pending[FILE_KINDS][SLOTS_MOST];
 };
 
-/* Find it, or make it: 0, TM_E_NOMEM, TM_E_BUSY. */
+/*
+ * Find it, or make it: 0, TM_E_NOMEM, TM_E_BUSY.  It is the name's for certain only while the slot holds something of it:
+ * who holds nothing yet has to compare the name when it does (database_is()).
+ */
 int database_find(const char *name, struct database **database);
+bool database_is(const struct database *database, const char *name);
+/* Nothing is known of it any more, and its wal-index is empty: for who holds HOLDS_SETUP, with nobody else in it. */
+void database_wipe(struct database *database);
 /* Everything that the slot held, of all databases. */
 void databases_forget(uint32_t slot);
 

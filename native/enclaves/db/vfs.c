@@ -487,6 +487,32 @@ static int set_up(struct file *file, bool create)
     return code_of(status, SQLITE_CANTOPEN);
 }
 
+/*
+ * The database of that name, held open.  Whoever sets it up, deletes it or gives it another name has to be done: and from
+ * here on nobody begins to.
+ */
+static int come_in(const char *name, struct database **result)
+{
+    for (uint32_t rounds = 0; rounds < SETUP_PATIENCE; rounds++) {
+        struct database *database;
+
+        if (database_find(name, &database))
+            return SQLITE_NOMEM;
+        /* A slot's locks are its own whatever connection took them: one database is open in it once. */
+        if (database_holds(database) & HOLDS_OPEN)
+            return SQLITE_CANTOPEN;
+        database_hold(database, HOLDS_OPEN, 0);
+        for (; database_held(database, HOLDS_SETUP) && rounds < SETUP_PATIENCE; rounds++)
+            sleep(NULL, 10000);
+        if (rounds < SETUP_PATIENCE && database_is(database, name)) {
+            *result = database;
+            return SQLITE_OK;
+        }
+        database_drop(database, ~0ull);
+    }
+    return SQLITE_BUSY;
+}
+
 static int vfs_open(sqlite3_vfs *vfs, sqlite3_filename name, sqlite3_file *base, int flags, int *out)
 {
     struct file *file = of(base);
@@ -504,23 +530,10 @@ static int vfs_open(sqlite3_vfs *vfs, sqlite3_filename name, sqlite3_file *base,
     if (length > DB_NAME_MAX)
         return SQLITE_CANTOPEN;
     memcpy(plain, name, length);
-    if (database_find(plain, &database))
-        return SQLITE_NOMEM;
+    code = main ? come_in(plain, &database) : database_find(plain, &database) ? SQLITE_NOMEM : SQLITE_OK;
+    if (code)
+        return code;
     file->records = (struct record_file){database, main ? FILE_MAIN : FILE_WAL, 0};
-    /* Whoever sets it up, or deletes it, has to be done: and from here on nobody begins to delete it. */
-    if (main) {
-        /* A slot's locks are its own whatever connection took them: one database is open in it once. */
-        if (database_holds(database) & HOLDS_OPEN)
-            return SQLITE_CANTOPEN;
-        database_hold(database, HOLDS_OPEN, 0);
-        for (uint32_t rounds = 0; database_held(database, HOLDS_SETUP); rounds++) {
-            if (rounds == SETUP_PATIENCE) {
-                database_drop(database, ~0ull);
-                return SQLITE_BUSY;
-            }
-            sleep(NULL, 10000);
-        }
-    }
     /* A file that was there is not made again: it was taken away. */
     if (main && database->ready)
         create = false;
@@ -644,15 +657,11 @@ int vfs_delete_database(const char *name)
         return SQLITE_NOMEM;
     if (database_holds(database) & HOLDS_OPEN || !database_hold(database, HOLDS_SETUP, HOLDS_SETUP | HOLDS_OPEN))
         return SQLITE_BUSY;
-    database->ready = 0;
-    for (uint32_t index = 0; index < REGIONS_MOST; index++)
-        if (database->regions[index])
-            memset(database->regions[index], 0, REGION_SIZE);
-    for (enum file_kind kind = 0; kind < FILE_KINDS; kind++) {
-        known_cut(database, kind, 0);
-        for (uint32_t slot = 0; slot < SLOTS_MOST; slot++)
-            database->pending[kind][slot].count = 0;
+    if (!database_is(database, name)) {
+        database_drop(database, HOLDS_SETUP);
+        return SQLITE_BUSY; /* somebody has deleted it just now, and the struct is another's */
     }
+    database_wipe(database);
     log_name(name, log);
     status = tm_file_delete(name);
     if (!status)
