@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import errno
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from connections import TAMPERED, Connection, SqlError
 from test_database_files import Life, fill
+
+import teemate
+from teemate._native import ffi, lib
 
 Connect = Callable[..., Connection]
 
@@ -180,3 +186,78 @@ def test_a_deleted_file_is_found_or_does_no_harm(connect: Connect, storage: Path
     except SqlError as failed:
         assert failed.code == TAMPERED  # noqa: PT017
     assert not (storage / "accounts").exists()
+
+
+class Disk:
+    """A host in this program: files in memory; `failures` are what it answers once to what it did."""
+
+    OPEN, READ, WRITE, SYNC, SIZE, TRUNCATE, DELETE = range(1, 8)
+    _REQUEST = struct.Struct("<IIQQ64s")
+
+    def __init__(self, enclave: teemate.Enclave) -> None:
+        self.files: dict[str, bytearray] = {}
+        self.failures: dict[tuple[int, str], int] = {}
+
+        @ffi.callback("teemate_disk")  # type: ignore[misc]
+        def do(_context: Any, request: Any, data: Any) -> int:
+            op, flags, offset, length, raw = self._REQUEST.unpack(
+                bytes(ffi.buffer(request, self._REQUEST.size))
+            )
+            name = raw.rstrip(b"\0").decode()
+            if op == self.OPEN and flags & 1:
+                self.files.setdefault(name, bytearray())
+            if name not in self.files:
+                return -errno.ENOENT
+            result = self._do(op, name, offset, ffi.buffer(data, length) if length else b"")
+            return self.failures.pop((op, name), result)
+
+        self._callback = do
+        assert lib.teemate_private_disk(enclave._native, do, ffi.NULL) == 0
+
+    def _do(self, op: int, name: str, offset: int, data: Any) -> int:
+        content = self.files[name]
+        if op == self.READ:
+            found = content[offset : offset + len(data)]
+            data[: len(found)] = bytes(found)
+            return len(found)
+        if op == self.WRITE:
+            content.extend(bytes(max(0, offset - len(content))))
+            content[offset : offset + len(data)] = bytes(data)
+            return len(data)
+        if op == self.SIZE:
+            return len(content)
+        if op == self.TRUNCATE:
+            content.extend(bytes(max(0, offset - len(content))))
+            del content[offset:]
+        if op == self.DELETE:
+            del self.files[name]
+        return 0
+
+
+@pytest.fixture
+def disk() -> Iterator[tuple[teemate.Enclave, Disk]]:
+    from conftest import start
+
+    with start(None) as enclave:
+        yield enclave, Disk(enclave)
+
+
+def test_what_a_failed_writer_left_is_not_believed_after_anothers_commit(
+    disk: tuple[teemate.Enclave, Disk],
+) -> None:
+    enclave, host = disk
+    with enclave.slot() as first, enclave.slot() as second:
+        one, two = Connection(first, "accounts"), Connection(second, "accounts")
+        fill(one, 200)
+        host.failures[host.WRITE, "accounts-wal"] = -errno.ENOSPC
+        with pytest.raises(SqlError):
+            one.sql("UPDATE t SET v = 'left'")
+        left = bytes(host.files["accounts-wal"])
+        two.sql("UPDATE t SET v = 'right'")
+        right = bytes(host.files["accounts-wal"])
+        two.close()
+        host.files["accounts-wal"][: len(left)] = left
+        detects(lambda: Connection(second, "accounts"))
+        second.call("db_close")
+        host.files["accounts-wal"][:] = right
+        assert ask(Connection(second, "accounts"))[3:] == ("right", "right")
