@@ -167,7 +167,9 @@ int record_read(struct record_file *file, uint64_t record, uint8_t *data)
         if (known_is_unknown(file->database, file->kind, record)) {
             if (known_reserve(file->database, file->kind, record))
                 return RECORD_MEMORY;
-            known_set(file->database, file->kind, record, tag);
+            /* Somebody may have written it since it was read. */
+            if (!known_first(file->database, file->kind, record, tag))
+                continue;
         }
         return RECORD_OK;
     }

@@ -273,6 +273,15 @@ void known_supersede(struct database *database, enum file_kind kind, uint64_t fi
     }
 }
 
+bool known_first(struct database *database, enum file_kind kind, uint64_t record, uint64_t tag)
+{
+    uint64_t *known = tag_of(database, kind, record), nothing = 0;
+
+    return !known ||
+           __atomic_compare_exchange_n(known, &nothing, tag, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST) ||
+           nothing == tag;
+}
+
 void known_set(struct database *database, enum file_kind kind, uint64_t record, uint64_t tag)
 {
     uint64_t *known = tag_of(database, kind, record);

@@ -97,6 +97,8 @@ bool known_is_unknown(struct database *database, enum file_kind kind, uint64_t r
  * right no more.  SQLite's locks let one slot at a time write to a file, so none of them is still at it.
  */
 void known_supersede(struct database *database, enum file_kind kind, uint64_t first, uint64_t count);
+/* Where nothing is known of it yet: false when something else is by now. */
+bool known_first(struct database *database, enum file_kind kind, uint64_t record, uint64_t tag);
 void known_set(struct database *database, enum file_kind kind, uint64_t record, uint64_t tag);
 /* Records from `count` on are gone. */
 void known_cut(struct database *database, enum file_kind kind, uint64_t count);
