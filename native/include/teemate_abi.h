@@ -217,7 +217,8 @@ _Static_assert(sizeof(struct tm_file_request) == 88, "tm_file_request");
  * One entry of the warden's I/O thread: with the answer to the request that it took by the
  * last one, out with the next.  In the warden's memory; copied in once.  All state is in the enclave: a
  * warden that ends between two entries leaves nothing half done, and its successor's REINIT of the I/O
- * slot gives back what was taken.
+ * slot gives back what was taken.  A warden that is not quite dead may take something after that: so does the
+ * successor's first entry, which it makes when the other one is.
  */
 struct tm_io_step {
     uint64_t ticket;   /* of the request that is answered; out: of the next; 0: none */
@@ -226,7 +227,7 @@ struct tm_io_step {
     uint32_t wake;     /* out: arena word to increment, with its waiters woken; TM_ARENA_WORDS: none */
     uint32_t idle;     /* out, when there is no request: arena word to wait at while it is `expected` */
     uint32_t expected;
-    uint32_t reserved; /* 0 */
+    uint32_t begins;   /* 1: a warden's first, now that no other works in the folder; 0 */
     struct tm_file_request request; /* out */
 };
 _Static_assert(sizeof(struct tm_io_step) == 128, "tm_io_step");

@@ -147,11 +147,13 @@ struct gate_result tm_gate_io(uint64_t address)
     if (!range_outside(address, sizeof(step)))
         return out;
     memcpy(&step, (const void *)address, sizeof(step));
-    if (step.reserved || !range_outside(step.data, TM_FILE_DATA))
+    if (step.begins > 1 || !range_outside(step.data, TM_FILE_DATA))
         return out;
     out.status = tm_control_state == CONTROL_READY && storage == TM_STORAGE_WARDEN ? 0 : TM_E_NOTREADY;
     if (out.status)
         return out;
+    if (step.begins)
+        io_retake();
     data = (uint8_t *)step.data;
     step.wake = step.ticket ? complete(step.ticket, step.result, data) : TM_ARENA_WORDS;
     step.ticket = take(&step, data);

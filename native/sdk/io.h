@@ -69,7 +69,7 @@ int64_t io_storage(uint64_t mode);
 void io_drop(struct thread *thread);
 /* RESET: the holder of this slot is no more. */
 void io_release(struct thread *dead);
-/* REINIT of an I/O slot: the warden is no more. */
+/* REINIT of an I/O slot, and the next warden's first entry: the last warden is no more. */
 void io_retake(void);
 
 #endif

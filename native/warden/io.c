@@ -92,8 +92,10 @@ static void *serve(void *argument)
     result = files_open(STORAGE_DIRECTORY, io->warden->storage_limit, &io->files);
     if (result < 0)
         end("listing the enclave's folder", result);
+    io->step.begins = 1; /* what an old warden has taken since REINIT is nobody's either */
     for (;;) {
         enter(io);
+        io->step.begins = 0;
         if (io->step.wake < TM_ARENA_WORDS) {
             __atomic_add_fetch(arena_word(io, io->step.wake), 1, __ATOMIC_SEQ_CST);
             syscall(SYS_futex, arena_word(io, io->step.wake), FUTEX_WAKE, INT_MAX, NULL, NULL, 0);

@@ -66,20 +66,37 @@ class Thread:
         self.room = ffi.new("uint8_t[]", MOST)
 
     def enter(
-        self, ticket: int = 0, result: int = 0, *, data: int | None = None, slot: int = IO_SLOT
+        self,
+        ticket: int = 0,
+        result: int = 0,
+        *,
+        data: int | None = None,
+        slot: int = IO_SLOT,
+        begins: int = 0,
     ) -> Left:
         self.raw = ffi.new(
             "uint8_t[]",
             _STEP.pack(
-                ticket, result, address(self.room) if data is None else data, 0, 0, 0, 0, 0, 0, 0, 0, b""
+                ticket,
+                result,
+                address(self.room) if data is None else data,
+                0,
+                0,
+                0,
+                begins,
+                0,
+                0,
+                0,
+                0,
+                b"",
             ),
         )
         return self.gate.enter(slot, self.gate.key, IO, address(self.raw))
 
-    def step(self, ticket: int = 0, result: int = 0, data: bytes = b"") -> Step:
+    def step(self, ticket: int = 0, result: int = 0, data: bytes = b"", *, begins: int = 0) -> Step:
         """Answer one request and take the next."""
         ffi.memmove(self.room, data, len(data))
-        left = self.enter(ticket, result)
+        left = self.enter(ticket, result, begins=begins)
         assert (left.function, left.rdi, left.status) == (EEXIT, EXIT_DONE, OK), left
         ticket, _, _, wake, idle, _, _, op, flags, offset, length, name = _STEP.unpack(
             bytes(ffi.buffer(self.raw, _STEP.size))
@@ -283,6 +300,21 @@ def test_what_a_dead_warden_took_is_taken_again_before_anything_else(gate: Gate,
     assert [other.flags for other in others] == [0, 0]
     thread.step(others[1].ticket, 5)
     assert [a.answer()[0] for a in (first, second, third)] == [5, 6, 5]
+
+
+def test_what_a_dying_warden_takes_after_its_successors_start_is_taken_again(
+    gate: Gate, thread: Thread, holder: Holder
+) -> None:
+    opened(thread, holder)
+    write = Asking(holder, "write", order(data=b"late"))
+    assert gate.control(REINIT, IO_SLOT).status == OK
+    late = thread.step()
+    assert late.ticket
+    again = Thread(gate).step(begins=1)
+    assert (again.ticket, again.flags) == (late.ticket, FLAG_AGAIN)
+    thread.step(again.ticket, 4)
+    assert write.answer() == (4, b"")
+    assert thread.enter(begins=2).status == ARGUMENT
 
 
 def test_a_warden_that_takes_nothing_back_leaves_its_clients_waiting(images: Images, tmp_path: Path) -> None:
