@@ -259,13 +259,18 @@ static int64_t do_sync(struct files *files, struct file *file)
     return 0;
 }
 
+static int sync_directory(const struct files *files)
+{
+    return fsync(files->directory) == 0 ? 0 : -errno;
+}
+
 static int64_t do_delete(struct files *files, const char *name, bool again)
 {
     struct file *file = find(files, name);
     struct stat status;
 
     if (fstatat(files->directory, name, &status, AT_SYMLINK_NOFOLLOW) != 0)
-        return errno == ENOENT && again ? 0 : -errno;
+        return errno != ENOENT || !again ? -errno : sync_directory(files); /* who deleted it may not have got so far */
     if (!S_ISREG(status.st_mode))
         return -EACCES;
     if (unlinkat(files->directory, name, 0) != 0)
@@ -273,7 +278,7 @@ static int64_t do_delete(struct files *files, const char *name, bool again)
     if (file != NULL)
         forget(file);
     account(files, (int64_t)status.st_size, -1);
-    return fsync(files->directory) == 0 ? 0 : -errno;
+    return sync_directory(files);
 }
 
 int64_t files_do(struct files *files, const struct tm_file_request *request, void *data)

@@ -85,6 +85,15 @@ def test_what_a_dead_warden_may_have_done_already_is_no_failure(make: Callable[.
     assert ask(OPEN, b"b", flags=AGAIN) == -errno.ENOENT
 
 
+def test_a_delete_that_is_repeated_is_on_the_disk_too(make: Callable[..., Folder], tmp_path: Path) -> None:
+    folder = make()
+    path = os.open(tmp_path / "files", os.O_PATH)
+    os.dup2(path, folder.descriptor)  # a folder in which one can look and which cannot be synced
+    os.close(path)
+    assert folder.ask(DELETE, b"gone") == -errno.ENOENT
+    assert folder.ask(DELETE, b"gone", flags=AGAIN) == -errno.EBADF
+
+
 @pytest.mark.parametrize(
     "name",
     [
