@@ -9,7 +9,8 @@
  * Every record is bound to the database (its key is its own), the file and the record's number.  Nonces
  * are random: a key is good for 2^32 writes (NIST SP 800-38D, 8.3), which is 16 TiB.
  *
- * What the host can do and is not found: bring back all of an earlier state while no enclave runs.
+ * What the host can do and is not found: bring back an earlier state of what this life of the enclave has neither
+ * read nor written yet, each page by itself.
  */
 #ifndef DB_RECORDS_H
 #define DB_RECORDS_H
