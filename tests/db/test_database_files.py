@@ -152,7 +152,7 @@ def test_what_was_rolled_back_is_written_over_nobody_elses_commit(connect: Conne
     fill(one, 200)
     one.sql(f"PRAGMA cache_size = {cache}")  # so that pages go into the log before the end
     one.sql("BEGIN")
-    one.sql("UPDATE t SET v = upper(v)")
+    one.sql("UPDATE t SET v = lower(v)")
     one.sql("ROLLBACK")
     two.sql("UPDATE t SET v = id")
     for db in (one, two):
