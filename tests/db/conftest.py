@@ -40,6 +40,13 @@ def enclave(storage: Path) -> Iterator[teemate.Enclave]:
 
 
 @pytest.fixture
+def diskless() -> Iterator[teemate.Enclave]:
+    """A private enclave with the database image, and no files."""
+    with start(None) as enclave:
+        yield enclave
+
+
+@pytest.fixture
 def connect(enclave: teemate.Enclave) -> Iterator[Callable[..., Connection]]:
     """Open connections, each on a slot of its own."""
     slots = []

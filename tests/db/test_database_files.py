@@ -162,10 +162,8 @@ def test_what_was_rolled_back_is_written_over_nobody_elses_commit(connect: Conne
     assert Connection(one.slot, "accounts").sql("PRAGMA integrity_check") == [("ok",)]
 
 
-def test_an_enclave_without_storage_says_so() -> None:
-    from conftest import start
-
-    with start(None) as enclave, enclave.slot() as slot, pytest.raises(SqlError, match="no storage"):
+def test_an_enclave_without_storage_says_so(diskless: teemate.Enclave) -> None:
+    with diskless.slot() as slot, pytest.raises(SqlError, match="no storage"):
         Connection(slot, "accounts")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -235,11 +235,8 @@ class Disk:
 
 
 @pytest.fixture
-def disk() -> Iterator[tuple[teemate.Enclave, Disk]]:
-    from conftest import start
-
-    with start(None) as enclave:
-        yield enclave, Disk(enclave)
+def disk(diskless: teemate.Enclave) -> tuple[teemate.Enclave, Disk]:
+    return diskless, Disk(diskless)
 
 
 def test_what_a_failed_writer_left_is_not_believed_after_anothers_commit(
