@@ -253,16 +253,24 @@ def _open(settings: MetricsSettings, log: FilteringBoundLogger) -> list[socket.s
             _complain(log, f"{settings.socket} ([metrics] socket)", error.strerror)
     if settings.listen is not None:
         host, port = settings.listen
-        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((host, port))
-            sock.listen(READERS)
-            listeners.append(sock)
+            listeners.append(_listen(host, port))
         except OSError as error:
-            sock.close()
             _complain(log, f"{host} port {port} ([metrics] listen)", error.strerror)
     return listeners
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    # Not even a socket can be had where the unit has RestrictAddressFamilies=AF_UNIX, or without IPv6.
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(READERS)
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 def _complain(log: FilteringBoundLogger, where: str, reason: str | None) -> None:

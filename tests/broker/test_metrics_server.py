@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
@@ -16,6 +17,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from teemate.broker import metrics_server
 from teemate.broker.metrics_server import MetricsServer, Render
+from teemate.broker.policy import MetricsSettings
 from teemate.broker.server import bind
 
 GOOD = b"GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: a/b\r\n\r\n"
@@ -229,3 +231,24 @@ async def test_only_reading_is_done_in_the_thread_that_serves_clients(
     await exchange(listener, GOOD)
     assert threads["read"] == threading.get_ident()
     assert threads["made"] != threading.get_ident()
+
+
+def test_a_host_without_the_address_family_costs_the_metrics_and_not_the_broker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As under the unit, whose RestrictAddressFamilies= has no AF_INET."""
+    logged: list[dict[str, object]] = []
+
+    def log(_logger: object, _name: str, event: dict[str, object]) -> str:
+        logged.append(event)
+        return ""
+
+    def refuse(family: int, _kind: int) -> socket.socket:
+        raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT), family)
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    logger = structlog.wrap_logger(structlog.ReturnLogger(), processors=[log])
+    for host in ("127.0.0.1", "::1"):
+        assert metrics_server._open(MetricsSettings(listen=(host, 9464)), logger) == []
+    assert [event["event"] for event in logged] == ["metrics not served"] * 2
+    assert "[metrics] listen" in str(logged[0]["where"])
