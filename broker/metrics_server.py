@@ -39,7 +39,8 @@ SEND_SECONDS = 10.0
 FRESH_SECONDS = 1.0
 _PATH = "/metrics"
 _REQUEST = re.compile(rb"([A-Z]{1,16}) (/[!-~]{0,1024}) HTTP/1\.[01]")
-_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}):[ \t]*([\t -~\x80-\xff]*)")
+_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}):([\t -~\x80-\xff]*)")
+"""The value with its blanks: two repeats that can both take them would try every way to share them out."""
 _REASONS = {
     200: "OK",
     400: "Bad Request",

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 import structlog
 import trio
+from backends import PATIENCE
 from trio.testing import wait_all_tasks_blocked
 
 from teemate.broker import metrics_server
-from teemate.broker.metrics_server import MetricsServer, Render
+from teemate.broker.metrics_server import MetricsServer, Render, parse_head
 from teemate.broker.policy import MetricsSettings
 from teemate.broker.server import bind
 
@@ -119,6 +121,29 @@ async def test_everything_else_is_refused_with_its_status(
     assert metrics.collected == 0
     assert server.statistics().refused == 1
     assert (await exchange(listener, GOOD)).startswith(b"HTTP/1.1 200 OK\r\n"), "the next one is served"
+
+
+@contextmanager
+def endless_after(seconds: float) -> Iterator[None]:
+    """Fail when the block takes so much of the processor: it would not end at all."""
+
+    def fail(_number: int, _frame: object) -> None:
+        raise AssertionError("it takes for ever")
+
+    before = signal.signal(signal.SIGVTALRM, fail)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def test_a_field_of_blanks_is_looked_at_once() -> None:
+    """A million of them, since the time grows with the square where blanks can be taken in two ways."""
+    with endless_after(60 * PATIENCE), pytest.raises(metrics_server._RefusedError, match="malformed"):
+        parse_head(b"GET /metrics HTTP/1.1\r\na:" + b" " * 1_000_000 + b"\x00")
+    assert parse_head(b"GET /metrics HTTP/1.1\r\nAccept: \t a/b \t ").accept == "a/b"
 
 
 async def test_readers_within_a_second_get_one_text_and_later_ones_the_next(
