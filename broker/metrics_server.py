@@ -38,6 +38,7 @@ SEND_SECONDS = 10.0
 """Its answer has to be read in that time."""
 FRESH_SECONDS = 1.0
 _PATH = "/metrics"
+_OPENMETRICS = "application/openmetrics-text"
 _REQUEST = re.compile(rb"([A-Z]{1,16}) (/[!-~]{0,1024}) HTTP/1\.[01]")
 _FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}):([\t -~\x80-\xff]*)")
 """The value with its blanks: two repeats that can both take them would try every way to share them out."""
@@ -48,11 +49,10 @@ _REASONS = {
     405: "Method Not Allowed",
     408: "Request Timeout",
     431: "Request Header Fields Too Large",
-    503: "Service Unavailable",
 }
 
 Render = Callable[[str], tuple[bytes, str]]
-"""Makes the text in the format that an Accept field asks for; returns it with its type."""
+"""Makes the text in the format that this Accept field asks for; returns it with its type."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +78,7 @@ class Head:
 
     method: str
     accept: str
+    """One of two: OpenMetrics, or "" for the older format."""
 
 
 def parse_head(untrusted: bytes) -> Head:
@@ -108,7 +109,9 @@ def parse_head(untrusted: bytes) -> Head:
         raise _RefusedError(404, f"there is nothing but {_PATH} here")
     if method not in ("GET", "HEAD"):
         raise _RefusedError(405, "metrics can be read only")
-    return Head(method, ",".join(accept))
+    # What was sent goes no further: there are two formats, so two texts are kept, whoever asks for what.
+    openmetrics = any(_OPENMETRICS in wanted.lower() for wanted in accept)
+    return Head(method, f"{_OPENMETRICS};version=1.0.0" if openmetrics else "")
 
 
 def _answer(status: int, body: bytes, content_type: str, *, body_too: bool = True) -> bytes:
@@ -208,9 +211,6 @@ class MetricsServer:
             known = self._texts.get(accept)
             if known is not None and now - known[0] < FRESH_SECONDS:
                 return known[1:]
-            self._texts = {key: text for key, text in self._texts.items() if now - text[0] < FRESH_SECONDS}
-            if len(self._texts) >= READERS:
-                raise _RefusedError(503, "too many different formats are asked for at once")
             body, content_type = await trio.to_thread.run_sync(self._collect(), accept)
             self._texts[accept] = now, body, content_type
             return body, content_type

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from backends import PATIENCE
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
+from prometheus_client.parser import text_string_to_metric_families as older_format
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0"
 
@@ -45,10 +46,10 @@ def get(address: str | tuple[str, int], accept: str = OPENMETRICS, path: str = "
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
-def samples(text: bytes) -> Samples:
-    """Parse OpenMetrics strictly; returns the values by name and labels."""
+def samples(text: bytes, *, older: bool = False) -> Samples:
+    """Parse OpenMetrics strictly, or the older format; returns the values by name and labels."""
     found: Samples = {}
-    for family in text_string_to_metric_families(text.decode()):
+    for family in (older_format if older else text_string_to_metric_families)(text.decode()):
         for sample in family.samples:
             key = sample.name, frozenset(sample.labels.items())
             assert key not in found, f"{key} is there twice"

@@ -23,6 +23,7 @@ from teemate.broker.policy import MetricsSettings
 from teemate.broker.server import bind
 
 GOOD = b"GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: a/b\r\n\r\n"
+OPENMETRICS = "application/openmetrics-text;version=1.0.0"
 
 
 class Metrics:
@@ -76,9 +77,11 @@ async def test_a_reader_gets_the_metrics_in_the_format_it_asked_for(
     answer = await exchange(listener, GOOD)
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200 OK\r\n")
-    assert b"\r\nContent-Type: text/plain; as=a/b\r\n" in head
+    assert b"\r\nContent-Type: text/plain; as=\r\n" in head
     assert b"\r\nContent-Length: 13\r\n" in head
     assert body == b"collection 1\n"
+    answer = await exchange(listener, GOOD.replace(b"a/b", OPENMETRICS.encode()))
+    assert b"as=%s\r\n" % OPENMETRICS.encode() in answer
 
 
 async def test_a_head_is_the_same_without_the_text(
@@ -143,7 +146,22 @@ def test_a_field_of_blanks_is_looked_at_once() -> None:
     """A million of them, since the time grows with the square where blanks can be taken in two ways."""
     with endless_after(60 * PATIENCE), pytest.raises(metrics_server._RefusedError, match="malformed"):
         parse_head(b"GET /metrics HTTP/1.1\r\na:" + b" " * 1_000_000 + b"\x00")
-    assert parse_head(b"GET /metrics HTTP/1.1\r\nAccept: \t a/b \t ").accept == "a/b"
+    head = b"GET /metrics HTTP/1.1\r\nAccept: \t %s \t " % OPENMETRICS.encode()
+    assert parse_head(head).accept == OPENMETRICS
+
+
+async def test_what_is_asked_for_in_many_ways_is_made_twice_and_nobody_is_refused(
+    listener: socket.socket, metrics: Metrics, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics_server, "FRESH_SECONDS", 1e9)
+    nursery.start_soon(make(metrics).run, [listener])
+    for number in range(3 * metrics_server.READERS):
+        for kind in ("text/plain", "Application/OpenMetrics-Text"):
+            accept = f"{kind};version=x{number};q=0.{number}".encode()
+            answer = await exchange(listener, GOOD.replace(b"a/b", accept))
+            assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+            assert f"x{number}".encode() not in answer
+    assert metrics.collected == 2
 
 
 async def test_readers_within_a_second_get_one_text_and_later_ones_the_next(
