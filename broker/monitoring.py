@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, final
 
 import trio
 
-from teemate import wire
+from teemate import errors, wire
 from teemate.broker.identity import command_of
 from teemate.broker.requests import Answer, Monitor
 from teemate.traffic.concealing import Concealer
@@ -222,11 +222,16 @@ class Monitoring:
         wanting = self._wanting(followed.number, facts)
         if not wanting:
             return
-        shown = self._concealer.conceal(message, noted.data)
-        if len(shown) <= _MESSAGE_BYTES:
-            told["message"] = shown
+        try:
+            shown = self._concealer.conceal(message, noted.data)
+        except errors.Unsupported as error:
+            shown = b""
+            told["problem"] = error.message
         else:
-            told["problem"] = f"too long to be shown here: {len(shown)} bytes"
+            if len(shown) <= _MESSAGE_BYTES:
+                told["message"] = shown
+            else:
+                told["problem"] = f"too long to be shown here: {len(shown)} bytes"
         self._gather(wanting, followed, facts, told, noted.at, len(shown))
 
     def _wanting(self, number: int, facts: Facts) -> list[_Audience]:

@@ -18,9 +18,10 @@ from typing import Any, final
 
 import cbor2
 
+from teemate.errors import Unsupported
 from teemate.wire import Encoded, encode_part
 
-__all__ = ["Concealer", "is_secret"]
+__all__ = ["MOST_SECRETS", "Concealer", "is_secret"]
 
 PUBLIC = frozenset({"mrenclave", "mrsigner", "sigstruct"})
 """Byte strings that everybody may see."""
@@ -30,6 +31,10 @@ _ENCODED_PUBLIC = frozenset({"segments"})
 _LONGEST_DIGEST = 64
 _SURE = 16
 """Bytes that are no accident: a secret of so many can be looked for in an encoding."""
+_SEARCHED = 32
+"""So many secrets are looked for, each through the whole encoding; with more of them it is made anew."""
+MOST_SECRETS = 4096
+"""Far more than any message of the protocol has; hashing each of 60000 would keep everybody waiting."""
 
 
 def is_secret(name: str, value: object) -> bool:
@@ -49,11 +54,21 @@ class Concealer:
     def conceal(self, message: Mapping[str, Any], data: bytes) -> bytes:
         """Return `data`, which encodes `message`, without its secrets.
 
-        Everything else is byte for byte as it was; except that what has secrets in an unusual shape
-        (short ones, text, one of them twice) is encoded anew.
+        Everything else is byte for byte as it was; except that what has many secrets, or some in an unusual
+        shape (short ones, text, one of them twice), is encoded anew.
+
+        Raises
+        ------
+        Unsupported
+            There are more than :data:`MOST_SECRETS`.
+
         """
         found: list[bytes | str] = []
         _find(message, found)
+        if len(found) > MOST_SECRETS:
+            raise Unsupported(f"not shown: it has {len(found)} byte strings, which may all be secrets")
+        if len(found) > _SEARCHED:
+            return encode_part(self._copy("", message))
         for secret in found:
             # Exactly once: else it is also something else there, which has to stay as it is.
             if isinstance(secret, str) or len(secret) < _SURE or data.count(secret) != 1:
@@ -78,6 +93,8 @@ class Concealer:
 
     def _pseudonym(self, secret: bytes) -> bytes:
         size = len(secret)
+        if not size:
+            return secret
         digest = self._hash.copy()
         digest.update(secret)
         return digest.digest().ljust(size, b"\0")[:size]

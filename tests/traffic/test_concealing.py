@@ -8,7 +8,8 @@ import cbor2
 import pytest
 
 from teemate import wire
-from teemate.traffic.concealing import Concealer
+from teemate.errors import Unsupported
+from teemate.traffic.concealing import MOST_SECRETS, Concealer
 
 KEY, BIND, TOKEN = b"K" * 16, b"B" * 88, b"T" * 32
 MRENCLAVE = b"M" * 32
@@ -69,6 +70,41 @@ def test_the_same_secret_twice_is_concealed_twice() -> None:
     assert KEY not in data
     first, second = concealed["ok"]["slots"]
     assert first == second
+
+
+class Searched(bytes):
+    """Counts how often it is searched through."""
+
+    searches = 0
+
+    def count(self, *args: Any) -> int:
+        Searched.searches += 1
+        return super().count(*args)
+
+    def replace(self, *args: Any) -> Searched:
+        Searched.searches += 1
+        return Searched(super().replace(*args))
+
+
+def test_however_many_secrets_there_are_a_message_is_searched_through_a_few_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else one message of a client costs its size squared, in the thread that serves everybody."""
+    monkeypatch.setattr(Searched, "searches", 0)
+    secrets = [number.to_bytes(16, "big") for number in range(1, 3801)]
+    message = {"id": 1, "op": "ping", "args": {"x": secrets}}
+    data = Searched(wire.encode(message))
+    shown = wire.decode(Concealer().conceal(message, data))["args"]["x"]  # type: ignore[index]
+    assert Searched.searches <= 100
+    assert len({*shown, *secrets}) == 2 * len(secrets)
+    assert {len(secret) for secret in shown} == {16}
+
+
+def test_more_secrets_than_any_message_has_are_not_hashed_one_by_one() -> None:
+    concealer = Concealer()
+    conceal({"id": 1, "op": "ping", "args": {"x": [b"", b"x"] * (MOST_SECRETS // 2)}}, concealer)
+    with pytest.raises(Unsupported, match=f"{MOST_SECRETS + 1} byte strings"):
+        conceal({"id": 1, "op": "ping", "args": {"x": [b""] * (MOST_SECRETS + 1)}}, concealer)
 
 
 def test_what_was_encoded_before_is_looked_into_unless_it_is_known() -> None:

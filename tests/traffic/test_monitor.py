@@ -104,6 +104,17 @@ def test_what_cannot_be_read_is_told_and_not_shown(
     assert (answer.facts.kind, answer.facts.op, answer.facts.latency) == ("error", "", None)
 
 
+def test_what_has_more_byte_strings_than_are_looked_through_is_told_and_not_shown(
+    broker: StartBroker, policy: str, look: Look, connect: Connect
+) -> None:
+    running = broker(policy)
+    viewer = look(running, op="ping")
+    connect(running).ok("ping", x=[b"1"] * 5000)
+    request = viewer.watch(shown("answer", "ping"))[0]
+    assert (request.facts.kind, request.message) == ("request", None)
+    assert "5000 byte strings" in request.problem
+
+
 def test_only_what_is_asked_for_is_shown(
     broker: StartBroker, policy: str, look: Look, connect: Connect
 ) -> None:
