@@ -37,12 +37,16 @@ GATHER = 0.1
 _HELD_BYTES = 1 << 20
 """Of messages that wait to be sent; what comes on top is missed by everybody."""
 _EVENT_BYTES = 60000
-"""Of messages in one event: with what is around them they fit into a packet."""
+"""Of messages in one event: mostly they fit into a packet then; if not, they are divided once more."""
 _NOTED, _NOTED_BYTES = 64, 1 << 17
 """Messages, and bytes of them, that wait to be described."""
 _MESSAGE_BYTES = 48000
 _AROUND = 1200
-"""What is said around a message takes so much at most, and what is said of its sender."""
+"""What is said around a message takes so much, rarely more, and what is said of its sender."""
+_BEGINNING = 64
+"""An event takes so much more than its peers and messages."""
+_LONGEST_CGROUP = 256
+"""Characters; a path can have 4095, most of which its user has chosen."""
 _TELL_AGAIN = 1.0
 """Seconds until who has missed something and got nothing since is told so again."""
 
@@ -83,7 +87,7 @@ class _Gathered(NamedTuple):
     peer: dict[str, object]
     told: dict[str, object]
     size: int
-    """In bytes when it is encoded, at most."""
+    """In bytes when it is encoded, about."""
 
 
 _MALFORMED = Facts("malformed", error="protocol-error")
@@ -282,7 +286,7 @@ class Monitoring:
         command = followed.peer["command"] if followed else command_of(identity.pid, client.pidfd)
         peer: dict[str, object] = {
             "client": client.number, "pid": identity.pid, "uid": identity.uid,
-            "cgroup": identity.cgroup_text, "name": client.name, "command": command,
+            "cgroup": identity.cgroup_text[:_LONGEST_CGROUP], "name": client.name, "command": command,
         }  # fmt: skip
         followed = _Followed(client.number, client.name, peer, conversation)
         self._followed[connection] = followed
@@ -309,8 +313,7 @@ class Monitoring:
         for audience in list(self._audiences.values()):
             gathered, audience.gathered = audience.gathered, []
             dropped, audience.dropped = audience.dropped, 0
-            for part in _parts(gathered):
-                event = _Event(part)
+            for event in _events(gathered):
                 for viewer in list(audience.viewers):
                     self._send(viewer, event)
                 await trio.lowlevel.checkpoint()  # others have their turn between two events
@@ -323,7 +326,7 @@ class Monitoring:
         missed = self._missed[viewer]
         if not event.count and not missed:
             return
-        if viewer.outbox.offer(event.encoded(missed)):
+        if event.fits and viewer.outbox.offer(event.encoded(missed)):
             self._missed[viewer] = 0
             self._shown += event.count
         else:
@@ -348,6 +351,7 @@ class _Event:
         self._peers = wire.Encoded(list(peers.values()))
         self._messages = wire.Encoded([message.told for message in gathered])
         self._last: tuple[int, bytes] = (-1, b"")
+        self.fits = len(self._peers.data) + len(self._messages.data) + _BEGINNING <= wire.MAX_MESSAGE
 
     def encoded(self, missed: int) -> bytes:
         """Return it for who has missed so many messages before."""
@@ -357,6 +361,21 @@ class _Event:
             }  # fmt: skip
             self._last = missed, wire.encode_part(event)
         return self._last[1]
+
+
+def _events(gathered: list[_Gathered]) -> Iterator[_Event]:
+    """Yield events that fit into a packet each, unless one message alone does not.
+
+    Clients choose much of what is told of them, and one that is more than was thought must not cost a viewer
+    its connection.
+    """
+    for part in _parts(gathered):
+        event = _Event(part)
+        if event.fits or len(part) == 1:
+            yield event
+        else:
+            for message in part:
+                yield _Event([message])
 
 
 def _parts(gathered: list[_Gathered]) -> Iterator[list[_Gathered]]:

@@ -22,6 +22,8 @@ _KINDS = (
     (re.compile(r"(/dev/.*)"), "device"),
     (re.compile(r"(/.*)"), "file"),
 )
+_LONGEST_NAME = 200
+"""Characters; a path can have 4095, all of which somebody else has chosen."""
 _INODE = re.compile(rb"^ino:\s*(\d+)$", re.MULTILINE)
 
 
@@ -39,6 +41,8 @@ def describe_fd(fd: int) -> Fd:
         if found is not None:
             kind, name = known, found.group(1)
             break
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[: _LONGEST_NAME - 1]}…"
     return Fd(kind, name, int(inode.group(1)) if inode else None)
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from running_broker import RunningBroker
 from watching import Viewer, shown
 
 import teemate
+from teemate.broker.monitoring import _events, _Gathered
 from teemate.traffic.description import BROKER, CLIENT, Described
 
 StartBroker = Callable[..., RunningBroker]
@@ -113,6 +114,38 @@ def test_what_has_more_byte_strings_than_are_looked_through_is_told_and_not_show
     request = viewer.watch(shown("answer", "ping"))[0]
     assert (request.facts.kind, request.message) == ("request", None)
     assert "5000 byte strings" in request.problem
+
+
+def test_names_as_long_as_they_can_be_cost_nobody_who_looks_anything(
+    broker: StartBroker, policy: str, look: Look, connect: Connect, tmp_path: Path
+) -> None:
+    """Each byte that is no text is shown as four: the names alone of four descriptors would fill a packet."""
+    running = broker(policy)
+    viewer = look(running)
+    with ExitStack() as stack:
+        folder = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+        stack.callback(os.close, folder)
+        while len(os.readlink(f"/proc/self/fd/{folder}")) < 3800:
+            os.mkdir(b"\xff" * 250, dir_fd=folder)
+            folder = os.open(b"\xff" * 250, os.O_RDONLY | os.O_DIRECTORY, dir_fd=folder)
+            stack.callback(os.close, folder)
+        client = connect(running)
+        client.send({"id": 99, "op": "ping", "args": {"padding": "p" * 30000}}, (folder,) * 4)
+        client.breaks_protocol()
+    request = next(message for message in viewer.watch(shown("error", "")) if message.fds)
+    assert request.message is not None
+    assert [fd.kind for fd in request.fds] == ["file"] * 4
+    assert {(len(fd.name), fd.name[-1]) for fd in request.fds} == {(200, "…")}
+
+
+def test_messages_that_take_more_than_was_thought_are_shown_one_by_one() -> None:
+    def gathered(size: int) -> _Gathered:
+        return _Gathered({"client": 1}, {"client": 1, "problem": "p" * size}, 1)
+
+    events = list(_events([gathered(size) for size in (40000, 30000, 70000, 10)]))
+    assert [(event.count, event.fits) for event in events] == [(1, True), (1, True), (1, False), (1, True)]
+    for event in events:
+        assert event.fits == (len(event.encoded(2**53)) <= teemate.wire.MAX_MESSAGE)
 
 
 def test_only_what_is_asked_for_is_shown(
