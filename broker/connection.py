@@ -65,7 +65,7 @@ class Connection:
         self._turn: Turn | None = None
         """The user's turn while it is ours: who resumes may belong to another account afterwards."""
         self._greeting = trio.Event()
-        self._silent: errors.LimitReached | None = None
+        self._dismissed: errors.Error | None = None
         self._monitoring = client.service.monitoring
 
     @property
@@ -101,8 +101,8 @@ class Connection:
                 except OSError as error:
                     why = f"connection failed: {error.strerror}"
                 nursery.cancel_scope.cancel()
-            if self._silent is not None:
-                why = f"refused: {self._silent.message}"
+            if self._dismissed is not None:
+                why = f"refused: {self._dismissed.message}"
         finally:
             self._nursery = None
             self.outbox.discard()
@@ -141,15 +141,15 @@ class Connection:
                     await self._greeting.wait()
                     return
         except errors.LimitReached as error:
-            self._silent = error
+            self.dismiss(error)
         else:
             setting = "[limits] handshake_seconds"
-            self._silent = errors.LimitReached(
-                f"no hello came within {seconds:g} s: the broker's policy sets this in {setting}",
-                {"limit": "handshake_seconds", "maximum": seconds, "setting": setting},
+            self.dismiss(
+                errors.LimitReached(
+                    f"no hello came within {seconds:g} s: the broker's policy sets this in {setting}",
+                    {"limit": "handshake_seconds", "maximum": seconds, "setting": setting},
+                )
             )
-        self._reply_error(None, self._silent)
-        self.close()
 
     async def _read_requests(self) -> None:
         account = self.client.account
@@ -333,6 +333,12 @@ class Connection:
             self._monitoring.sent(self, data, fds)
 
     # -- ending ----------------------------------------------------------------
+
+    def dismiss(self, error: errors.Error) -> None:
+        """End the connection, and tell the client why."""
+        self._dismissed = error
+        self._reply_error(None, error)
+        self.close()
 
     def close(self) -> None:
         """End the connection; its task notices and cleans up."""

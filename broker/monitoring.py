@@ -29,6 +29,7 @@ from teemate.traffic.descriptors import describe_fd, describe_own
 if TYPE_CHECKING:
     from teemate.broker.clients import Client
     from teemate.broker.connection import Connection
+    from teemate.broker.policy import Policy
 
 __all__ = ["Monitoring", "MonitoringStatistics"]
 
@@ -148,6 +149,16 @@ class Monitoring:
             self._missed[connection] = 0
 
         return Answer({}, after=add)
+
+    def adopt(self, policy: Policy) -> None:
+        """End the connections of those who look and may not any more."""
+        for connection in list(self.viewers):
+            identity = connection.client.identity
+            if not policy.administrators.includes(identity):
+                self._remove(connection)
+                connection.dismiss(
+                    errors.Denied(f"the policy has changed, and allows monitor to uid {identity.uid} no more")
+                )
 
     def ended(self, connection: Connection) -> None:
         """A connection is over."""

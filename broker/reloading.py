@@ -3,7 +3,8 @@
 The whole file is read and checked first: one with a mistake changes nothing.  What was fixed when the broker
 started (where it listens, the default backend, which cgroup hierarchy) waits for the next start, and the
 log says so.  Grants that were given stay given, also those that the new policy would not give any more: the
-log names their clients, and ``teemate revoke`` takes them back.
+log names their clients, and ``teemate revoke`` takes them back.  Who monitors and is no administrator any
+more is told so, and sees nothing from then on.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ class Reloading:
             enclave.policy = found or enclave.policy
         service.administration.building.adopt(policy)
         service.lifecycle.adopt(policy)
+        service.monitoring.adopt(policy)
         service.state.write_enclaves()
         service.log.info("policy taken", policy=policy.source, enclaves=len(policy.enclaves))
         if policy.metrics != old.metrics:

@@ -32,7 +32,7 @@ def monitor(
     told how many.
     """
     from ..traffic.description import parse_event
-    from ..traffic.plain import PlainConnection
+    from ..traffic.plain import PlainConnection, require_no_error
 
     chosen = wanted(enclave, client, op, error)
     with PlainConnection(path) as broker:
@@ -40,6 +40,7 @@ def monitor(
         broker.ask("monitor", {key: value for key, value in chosen._asdict().items() if value is not None}, 1)
         click.echo("Watching; Ctrl-C ends it.", err=True)
         while (message := broker.message()) is not None:
+            require_no_error(message)  # why it ends
             if message.get("event") != "traffic":
                 continue
             if message["missed"]:

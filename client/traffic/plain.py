@@ -15,7 +15,14 @@ from teemate import wire
 from teemate._connection import DEFAULT_PATH
 from teemate.errors import ConnectionLost, from_code
 
-__all__ = ["PlainConnection"]
+__all__ = ["PlainConnection", "require_no_error"]
+
+
+def require_no_error(answer: dict[str, Any]) -> None:
+    """Raise the error that `answer` is, if it is one."""
+    error = answer.get("error")
+    if isinstance(error, dict):
+        raise from_code(str(error.get("code")), str(error.get("message")), error.get("detail"))
 
 
 @final
@@ -108,9 +115,7 @@ class PlainConnection:
         answer = self.message()
         if answer is None:
             raise self.ended()
-        error = answer.get("error")
-        if isinstance(error, dict):
-            raise from_code(str(error.get("code")), str(error.get("message")), error.get("detail"))
+        require_no_error(answer)
         ok = answer.get("ok")
         return ok if isinstance(ok, dict) else {}
 

@@ -17,7 +17,7 @@ import pytest
 from processes import wait_until
 from raw_client import RawClient
 from running_broker import RunningBroker
-from watching import Viewer, shown
+from watching import TIMEOUT, Viewer, shown
 
 import teemate
 from teemate.broker.monitoring import _events, _Gathered
@@ -186,6 +186,33 @@ def test_who_is_no_administrator_sees_nothing(broker: StartBroker, policy: str, 
     connect(running).fails("monitor", "denied")
     (denial,) = running.audit("denial")
     assert denial["operation"] == "monitor"
+
+
+def test_who_is_no_administrator_any_more_is_told_and_sees_no_more(
+    broker: StartBroker, policy: str, connect: Connect
+) -> None:
+    running = broker(policy)
+    command = [sys.executable, "-c", "from teemate.cli.main import main; main()", "monitor"]
+    with subprocess.Popen(
+        [*command, "--socket", running.socket], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("Watching")
+        client = connect(running)
+        # One policy with us and one without, each with a reload of its own.
+        with_us = f"uids = [{os.geteuid()}"
+        (running.folder / "broker.toml").write_text(policy.replace(with_us, f"{with_us}, 4294967294"))
+        client.ok("reload")
+        assert client.ok("stats")["stats"]["monitoring"]["viewers"] == 1
+        (running.folder / "broker.toml").write_text(policy.replace(with_us, "uids = [4294967294"))
+        client.ok("reload")
+        try:
+            said = process.communicate(timeout=TIMEOUT)[1]
+        finally:
+            process.kill()
+    assert process.returncode == 4
+    assert f"the policy has changed, and allows monitor to uid {os.geteuid()} no more" in said
+    client.ok("ping")
 
 
 def test_wrong_filters_are_refused(broker: StartBroker, policy: str, connect: Connect) -> None:
