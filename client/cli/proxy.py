@@ -141,6 +141,7 @@ def decode(
 
     Wireshark and tshark open it too; the comment at its beginning says how they take messages apart.
     """
+    from ..traffic.diagnostic import printable
     from ..traffic.recording import Tracker, read_recording
 
     chosen = wanted(enclave, client, op, error)
@@ -149,6 +150,6 @@ def decode(
         for entry in read_recording(recorded):
             if isinstance(entry, str):
                 if not as_json:
-                    click.echo(entry, err=True)
+                    click.echo("\n".join(map(printable, entry.split("\n"))), err=True)
             else:
                 show_entry(entry, tracker.describe(entry), chosen, as_json=as_json)

@@ -36,6 +36,7 @@ def replay(file: str, images: tuple[str, ...], patience: float, path: str | None
     move by themselves. The exit status is 1 when something else differs, or could not be sent.
     """
     from ..traffic.description import clock
+    from ..traffic.diagnostic import printable
     from ..traffic.recording import read_recording
     from ..traffic.replay import only_entries
     from ..traffic.replay import replay as play
@@ -49,9 +50,9 @@ def replay(file: str, images: tuple[str, ...], patience: float, path: str | None
     else:
         for difference in outcome.differences:
             where = f"client {difference.connection}, {difference.where}"
-            click.echo(f"{clock(difference.at)} {where}: {difference.what}")
+            click.echo(printable(f"{clock(difference.at)} {where}: {difference.what}"))
         for skipped in outcome.skipped:
-            click.echo(f"not sent: {skipped}")
+            click.echo(printable(f"not sent: {skipped}"))
         count = len(outcome.differences)
         told = "no difference" if not count else f"{count} difference{'s' * (count != 1)}"
         click.echo(f"{outcome.sent} messages sent, {outcome.compared} answers and events compared: {told}")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeGuard, final
 
 from teemate.errors import ProtocolError
 from teemate.traffic.concealing import is_secret
-from teemate.traffic.diagnostic import text, write
+from teemate.traffic.diagnostic import printable, text, write
 from teemate.wire import decode_trusted
 
 __all__ = [
@@ -52,7 +52,7 @@ class Peer(NamedTuple):
     def __str__(self) -> str:
         called = self.name or self.command or "no name"
         command = f" ({self.command})" if self.name and self.command != self.name else ""
-        where = f", {self.cgroup}" if self.cgroup else ""
+        where = f", {printable(self.cgroup)}" if self.cgroup else ""
         return f"{text(called)[1:-1]}{text(command)[1:-1]}, pid {self.pid}, uid {self.uid}{where}"
 
     @classmethod
@@ -281,7 +281,7 @@ class Described(NamedTuple):
     def body(self) -> str:
         """The message in diagnostic notation."""
         if self.message is None:
-            return f"/ {self.problem} /"
+            return f"/ {printable(self.problem)} /"
         return write(self.message, self._show)
 
     def _show(self, name: str, value: object) -> str | None:

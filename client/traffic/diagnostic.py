@@ -14,7 +14,7 @@ from typing import Any
 
 import cbor2
 
-__all__ = ["DiagnosticError", "Show", "parse", "text", "write"]
+__all__ = ["DiagnosticError", "Show", "parse", "printable", "text", "write"]
 
 Show = Callable[[str, object], "str | None"]
 """Returns how a value under a key is to be written, None for as usual."""
@@ -42,10 +42,14 @@ _TOKEN = re.compile(
 
 def text(value: str) -> str:
     """Return `value` in quotes, without anything that a terminal would not simply print."""
-    quoted = json.dumps(value, ensure_ascii=False)
-    if quoted.isprintable():
-        return quoted
-    return "".join(char if char.isprintable() else _escaped(char) for char in quoted)
+    return printable(json.dumps(value, ensure_ascii=False))
+
+
+def printable(value: str) -> str:
+    """Return `value` as it is, but for what a terminal would not simply print."""
+    if value.isprintable():
+        return value
+    return "".join(char if char.isprintable() else _escaped(char) for char in value)
 
 
 def _escaped(char: str) -> str:
