@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, final
 
 import click
@@ -120,9 +120,13 @@ class _Witness:
         try:
             show_entry(entry, described, self._chosen, as_json=self._as_json)
             sys.stdout.flush()
-        except BrokenPipeError:  # nobody reads any more; the clients go on
+        except (OSError, ValueError) as error:  # whatever is wrong with what we print to, the clients go on
             self._chosen = None
-            os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
+            if not isinstance(error, BrokenPipeError):  # else nobody reads any more, which is no failure
+                self.failed = True
+                _complain(f"printing has ended: {error}; the clients go on")
+            with suppress(OSError, ValueError):  # what is left in its buffer would fail once more at our end
+                os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
 
 
 @click.command()

@@ -179,8 +179,11 @@ class Conversation:
 
 
 def clock(at: float) -> str:
-    """Return the time of day here."""
-    return datetime.fromtimestamp(at).strftime("%H:%M:%S.%f")
+    """Return the time of day here; a recording may have times that no calendar has."""
+    try:
+        return datetime.fromtimestamp(at).strftime("%H:%M:%S.%f")
+    except (ValueError, OverflowError, OSError):
+        return f"{at:.6f}"
 
 
 def _name(untrusted: object) -> str:

@@ -27,6 +27,8 @@ schema (RFC 8610) is client/protocol.cddl. Slot keys, tokens and MACs are replac
 size. To have tshark or Wireshark take the messages apart: \
 -o 'uat:user_dlts:"User 0 (DLT=147)","cbor","0","","0",""'"""
 _LONGEST_COMMENT = 16000
+_NAMED_FDS = 16
+"""Of more descriptors on a message only the kinds are kept: their names would not fit into a comment."""
 
 
 class Opened(NamedTuple):
@@ -165,7 +167,8 @@ class Recorder:
         else:
             told["from"] = entry.sender
             if entry.fds:
-                told["fds"] = [fd.as_map() for fd in entry.fds]
+                named, more = entry.fds[:_NAMED_FDS], entry.fds[_NAMED_FDS:]
+                told["fds"] = [*(fd.as_map() for fd in named), *({"kind": fd.kind} for fd in more)]
             if entry.problem:
                 told["problem"] = entry.problem
             data, size, inbound = entry.data, entry.size, entry.sender == CLIENT
@@ -208,7 +211,7 @@ def _entry(packet: Packet) -> Entry:
             decode(packet.data)
     except Error:
         raise
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise ProtocolError(f"the recording has a packet without what belongs to it: {error!r}") from None
     return entry
 

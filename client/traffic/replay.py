@@ -194,7 +194,7 @@ class _Player:
             line.unreadable = True
             self._transmit(entry, line, _UNREADABLE, ())
             return
-        number, args = message.get("id"), message.get("args")
+        number, args = _id(message), message.get("args")
         grant = args.get("grant") if isinstance(args, dict) else None
         line.asked[number] = str(message.get("op")), grant if isinstance(grant, int) else None
         fds: list[int] = []
@@ -236,9 +236,10 @@ class _Player:
     # -- from the broker ---------------------------------------------------------------
 
     def _compare(self, entry: Passed, line: _Line, recorded: dict[str, Any]) -> None:
-        if recorded.get("id") in line.skipped and "event" not in recorded:
+        number = _id(recorded)
+        if number in line.skipped and "event" not in recorded:
             return
-        op, grant = line.asked.get(recorded.get("id"), ("", None))
+        op, grant = line.asked.get(number, ("", None))
         where = f"event {recorded['event']}" if "event" in recorded else f"answer to {op}" if op else "answer"
         said = line.wait_for(recorded)
         if said is None:
@@ -250,8 +251,8 @@ class _Player:
             grant = ok.get("grant")
         if line.unreadable and recorded.get("id") is None and "error" in recorded:
             # What is wrong with the message that was sent instead is something else.
-            recorded = {"error": recorded["error"].get("code")}
-            said = said._replace(message={"error": said.message.get("error", {}).get("code")})
+            recorded = {"error": _code(recorded)}
+            said = said._replace(message={"error": _code(said.message)})
         for place, what in self._differing("", recorded, said.message, "", grant):
             self._differ(entry, f"{where}: {place}" if place else where, what)
         kinds, now = [fd.kind for fd in entry.fds], [fd.kind for fd in said.fds]
@@ -300,6 +301,17 @@ class _Player:
         if name == "message" and isinstance(recorded, str) and isinstance(now, str):
             return _DIGITS.sub("0", recorded) == _DIGITS.sub("0", now)
         return bool(type(recorded) is type(now) and recorded == now)
+
+
+def _id(message: dict[str, Any]) -> int | None:
+    """Return the id, if it is one: what clients send is recorded also when the broker refuses it."""
+    number = message.get("id")
+    return number if isinstance(number, int) else None
+
+
+def _code(message: dict[str, Any]) -> object:
+    error = message.get("error")
+    return error.get("code") if isinstance(error, dict) else None
 
 
 def _shown(name: str, value: object) -> str:

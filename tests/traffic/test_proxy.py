@@ -197,6 +197,19 @@ def test_a_recording_that_cannot_go_on_is_told_and_the_clients_go_on(
     assert 0 < teemate("decode", str(tmp_path / "new")).count("ping request") < 10
 
 
+def test_an_output_that_is_full_is_told_and_the_clients_go_on(
+    broker: StartBroker, policy: str, tmp_path: Path
+) -> None:
+    running = broker(policy)
+    with proxy(running.socket, tmp_path, status=1) as (path, command):
+        resource.prlimit(command.process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
+        with raw_client(path) as client:
+            for _ in range(20):
+                client.ok("ping")
+    assert "printing has ended: [Errno 27] File too large; the clients go on" in command.said
+    assert len(command.printed) == 1000
+
+
 def test_the_broker_ends_and_the_client_hears_of_it(broker: StartBroker, policy: str, tmp_path: Path) -> None:
     running = broker(policy, expect_errors=True)
     with proxy(running.socket, tmp_path, "--quiet") as (path, _):
