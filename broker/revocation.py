@@ -309,11 +309,14 @@ class Revocation:
     def note_leaked(self, grant: Grant) -> None:
         """Its holder can map its slots still, though it was revoked."""
         grant.leaked = True
-        self._mapped.add(grant)
+        self._mapped = {*self._mapped_still(), grant}
+
+    def _mapped_still(self) -> set[Grant]:
+        return {grant for grant in self._mapped if grant.mapped_still}
 
     def statistics(self) -> RevocationStatistics:
         """What revocations ended with so far."""
-        self._mapped = {grant for grant in self._mapped if grant.mapped_still}
+        self._mapped = self._mapped_still()
         return RevocationStatistics(
             killed=self._killed,
             leaked=self._leaked,

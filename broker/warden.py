@@ -149,7 +149,9 @@ class Warden:
         pid, started = self._pid, trio.current_time()
         if pid is None:
             return
-        pidfd = os.pidfd_open(pid)  # a child that nobody has waited for: its number is still its own
+        pidfd = await self._pidfd(pid)
+        if pidfd is None:
+            return
         try:
             await trio.lowlevel.wait_readable(pidfd)
         finally:
@@ -167,6 +169,18 @@ class Warden:
         async with self._lock:
             if not self._closed:
                 await self._ensure_started()
+
+    async def _pidfd(self, pid: int) -> int | None:
+        """Return a descriptor of the present warden, once there is room; None: it is not present any more."""
+        pause = _FIRST_PAUSE
+        while self._pid == pid:  # nobody has waited for this child, so its number is still its own
+            try:
+                return os.pidfd_open(pid)
+            except OSError as error:
+                self._log.warning("warden not watched", pid=pid, reason=error.strerror)
+            await trio.sleep(pause)
+            pause = min(2 * pause, _SHORT_LIFE)
+        return None
 
     def forget_storage(self) -> None:
         """Wardens that start from now on have none."""
@@ -320,25 +334,26 @@ class Warden:
 
     async def _spawn(self) -> None:
         words, folders = [str(self._program)], []
-        if self._storage is not None:
-            words += ["storage", str(self._storage.limit)]
+        with contextlib.ExitStack() as theirs:
+            if self._storage is not None:
+                words += ["storage", str(self._storage.limit)]
+                try:
+                    folders.append(await trio.to_thread.run_sync(self._storage.open))
+                except OSError as error:
+                    folder = f"its files' folder {self._storage.folder} ([broker] state_directory)"
+                    raise _FailedError(f"{folder}: {error.strerror}") from error
+                theirs.callback(os.close, folders[0])
             try:
-                folders.append(await trio.to_thread.run_sync(self._storage.open))
+                ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             except OSError as error:
-                raise _FailedError(
-                    f"its files' folder {self._storage.folder}: {error.strerror} ([broker] state_directory)"
-                ) from error
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+                raise _FailedError(f"no socket can be had for it: {error.strerror}") from error
+            theirs.callback(its.close)
             ours.setblocking(False)
             try:
-                self._pid = start_program(words, [theirs.fileno(), *folders])
+                self._pid = start_program(words, [its.fileno(), *folders])
             except OSError as error:
                 ours.close()
                 raise _FailedError(f"{self._program}: {error.strerror}") from error
-            finally:
-                for folder in folders:
-                    os.close(folder)
         self._sock = ours
         self._started += 1
         geometry = self._geometry

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from teemate.broker.control import SlotKey, SlotWord
 from teemate.broker.revocation import Revocation
+
+
+def test_leaked_mappings_that_are_over_are_forgotten_also_when_nobody_asks() -> None:
+    class Leaked:
+        mapped_still = True
+        leaked = False
+
+    revocation = Revocation(cast("Any", None))
+    grants = [Leaked() for _ in range(100)]
+    for grant in grants:
+        revocation.note_leaked(cast("Any", grant))
+        grant.mapped_still = False
+    assert revocation._mapped == {grants[-1]}
+    assert revocation.statistics().mapped == 0
 
 
 async def test_a_slot_that_is_given_back_during_a_revocation_keeps_its_next_holders_key() -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import signal
+import socket
 import struct
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -23,6 +26,7 @@ import teemate
 from teemate.broker.control import ControlKey, ControlOp, SlotWord
 from teemate.broker.enclaves import Built, build_enclave
 from teemate.broker.programs import warden_program
+from teemate.broker.storage import Storage
 from teemate.broker.warden import EnclaveBrokenError, Geometry, Warden, WardenError
 
 FAKE = """#!{python} -IS
@@ -92,6 +96,47 @@ async def test_requests_go_one_at_a_time_to_one_warden(fake: Fake) -> None:
             nursery.start_soon(warden.probe, slot)
     assert warden.statistics().started == 1
     assert warden.statistics().requests == 7
+
+
+async def test_a_warden_for_which_there_is_no_socket_is_a_failure_to_start_and_leaks_nothing(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warden = fake([["ok"] * 5])
+    warden._storage = Storage.of(tmp_path, "vault", 1 << 20)
+
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "socketpair", refuse)
+        with pytest.raises(EnclaveBrokenError, match="no socket can be had for it: Too many open files"):
+            await warden.start()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_a_warden_that_cannot_be_watched_at_once_is_kept_all_the_same(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warden = fake([["ok"] * 5])
+    await warden.start()
+    pid = warden.statistics().pid
+    assert pid is not None
+    watched, pidfd_open, refusals = trio.Event(), os.pidfd_open, [errno.EMFILE, errno.ENFILE]
+
+    def refuse_twice(number: int) -> int:
+        if refusals:
+            code = refusals.pop()
+            raise OSError(code, os.strerror(code))
+        watched.set()
+        return pidfd_open(number)
+
+    monkeypatch.setattr(os, "pidfd_open", refuse_twice)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(warden.keep)
+        await watched.wait()
+        os.kill(pid, signal.SIGKILL)
+    assert warden.statistics().started == 2
 
 
 @pytest.mark.parametrize("failure", ["crash", "short", "other id"])
