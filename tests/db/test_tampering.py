@@ -258,3 +258,24 @@ def test_what_a_failed_writer_left_is_not_believed_after_anothers_commit(
         second.call("db_close")
         host.files["accounts-wal"][:] = right
         assert ask(Connection(second, "accounts"))[3:] == ("right", "right")
+
+
+def test_a_cut_that_was_done_and_not_acknowledged_is_no_tampering(disk: tuple[teemate.Enclave, Disk]) -> None:
+    enclave, host = disk
+    with enclave.slot() as first, enclave.slot() as second:
+        one, two = Connection(first, "accounts"), Connection(second, "accounts")
+        for name in ("accounts", "accounts-wal"):
+            one.script("DROP TABLE IF EXISTS t")
+            fill(one, 400)
+            one.sql("DELETE FROM t WHERE id >= 20")
+            one.sql("VACUUM")
+            host.failures[host.TRUNCATE, name] = -errno.EIO
+            with pytest.raises(SqlError):
+                one.sql("PRAGMA wal_checkpoint(TRUNCATE)")
+            assert not host.failures
+            assert ask(two)[0] == 20
+            two.sql("INSERT INTO t SELECT id + 1000, v FROM t")
+            assert two.sql("PRAGMA wal_checkpoint(TRUNCATE)")[0][0] == 0
+            one.close()
+            one = Connection(first, "accounts")
+            assert ask(one)[0] == 40

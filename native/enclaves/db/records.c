@@ -46,6 +46,34 @@ int64_t records_counted(const struct record_file *file)
     return 1 + (int64_t)(((uint64_t)size - first) / (FRAME_SIZE + RECORD_EXTRA));
 }
 
+int64_t records_known(const struct record_file *file)
+{
+    const struct known_file *known = &file->database->files[file->kind];
+    uint64_t cut = known->cut, records = known->records;
+    int64_t counted;
+
+    if (!cut || records < cut)
+        return (int64_t)records;
+    counted = records_counted(file);
+    if (counted < 0)
+        return counted;
+    return (uint64_t)counted < cut ? (int64_t)cut - 1 : (int64_t)records;
+}
+
+/* Before the file is changed: did the last cut, whose slot died or was told of a failure, come about? */
+static int settle_cut(struct record_file *file)
+{
+    struct known_file *known = &file->database->files[file->kind];
+    int64_t records = known->cut ? records_known(file) : 0;
+
+    if (records < 0)
+        return (int)records;
+    if (known->cut && (uint64_t)records < known->cut)
+        known_cut(file->database, file->kind, known->cut - 1);
+    known->cut = 0;
+    return 0;
+}
+
 static uint64_t short_tag(const uint8_t *tag)
 {
     uint64_t value;
@@ -143,6 +171,7 @@ static bool is_zero(const uint8_t *data, uint32_t length)
 
 int record_read(struct record_file *file, uint64_t record, uint8_t *data)
 {
+    const struct known_file *known = &file->database->files[file->kind];
     uint32_t size = record_size(file->kind, record);
     bool unknown, zeros = false;
     uint8_t raw[LARGEST];
@@ -154,7 +183,7 @@ int record_read(struct record_file *file, uint64_t record, uint8_t *data)
         if (got < 0)
             return (int)got;
         if (got < size + RECORD_EXTRA) {
-            if (record >= file->database->files[file->kind].records)
+            if (record >= known->records || (known->cut && record >= known->cut - 1))
                 return RECORD_END;
             continue;
         }
@@ -214,11 +243,11 @@ int records_write(struct record_file *file, uint64_t first, const uint8_t *data,
     int64_t done;
     int status;
 
-    if (pending->count) {
+    status = settle_cut(file);
+    if (!status && pending->count)
         status = settle(file);
-        if (status)
-            return status;
-    }
+    if (status)
+        return status;
     raw = sqlite3_malloc((int)(step * count));
     if (!raw)
         return RECORD_MEMORY;
@@ -255,11 +284,18 @@ int records_write(struct record_file *file, uint64_t first, const uint8_t *data,
 
 int records_cut(struct record_file *file, uint64_t count)
 {
-    int status = tm_file_truncate(file->handle, place_of(file->kind, count));
+    struct known_file *known = &file->database->files[file->kind];
+    int status = settle_cut(file);
 
-    if (!status)
-        known_cut(file->database, file->kind, count);
-    return status;
+    if (status)
+        return status;
+    known->cut = count + 1;
+    status = tm_file_truncate(file->handle, place_of(file->kind, count));
+    if (status)
+        return status; /* it may be done: both are right until the next change */
+    known_cut(file->database, file->kind, count);
+    known->cut = 0;
+    return 0;
 }
 
 /* ---- the head -------------------------------------------------------------------- */

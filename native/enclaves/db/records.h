@@ -36,6 +36,8 @@ struct record_file {
 uint32_t record_size(enum file_kind kind, uint64_t record);
 /* How many the host's file has room for; or a negative tm_errno. */
 int64_t records_counted(const struct record_file *file);
+/* How many there are, as this life knows: the host is asked only after a cut that nobody heard of any more. */
+int64_t records_known(const struct record_file *file);
 /*
  * RECORD_OK, RECORD_END when there is none, RECORD_TAMPERED, a negative tm_errno.  RECORD_TORN: as RECORD_TAMPERED,
  * but nothing was known of it: a checkpoint that power cut short leaves such pages, and the log has them.

@@ -43,6 +43,7 @@ void database_wipe(struct database *database)
             if (database->files[kind].tags[chunk])
                 memset(database->files[kind].tags[chunk], 0, TAGS_IN_CHUNK * sizeof(uint64_t));
         database->files[kind].records = 0;
+        database->files[kind].cut = 0;
         for (uint32_t slot = 0; slot < SLOTS_MOST; slot++)
             database->pending[kind][slot].count = 0;
     }

@@ -45,6 +45,7 @@ struct pending {
 
 struct known_file {
     _Atomic uint64_t records; /* that the file has */
+    _Atomic uint64_t cut;     /* records and 1 of a cut that may have been done or not; 0: none */
     uint64_t *tags[CHUNKS_MOST]; /* 0: nothing is known */
 };
 

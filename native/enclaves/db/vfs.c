@@ -270,12 +270,14 @@ static int file_sync(sqlite3_file *base, int flags)
     return code ? code : code_of(tm_file_sync(file->records.handle), SQLITE_IOERR_FSYNC);
 }
 
-/* As this life of the enclave knows it; the host is asked once. */
 static int file_size(sqlite3_file *base, sqlite3_int64 *size)
 {
     struct file *file = of(base);
-    uint64_t records = file->records.database->files[file->records.kind].records;
+    int64_t known = records_known(&file->records);
+    uint64_t records = (uint64_t)known;
 
+    if (known < 0)
+        return code_of((int)known, SQLITE_IOERR_FSTAT);
     if (file->batch_count && records < file->batch_first + file->batch_count)
         records = file->batch_first + file->batch_count;
     if (file->records.kind == FILE_MAIN)
