@@ -183,15 +183,24 @@ def _compile_kept(step: list[str], work: Path, folder: Path, places: Sequence[tu
     for old, new in reversed(places):
         known = known.replace(str(old).encode(), new.encode())
     kept = folder / f"{hashlib.sha256(version + known).hexdigest()[:32]}.o"
-    if not kept.exists():
+    try:
+        os.utime(kept)  # the next one that goes is another
+        shutil.copyfile(kept, target)
+    except FileNotFoundError:
         _run(step, work)
         folder.mkdir(parents=True, exist_ok=True)
         with _replacing(kept) as new_object:
             shutil.copyfile(target, new_object)
-        for old_object in sorted(folder.glob("*.o"), key=lambda path: path.stat().st_mtime)[:-_OBJECTS_KEPT]:
+        for old_object in sorted(folder.glob("*.o"), key=_used)[:-_OBJECTS_KEPT]:
             old_object.unlink(missing_ok=True)
-    os.utime(kept)  # the next one that goes is another
-    shutil.copyfile(kept, target)
+
+
+def _used(kept: Path) -> float:
+    """When it was used last; another build may take it away at any time."""
+    try:
+        return kept.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _run(command: list[str], work: Path) -> None:

@@ -58,6 +58,21 @@ def test_the_sdk_may_lie_anywhere_too(sample: Path, sample_elf: Path, tmp_path: 
     assert (tmp_path / "moved.elf").read_bytes() == sample_elf.read_bytes()
 
 
+def test_objects_that_another_build_takes_away_are_made_again(
+    sample: Path, sample_elf: Path, tmp_path: Path
+) -> None:
+    kept = tmp_path / "objects"
+    kept.mkdir()
+    (kept / "gone.o").symlink_to("nowhere")  # listed, and not there when it is looked at
+    for number in range(2):
+        output = tmp_path / f"{number}.elf"
+        build_elf([sample], output, objects_kept=kept)
+        assert output.read_bytes() == sample_elf.read_bytes()
+        made = next(path for path in kept.iterdir() if not path.is_symlink())
+        made.unlink()
+        made.symlink_to("nowhere")
+
+
 def test_another_source_gives_another_measurement(sample: Path, sample_elf: Path, tmp_path: Path) -> None:
     changed = tmp_path / "sample.c"
     changed.write_text(SAMPLE.replace('"two"', '"2.."'))
