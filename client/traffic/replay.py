@@ -29,7 +29,9 @@ MOVING = {
     **dict.fromkeys(("id", "grant", "client", "slot", "tcs", "base"), "numbers that a broker chooses"),
     **dict.fromkeys(("pid", "cgroup", "name"), "who asks"),
     **dict.fromkeys(("connected", "waited", "ago", "deadline"), "times"),
-    **dict.fromkeys(("free", "used", "withheld", "waiting", "clients", "requests"), "counts that move"),
+    **dict.fromkeys(
+        ("free", "used", "withheld", "waiting", "cleared", "clients", "requests"), "counts that move"
+    ),
     "stats": "counts that move",
 }
 """What is not compared, by its key, and why.  A list of `clients` is, and a `name` beside `mrenclave`."""

@@ -181,7 +181,7 @@ class MortalWorld(World):
         self._over = False
         super().__init__(slots, kill=kill)
 
-    def _new_warden(self, *_: object) -> _MortalWarden:
+    def _new_warden(self, *_: object, **__: object) -> _MortalWarden:
         warden = _MortalWarden(self.enclave)
         warden.world = self
         warden.troubled, warden.gone = self.warden.troubled, self.warden.gone
