@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,12 @@ def _enclave_mappings() -> list[str]:
     lines = Path("/proc/self/maps").read_text().splitlines()
     window = range(0x4000_0000_0000, 0x4100_0000_0000)
     return [line for line in lines if "memfd:" in line or int(line.split("-")[0], 16) in window]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_of_others_goes_meanwhile() -> None:
+    """Collect what tests before these have left, event loops with their descriptors among it."""
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
