@@ -21,28 +21,28 @@ import trio
 from structlog.typing import FilteringBoundLogger
 
 from teemate import errors
-from teemate.broker import spawner
-from teemate.broker.audit import configure_log
-from teemate.broker.check import DEFAULT_CONFIG, check_config, read_policy
-from teemate.broker.descriptor_store import DescriptorStore
-from teemate.broker.heartbeat import beat, status_text
 from teemate.broker.install import install
-from teemate.broker.keeper import KEEPER_FD_NAME, REFUSED
-from teemate.broker.kept import FIRST_FD, LISTENER
-from teemate.broker.log_file import LogFile
-from teemate.broker.metrics_server import serve_metrics
-from teemate.broker.policy import Policy, PolicyError
-from teemate.broker.restoration import Found, read_found
-from teemate.broker.server import Server, bind, listens
-from teemate.broker.service import Service
-from teemate.broker.service_manager import (
+from teemate.broker.policy.check import DEFAULT_CONFIG, check_config, read_policy
+from teemate.broker.policy.rules import Policy, PolicyError
+from teemate.broker.restart.descriptor_store import DescriptorStore
+from teemate.broker.restart.heartbeat import beat, status_text
+from teemate.broker.restart.keeper import KEEPER_FD_NAME, REFUSED
+from teemate.broker.restart.kept import FIRST_FD, LISTENER
+from teemate.broker.restart.restoration import Found, read_found
+from teemate.broker.restart.service_manager import (
     Inherited,
     await_turn,
     inherited_descriptors,
     notify,
     notify_address,
 )
-from teemate.broker.snapshot import SnapshotError
+from teemate.broker.restart.snapshot import SnapshotError
+from teemate.broker.server import Server, bind, listens
+from teemate.broker.service import Service
+from teemate.broker.telemetry.audit import configure_log
+from teemate.broker.telemetry.log_file import LogFile
+from teemate.broker.telemetry.metrics_server import serve_metrics
+from teemate.broker.wardens import spawner
 
 __all__ = ["main"]
 
@@ -203,7 +203,7 @@ def main(
     if keeper:
         arguments = [argument for argument in sys.argv[1:] if argument != "--keeper"]
         os.execv(  # noqa: S606 - our own interpreter, which has to get rid of this program's modules
-            sys.executable, [sys.executable, "-m", "teemate.broker.keeper", *arguments]
+            sys.executable, [sys.executable, "-m", "teemate.broker.restart.keeper", *arguments]
         )
     # Where it was when the watchdog or a fault ended it: function names, nothing of its memory.
     faulthandler.enable()

@@ -13,11 +13,11 @@ from typing import final
 import trio
 
 from teemate import errors, wire
-from teemate.broker.clients import Client
-from teemate.broker.connection import Connection
-from teemate.broker.door import Caller, Door, be_prompt
-from teemate.broker.identity import identify
-from teemate.broker.limits import Account, Charge, Resource
+from teemate.broker.connections.clients import Client
+from teemate.broker.connections.connection import Connection
+from teemate.broker.connections.door import Caller, Door, be_prompt
+from teemate.broker.connections.identity import identify
+from teemate.broker.policy.limits import Account, Charge, Resource
 from teemate.broker.service import ServerStatistics, Service
 
 __all__ = ["Server", "ServerStatistics", "bind", "listens"]

@@ -13,38 +13,38 @@ from structlog.typing import FilteringBoundLogger
 
 from teemate import errors
 from teemate._backend import choose_backend
-from teemate.broker.addresses import Addresses
-from teemate.broker.administration import Administration
-from teemate.broker.audit import Audit, Complaints
-from teemate.broker.cgroups import find_tree
-from teemate.broker.descriptor_store import DescriptorStore
-from teemate.broker.destruction import Destruction
-from teemate.broker.disposal import Disposal
-from teemate.broker.door import DoorStatistics
-from teemate.broker.enclaves import Enclave, EnclaveState
-from teemate.broker.generations import Generations
-from teemate.broker.granting import Granting
-from teemate.broker.grants import Grant
-from teemate.broker.holders import Looking
-from teemate.broker.intruders import Intruders
-from teemate.broker.lifecycle import Lifecycle
-from teemate.broker.limits import Ledger
-from teemate.broker.monitoring import Monitoring
-from teemate.broker.pages import fill_page
-from teemate.broker.policy import DenialReason, Missing, Policy
-from teemate.broker.processes import Processes
-from teemate.broker.reclaim import Reclaimer
-from teemate.broker.reloading import Reloading, demand_backends
-from teemate.broker.requests import Answer, Stats
-from teemate.broker.restoration import Found, Restoration
-from teemate.broker.resumption import Resumption
-from teemate.broker.revocation import Revocation
-from teemate.broker.state import State
-from teemate.broker.upgrade import Upgrades
+from teemate.broker.connections.cgroups import find_tree
+from teemate.broker.connections.disposal import Disposal
+from teemate.broker.connections.door import DoorStatistics
+from teemate.broker.connections.pages import fill_page
+from teemate.broker.connections.processes import Processes
+from teemate.broker.connections.requests import Answer, Stats
+from teemate.broker.enclaves.addresses import Addresses
+from teemate.broker.enclaves.administration import Administration
+from teemate.broker.enclaves.destruction import Destruction
+from teemate.broker.enclaves.draining import Lifecycle
+from teemate.broker.enclaves.enclave import Enclave, EnclaveState
+from teemate.broker.enclaves.generations import Generations
+from teemate.broker.enclaves.upgrade import Upgrades
+from teemate.broker.policy.limits import Ledger
+from teemate.broker.policy.reloading import Reloading, demand_backends
+from teemate.broker.policy.rules import DenialReason, Missing, Policy
+from teemate.broker.restart.descriptor_store import DescriptorStore
+from teemate.broker.restart.restoration import Found, Restoration
+from teemate.broker.restart.resumption import Resumption
+from teemate.broker.restart.state import State
+from teemate.broker.slots.granting import Granting
+from teemate.broker.slots.grants import Grant
+from teemate.broker.slots.holders import Looking
+from teemate.broker.slots.intruders import Intruders
+from teemate.broker.slots.reclaim import Reclaimer
+from teemate.broker.slots.revocation import Revocation
+from teemate.broker.telemetry.audit import Audit, Complaints
+from teemate.broker.telemetry.monitoring import Monitoring
 
 if TYPE_CHECKING:
-    from teemate.broker.clients import Client
-    from teemate.broker.metrics_server import MetricsServerStatistics
+    from teemate.broker.connections.clients import Client
+    from teemate.broker.telemetry.metrics_server import MetricsServerStatistics
 
 __all__ = ["ServerStatistics", "Service"]
 

@@ -57,7 +57,7 @@ MAX_FDS = 4
 
 _SCM_MAX_FD = 253
 """So many the kernel lets through (include/net/scm.h).  There is room for all of them: what it has to cut
-off it closes itself, before the receive returns, and that can take for ever (broker/disposal.py)."""
+off it closes itself, before the receive returns: that can take for ever (broker/connections/disposal.py)."""
 _ANCILLARY = socket.CMSG_SPACE(_SCM_MAX_FD * array.array("i").itemsize)
 _RECEIVE_FLAGS = socket.MSG_CMSG_CLOEXEC
 

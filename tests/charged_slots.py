@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from teemate.broker.limits import Resource
+from teemate.broker.policy.limits import Resource
 
 if TYPE_CHECKING:
-    from teemate.broker.grants import Grant
     from teemate.broker.service import Service
+    from teemate.broker.slots.grants import Grant
 
 __all__ = ["charged_slots", "owned_slots"]
 

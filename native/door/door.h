@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The part of the broker's door (broker/door.py says why there is one) that is passed by every
+ * The part of the broker's door (broker/connections/door.py says why there is one) that is passed by every
  * connection, also by the hundred thousandth of a flood: accept it, learn whose it is, count it to
  * its user, and turn it away when too many of that user wait already.
  *

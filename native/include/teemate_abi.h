@@ -5,7 +5,7 @@
  *
  * Both sides of the enclave's border include this file: the SDK's gate and
  * dispatcher inside, libteemate and the warden outside.  The broker's Python
- * mirrors the MAC inputs (broker/control.py), `teemate image build` mirrors the
+ * mirrors the MAC inputs (broker/enclaves/control.py), `teemate image build` mirrors the
  * header and the static part of the thread data (client/image/layout.py).
  * All integers are little endian; every structure is free of padding.
  *

@@ -2,7 +2,7 @@
 /*
  * Between the broker and a warden: one SOCK_SEQPACKET socketpair, fd 3 of the warden.
  * Every message is one of the two structures below; the broker's Python mirrors
- * them in broker/warden_protocol.py.  The broker sends one request at a time and
+ * them in broker/wardens/protocol.py.  The broker sends one request at a time and
  * keeps the deadline: a warden that does not answer in time is killed.
  * The first request is START, with the enclave's fd and the arena's as SCM_RIGHTS.
  *

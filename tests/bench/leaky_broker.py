@@ -6,8 +6,8 @@ import os
 import sys
 
 from teemate.broker.main import main
-from teemate.broker.reclaim import Reclaimer
 from teemate.broker.service import Service
+from teemate.broker.slots.reclaim import Reclaimer
 
 _client_left = Service.client_left
 _recycle = Reclaimer._recycle

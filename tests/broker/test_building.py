@@ -13,9 +13,9 @@ from images import Images
 from structlog.testing import CapturingLogger
 
 from teemate import errors
-from teemate.broker.administration import Administration
-from teemate.broker.enclaves import require_file
-from teemate.broker.policy import EnclavePolicy, Policy
+from teemate.broker.enclaves.administration import Administration
+from teemate.broker.enclaves.enclave import require_file
+from teemate.broker.policy.rules import EnclavePolicy, Policy
 from teemate.broker.service import Service
 
 

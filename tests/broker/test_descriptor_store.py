@@ -13,9 +13,9 @@ import trio
 import trio.testing
 
 from teemate import Busy, LimitReached
-from teemate.broker import descriptor_store
-from teemate.broker.descriptor_store import DescriptorStore
-from teemate.broker.service_manager import inherited_descriptors
+from teemate.broker.restart import descriptor_store
+from teemate.broker.restart.descriptor_store import DescriptorStore
+from teemate.broker.restart.service_manager import inherited_descriptors
 
 
 class Manager:

@@ -18,9 +18,9 @@ from hostile import Lingering, send_with
 from raw_client import TIMEOUT
 
 from teemate import wire
-from teemate.broker import door as door_module
-from teemate.broker.door import Door
-from teemate.broker.limits import Ledger, Limits
+from teemate.broker.connections import door as door_module
+from teemate.broker.connections.door import Door
+from teemate.broker.policy.limits import Ledger, Limits
 from teemate.broker.server import bind
 
 VICTIM, ATTACKER = 4000, 4001
@@ -258,7 +258,7 @@ def test_the_messages_of_the_server_are_errors_of_the_protocol() -> None:
 
 KEEPS_ITS_POLICY = """
 import os, sys
-from teemate.broker.door import be_prompt
+from teemate.broker.connections.door import be_prompt
 try:
     os.sched_setscheduler(0, int(sys.argv[1]), os.sched_param(int(sys.argv[1]) != os.SCHED_BATCH))
 except PermissionError:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import CapturingLogger
 
-from teemate.broker import epc
+from teemate.broker.enclaves import epc
 
 
 def nodes(folder: Path, *sizes: str) -> Path:

@@ -16,9 +16,9 @@ from backends import SHARING
 from raw_client import RawClient
 from running_broker import RunningBroker
 
-from teemate.broker import identity
-from teemate.broker.cgroups import CgroupTree, find_tree, glob_to_regex
-from teemate.broker.identity import identify
+from teemate.broker.connections import identity
+from teemate.broker.connections.cgroups import CgroupTree, find_tree, glob_to_regex
+from teemate.broker.connections.identity import identify
 from teemate.errors import ConnectionLost
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="connects as other users, which only root can")

@@ -15,7 +15,7 @@ from processes import DEADLINE
 from raw_client import RawClient
 from running_broker import RunningBroker
 
-from teemate.broker.intruders import _QUIET as QUIET
+from teemate.broker.slots.intruders import _QUIET as QUIET
 
 Connect = Callable[..., RawClient]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from teemate.broker.limits import Ledger, Limits, Resource, TokenBucket
+from teemate.broker.policy.limits import Ledger, Limits, Resource, TokenBucket
 from teemate.errors import LimitReached
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from raw_client import TIMEOUT, RawClient
 
-from teemate.broker import log_file
-from teemate.broker.log_file import BOUND, LogFile
+from teemate.broker.telemetry import log_file
+from teemate.broker.telemetry.log_file import BOUND, LogFile
 
 RECORD = "x" * 999 + "\n"
 

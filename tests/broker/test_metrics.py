@@ -18,8 +18,8 @@ from raw_client import RawClient, raw_client
 from running_broker import RunningBroker
 
 from teemate import wire
-from teemate.broker.enclaves import Built, Enclave
-from teemate.broker.policy import EnclavePolicy, Policy
+from teemate.broker.enclaves.enclave import Built, Enclave
+from teemate.broker.policy.rules import EnclavePolicy, Policy
 from teemate.broker.service import Service
 
 pytest.importorskip("prometheus_client", reason="prometheus-client is not installed: there are no metrics")
@@ -223,7 +223,7 @@ def test_a_socket_that_cannot_be_had_keeps_no_client_out(
 
 
 def test_enclaves_that_the_policy_does_not_name_are_added_up_once_there_are_many() -> None:
-    from teemate.broker import metrics
+    from teemate.broker.telemetry import metrics
 
     built = Built(
         fd=-1, arena=-1, base=0, size=1 << 20, pages=10, debug=False, sdk=True, isvprodid=0, isvsvn=0,

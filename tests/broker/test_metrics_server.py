@@ -17,10 +17,10 @@ import trio
 from backends import PATIENCE
 from trio.testing import wait_all_tasks_blocked
 
-from teemate.broker import metrics_server
-from teemate.broker.metrics_server import MetricsServer, Render, parse_head
-from teemate.broker.policy import MetricsSettings
+from teemate.broker.policy.rules import MetricsSettings
 from teemate.broker.server import bind
+from teemate.broker.telemetry import metrics_server
+from teemate.broker.telemetry.metrics_server import MetricsServer, Render, parse_head
 
 GOOD = b"GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: a/b\r\n\r\n"
 OPENMETRICS = "application/openmetrics-text;version=1.0.0"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from teemate.broker.cgroups import CgroupTree
-from teemate.broker.identity import Identity
-from teemate.broker.policy import Policy, PolicyError, load_policy
+from teemate.broker.connections.cgroups import CgroupTree
+from teemate.broker.connections.identity import Identity
+from teemate.broker.policy.rules import Policy, PolicyError, load_policy
 
 GOOD = """\
 [broker]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, cast
 
-from teemate.broker.control import SlotKey, SlotWord
-from teemate.broker.revocation import Revocation
+from teemate.broker.enclaves.control import SlotKey, SlotWord
+from teemate.broker.slots.revocation import Revocation
 
 
 def test_leaked_mappings_that_are_over_are_forgotten_also_when_nobody_asks() -> None:

@@ -14,15 +14,15 @@ from raw_client import RawClient
 from running_broker import RunningBroker
 
 from teemate._containers import container_name
-from teemate.broker.identity import Identity
-from teemate.broker.limits import TokenBucket
-from teemate.broker.policy import Administrators
-from teemate.broker.shortage import shortage
-from teemate.broker.slots import SlotTable
+from teemate.broker.connections.identity import Identity
+from teemate.broker.policy.limits import TokenBucket
+from teemate.broker.policy.rules import Administrators
+from teemate.broker.slots.shortage import shortage
+from teemate.broker.slots.table import SlotTable
 
 if TYPE_CHECKING:
-    from teemate.broker.clients import Client
-    from teemate.broker.enclaves import Enclave
+    from teemate.broker.connections.clients import Client
+    from teemate.broker.enclaves.enclave import Enclave
     from teemate.broker.service import Service
 
 Broker = Callable[..., RunningBroker]

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from teemate.broker.slots import SlotState, SlotTable, Ticket
+from teemate.broker.slots.table import SlotState, SlotTable, Ticket
 
 SLOTS = 6
 UIDS = st.integers(1, 4)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from teemate.broker.snapshot import (
+from teemate.broker.restart.snapshot import (
     DamagedSnapshotError,
     ForeignSnapshotError,
     Name,
@@ -160,7 +160,7 @@ def test_without_the_older_half_the_same_kills_would_be_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The negative control: a writer that always uses the same half loses records."""
-    from teemate.broker import snapshot as module
+    from teemate.broker.restart import snapshot as module
 
     real = module.Snapshot._write_half
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from structlog.testing import CapturingLogger
 
-from teemate.broker.control import ControlKey
-from teemate.broker.disposal import Disposal
-from teemate.broker.spawner import Spawner, begin, start_program
-from teemate.broker.warden import EnclaveBrokenError, Geometry, Warden
+from teemate.broker.connections.disposal import Disposal
+from teemate.broker.enclaves.control import ControlKey
+from teemate.broker.wardens.spawner import Spawner, begin, start_program
+from teemate.broker.wardens.warden import EnclaveBrokenError, Geometry, Warden
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from teemate.broker import turns
-from teemate.broker.clients import Client
-from teemate.broker.connection import Connection
-from teemate.broker.limits import Ledger, Limits
-from teemate.broker.monitoring import Monitoring
-from teemate.broker.turns import SHARE, Rounds, Turn
+from teemate.broker.connections import turns
+from teemate.broker.connections.clients import Client
+from teemate.broker.connections.connection import Connection
+from teemate.broker.connections.turns import SHARE, Rounds, Turn
+from teemate.broker.policy.limits import Ledger, Limits
+from teemate.broker.telemetry.monitoring import Monitoring
 
 
 class Clock:

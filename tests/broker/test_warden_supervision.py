@@ -24,11 +24,11 @@ from running_broker import RunningBroker
 from structlog.testing import CapturingLogger
 
 import teemate
-from teemate.broker.control import ControlKey, ControlOp, SlotWord
-from teemate.broker.enclaves import Built, build_enclave
-from teemate.broker.programs import warden_program
-from teemate.broker.storage import Storage
-from teemate.broker.warden import EnclaveBrokenError, Geometry, Warden, WardenError
+from teemate.broker.enclaves.control import ControlKey, ControlOp, SlotWord
+from teemate.broker.enclaves.enclave import Built, build_enclave
+from teemate.broker.enclaves.storage import Storage
+from teemate.broker.wardens.programs import warden_program
+from teemate.broker.wardens.warden import EnclaveBrokenError, Geometry, Warden, WardenError
 
 FAKE = """#!{python} -IS
 # A warden that does what plan.json has for its n-th start: a list of answers, one per request.

@@ -11,10 +11,10 @@ import pytest
 from structlog.testing import CapturingLogger
 
 from teemate import wire
-from teemate.broker.clients import Client
-from teemate.broker.connection import Connection
-from teemate.broker.limits import Ledger, Limits
-from teemate.broker.monitoring import Monitoring
+from teemate.broker.connections.clients import Client
+from teemate.broker.connections.connection import Connection
+from teemate.broker.policy.limits import Ledger, Limits
+from teemate.broker.telemetry.monitoring import Monitoring
 from teemate.errors import LimitReached
 
 

@@ -18,7 +18,7 @@ from runc import HOST_UID, SECCOMP, Container, Root, start
 from running_broker import RunningBroker
 
 import teemate
-from teemate.broker.cgroups import find_tree
+from teemate.broker.connections.cgroups import find_tree
 
 Broker = Callable[..., RunningBroker]
 

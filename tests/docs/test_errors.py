@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from teemate.broker.limits import Limits, Resource
+from teemate.broker.policy.limits import Limits, Resource
 from teemate.errors import Error
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -126,6 +126,6 @@ def test_what_is_not_explained_is_found(was: str, now: str, missing: str) -> Non
 
 def test_every_error_about_a_limit_names_the_setting_and_what_it_is() -> None:
     for limit in limits():
-        assert "setting" in limit.keys or limit.where.startswith("broker/shortage.py"), limit.where
+        assert "setting" in limit.keys or limit.where.startswith("broker/slots/shortage.py"), limit.where
         if not limit.where.startswith("client/"):  # which does not know the broker's
             assert "maximum" in limit.keys, limit.where

@@ -19,11 +19,11 @@ METRIC = re.compile(r"\bteemate_[a-z_]+\b")
 def offered() -> set[str]:
     """Every series of a broker with something in each of its families, by name."""
     metrics = pytest.importorskip(
-        "teemate.broker.metrics", reason="prometheus-client is not installed: there are no metrics"
+        "teemate.broker.telemetry.metrics", reason="prometheus-client is not installed: there are no metrics"
     )
     import structlog
 
-    from teemate.broker.policy import Policy
+    from teemate.broker.policy.rules import Policy
     from teemate.broker.service import Service
 
     service = Service(Policy(), structlog.wrap_logger(structlog.ReturnLogger()))

@@ -46,13 +46,13 @@ from raw_client import RawClient  # noqa: E402
 from running_broker import RunningBroker, run_broker  # noqa: E402
 
 from teemate import errors, wire  # noqa: E402
-from teemate.broker.clients import Client  # noqa: E402
-from teemate.broker.connection import Connection  # noqa: E402
-from teemate.broker.grants import Grant, Waiter  # noqa: E402
-from teemate.broker.identity import Identity, Peer  # noqa: E402
-from teemate.broker.policy import load_policy  # noqa: E402
+from teemate.broker.connections.clients import Client  # noqa: E402
+from teemate.broker.connections.connection import Connection  # noqa: E402
+from teemate.broker.connections.identity import Identity, Peer  # noqa: E402
+from teemate.broker.policy.rules import load_policy  # noqa: E402
 from teemate.broker.service import Service  # noqa: E402
-from teemate.broker.warden_protocol import REPLY_SIZE, WardenReply  # noqa: E402
+from teemate.broker.slots.grants import Grant, Waiter  # noqa: E402
+from teemate.broker.wardens.protocol import REPLY_SIZE, WardenReply  # noqa: E402
 
 HANG = 60
 """Seconds in which a batch, or an answer to the witness, has to be there."""

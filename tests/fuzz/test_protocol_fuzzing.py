@@ -9,8 +9,8 @@ import fuzz_protocol
 import pytest
 
 from teemate import wire
-from teemate.broker.clients import Client
-from teemate.broker.granting import Granting
+from teemate.broker.connections.clients import Client
+from teemate.broker.slots.granting import Granting
 
 # A campaign that ends with a finding leaves charges behind.
 pytestmark = pytest.mark.filterwarnings(

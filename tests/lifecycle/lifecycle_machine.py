@@ -30,9 +30,9 @@ from modelled_enclave import NSSA, ModelledSlot
 from modelled_process import Held, ModelledProcess, Reply
 from modelled_world import ENCLAVE, World
 
-from teemate.broker.control import SlotWord
-from teemate.broker.limits import Resource
-from teemate.broker.slots import SlotState
+from teemate.broker.enclaves.control import SlotWord
+from teemate.broker.policy.limits import Resource
+from teemate.broker.slots.table import SlotState
 
 __all__ = ["Lifecycle"]
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from teemate.broker.control import ControlOp, ControlResult, SlotWord
-from teemate.broker.enclaves import Built
-from teemate.broker.warden import EnclaveGoneError, WardenError, WardenStatistics
-from teemate.broker.warden_protocol import WardenReply
+from teemate.broker.enclaves.control import ControlOp, ControlResult, SlotWord
+from teemate.broker.enclaves.enclave import Built
+from teemate.broker.wardens.protocol import WardenReply
+from teemate.broker.wardens.warden import EnclaveGoneError, WardenError, WardenStatistics
 
 if TYPE_CHECKING:
     from modelled_process import ModelledProcess
@@ -171,7 +171,7 @@ class ModelledEnclave:
 
 
 class ModelledWarden:
-    """What :class:`teemate.broker.warden.Warden` does, on a modelled enclave, with trouble on order.
+    """What :class:`teemate.broker.wardens.warden.Warden` does, on a modelled enclave, with trouble on order.
 
     Every request takes a turn of the scheduler, as a real one does; `hang` seconds more for the next one.
     """

@@ -25,16 +25,16 @@ from modelled_process import ModelledProcess, Reply
 from modelled_world import ENCLAVE, World, _close_at_once, _enclave_policy, _policy
 
 from teemate import wire
-from teemate.broker.administration import Administration
-from teemate.broker.enclaves import Enclave, EnclaveState
-from teemate.broker.limits import Charge
-from teemate.broker.outbox import Outbox
-from teemate.broker.restoration import read_found
+from teemate.broker.connections.outbox import Outbox
+from teemate.broker.enclaves.administration import Administration
+from teemate.broker.enclaves.enclave import Enclave, EnclaveState
+from teemate.broker.enclaves.source import ImageSource
+from teemate.broker.policy.limits import Charge
+from teemate.broker.restart.restoration import read_found
+from teemate.broker.restart.service_manager import Inherited
+from teemate.broker.restart.snapshot import Snapshot
 from teemate.broker.server import Server
 from teemate.broker.service import Service
-from teemate.broker.service_manager import Inherited
-from teemate.broker.snapshot import Snapshot
-from teemate.broker.source import ImageSource
 
 __all__ = ["GRACE", "MortalWorld", "ResumingProcess"]
 
@@ -218,11 +218,11 @@ class MortalWorld(World):
         enter(mock.patch.object(Snapshot, "_store", store_if_alive))
         enter(mock.patch.object(Charge, "__del__", _forget))
         self._cleanup.callback(gc.collect)
-        enter(mock.patch("teemate.broker.restoration.reopen_process", self._reopen))
+        enter(mock.patch("teemate.broker.restart.restoration.reopen_process", self._reopen))
         for module in ("state", "resumption"):
-            enter(mock.patch(f"teemate.broker.{module}.start_time", self._start_time))
+            enter(mock.patch(f"teemate.broker.restart.{module}.start_time", self._start_time))
         clock = SimpleNamespace(monotonic=lambda: self.clock.current_time())
-        enter(mock.patch("teemate.broker.lifecycle.time", clock))
+        enter(mock.patch("teemate.broker.enclaves.draining.time", clock))
 
     def _start_time(self, pid: int, pidfd: int) -> int | None:
         """A process's number is its start time: it is never another's, as a pid can be."""

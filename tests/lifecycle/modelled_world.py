@@ -24,10 +24,10 @@ from modelled_enclave import ModelledEnclave, ModelledWarden
 from modelled_process import Held, ModelledProcess
 
 from teemate import wire
-from teemate.broker.enclaves import Enclave, EnclaveState
-from teemate.broker.identity import Identity, Peer
-from teemate.broker.limits import Charge
-from teemate.broker.policy import Administrators, BrokerSettings, EnclavePolicy, Policy, Rule
+from teemate.broker.connections.identity import Identity, Peer
+from teemate.broker.enclaves.enclave import Enclave, EnclaveState
+from teemate.broker.policy.limits import Charge
+from teemate.broker.policy.rules import Administrators, BrokerSettings, EnclavePolicy, Policy, Rule
 from teemate.broker.server import Server
 from teemate.broker.service import Service
 from teemate.errors import ConnectionLost
@@ -93,7 +93,7 @@ class World:
         self._cleanup.enter_context(mock.patch.object(run_module, "_ALLOW_DETERMINISTIC_SCHEDULING", True))
         run_module._r.seed(0)
         # A turn is so much of the processor's time, which is never the same.
-        self._cleanup.enter_context(mock.patch("teemate.broker.turns.SHARE", 3600.0))
+        self._cleanup.enter_context(mock.patch("teemate.broker.connections.turns.SHARE", 3600.0))
         self._thread.start()
         self._started.wait()
         if self._failure is not None:

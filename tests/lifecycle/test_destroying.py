@@ -9,7 +9,7 @@ import pytest
 from modelled_world import ENCLAVE, World
 
 from teemate import errors
-from teemate.broker.requests import Destroy
+from teemate.broker.connections.requests import Destroy
 
 
 @pytest.fixture

@@ -15,12 +15,12 @@ from hypothesis.errors import Flaky
 from hypothesis.stateful import run_state_machine_as_test
 from lifecycle_machine import Lifecycle
 
-from teemate.broker.control import ControlKey, SlotKey, SlotWord
-from teemate.broker.grants import Grant
-from teemate.broker.limits import Resource
-from teemate.broker.reclaim import Reclaimer
-from teemate.broker.revocation import Revocation
-from teemate.broker.slots import SlotState, SlotTable
+from teemate.broker.enclaves.control import ControlKey, SlotKey, SlotWord
+from teemate.broker.policy.limits import Resource
+from teemate.broker.slots.grants import Grant
+from teemate.broker.slots.reclaim import Reclaimer
+from teemate.broker.slots.revocation import Revocation
+from teemate.broker.slots.table import SlotState, SlotTable
 
 RUNS = int(os.environ.get("TEEMATE_MODEL_RUNS", "0"))
 """So many random runs, instead of the few that are always the same."""

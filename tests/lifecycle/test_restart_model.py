@@ -16,8 +16,8 @@ from hypothesis.errors import Flaky
 from hypothesis.stateful import run_state_machine_as_test
 from restart_machine import Restarts
 
-from teemate.broker.resumption import Resumption
-from teemate.broker.slots import SlotTable
+from teemate.broker.restart.resumption import Resumption
+from teemate.broker.slots.table import SlotTable
 
 RUNS = int(os.environ.get("TEEMATE_MODEL_RUNS", "0"))
 """So many random runs, instead of the few that are always the same."""
@@ -44,7 +44,7 @@ def _a_token_is_good_in_any_process(patch: pytest.MonkeyPatch) -> None:
         if known is None:
             return None
         newcomer.identity = known.identity
-        with mock.patch("teemate.broker.resumption.start_time", return_value=known.started):
+        with mock.patch("teemate.broker.restart.resumption.start_time", return_value=known.started):
             return resume(self, newcomer, token)
 
     patch.setattr(Resumption, "_resume", anybody)

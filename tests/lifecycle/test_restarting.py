@@ -9,10 +9,10 @@ from modelled_process import ModelledProcess, Reply
 from modelled_restart import MortalWorld, ResumingProcess
 from modelled_world import ENCLAVE
 
-from teemate.broker.enclaves import EnclaveState
-from teemate.broker.resumption import Resumption
-from teemate.broker.revocation import Revocation
-from teemate.broker.slots import SlotState
+from teemate.broker.enclaves.enclave import EnclaveState
+from teemate.broker.restart.resumption import Resumption
+from teemate.broker.slots.revocation import Revocation
+from teemate.broker.slots.table import SlotState
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 from modelled_process import ModelledProcess
 from modelled_world import World
 
-from teemate.broker.limits import Resource
-from teemate.broker.pages import fill_page
+from teemate.broker.connections.pages import fill_page
+from teemate.broker.policy.limits import Resource
 
 USERS = 250
 

@@ -8,8 +8,8 @@ import pytest
 from modelled_process import ModelledProcess, Reply
 from modelled_world import ENCLAVE, World
 
-from teemate.broker.enclaves import EnclaveState
-from teemate.broker.revocation import Revocation
+from teemate.broker.enclaves.enclave import EnclaveState
+from teemate.broker.slots.revocation import Revocation
 
 ATTEMPTS = 3
 """Of a CLEAR, before the enclave is given up."""

@@ -12,8 +12,8 @@ from modelled_process import ModelledProcess
 from modelled_world import ENCLAVE, World
 
 from teemate import errors
-from teemate.broker.requests import Acquire, Answer, Attach
-from teemate.broker.slots import SlotState
+from teemate.broker.connections.requests import Acquire, Answer, Attach
+from teemate.broker.slots.table import SlotState
 
 SLOTS = 2
 

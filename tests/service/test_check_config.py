@@ -8,7 +8,7 @@ from pathlib import Path
 
 from images import Images
 
-from teemate.broker.check import store_capacity_for
+from teemate.broker.policy.check import store_capacity_for
 
 
 def check(

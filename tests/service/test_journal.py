@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from teemate.broker.audit import Audit, configure_log
-from teemate.broker.identity import Identity
-from teemate.broker.journal import MESSAGE_IDS, Journal, is_journal, render
-from teemate.broker.policy import DenialReason, Missing
+from teemate.broker.connections.identity import Identity
+from teemate.broker.policy.rules import DenialReason, Missing
+from teemate.broker.telemetry.audit import Audit, configure_log
+from teemate.broker.telemetry.journal import MESSAGE_IDS, Journal, is_journal, render
 
 WHO = Identity(
     pid=42, uid=1000, gid=100, groups=frozenset({4, 100}), label="", cgroup="/system.slice/a\nMESSAGE=forged"

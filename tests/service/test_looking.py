@@ -202,9 +202,9 @@ def test_reload_is_a_command_as_well_and_says_what_is_wrong(broker: Broker, imag
 def test_denials_are_remembered_to_a_bound() -> None:
     import structlog
 
-    from teemate.broker.audit import _DENIALS_REMEMBERED, Audit
-    from teemate.broker.identity import Identity
-    from teemate.broker.policy import DenialReason, Missing
+    from teemate.broker.connections.identity import Identity
+    from teemate.broker.policy.rules import DenialReason, Missing
+    from teemate.broker.telemetry.audit import _DENIALS_REMEMBERED, Audit
 
     audit = Audit(structlog.wrap_logger(structlog.ReturnLogger()))
     for uid in range(_DENIALS_REMEMBERED + 10):

@@ -174,7 +174,7 @@ def test_a_loop_that_goes_round_feeds_the_watchdog_and_a_stopped_one_does_not(
 
 
 def test_a_watchdog_that_is_meant_for_another_process_is_not_fed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from teemate.broker.heartbeat import watchdog_seconds
+    from teemate.broker.restart.heartbeat import watchdog_seconds
 
     assert watchdog_seconds({"WATCHDOG_USEC": "3000000"}) == 3.0
     assert watchdog_seconds({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": str(os.getpid())}) == 3.0

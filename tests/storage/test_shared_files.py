@@ -32,7 +32,7 @@ from processes import wait_until
 from running_broker import RunningBroker, run_broker
 
 import teemate
-from teemate.broker.policy import PolicyError, load_policy
+from teemate.broker.policy.rules import PolicyError, load_policy
 
 StartDisk = Callable[..., Any]
 StartClient = Callable[..., Any]

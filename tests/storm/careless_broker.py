@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from teemate.broker.main import main
-from teemate.broker.reclaim import Reclaimer
+from teemate.broker.slots.reclaim import Reclaimer
 
 _recycle = Reclaimer._recycle
 

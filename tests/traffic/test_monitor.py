@@ -20,7 +20,7 @@ from running_broker import RunningBroker
 from watching import TIMEOUT, Viewer, shown
 
 import teemate
-from teemate.broker.monitoring import _events, _Gathered
+from teemate.broker.telemetry.monitoring import _events, _Gathered
 from teemate.traffic.description import BROKER, CLIENT, Described
 
 StartBroker = Callable[..., RunningBroker]

@@ -1,0 +1,1 @@
+"""Clients' connections: who comes in, what they ask, what goes out to them."""

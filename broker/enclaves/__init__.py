@@ -1,0 +1,1 @@
+"""Enclaves: how they are built, kept, renewed and taken down."""

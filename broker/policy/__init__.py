@@ -1,0 +1,1 @@
+"""What the administrator allows, and what each user may use."""

@@ -1,0 +1,1 @@
+"""What outlives the broker, and how the next one goes on with it."""

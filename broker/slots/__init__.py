@@ -1,0 +1,1 @@
+"""Slots and grants: who holds what, and how it comes back."""

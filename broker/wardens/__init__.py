@@ -1,0 +1,1 @@
+"""Wardens: the processes that enter enclaves on the broker's behalf."""
