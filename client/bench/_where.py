@@ -14,6 +14,8 @@ import errno
 import os
 import signal
 import struct
+import time
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, final
 
@@ -25,8 +27,9 @@ from teemate.image.elf import Symbols
 
 __all__ = ["INSIDE", "Observer", "State"]
 
-_SEIZE, _INTERRUPT, _GETREGS = 0x4206, 0x4207, 12
+_SEIZE, _INTERRUPT, _GETREGS, _CONT = 0x4206, 0x4207, 12, 7
 _WALL = 0x40000000
+_LOOK_PAUSE = 0.0001
 _REGISTERS = struct.Struct("<27Q")  # struct user_regs_struct
 _RIP = 16
 _TD_WORD = 0x30  # native/sdk/thread.h
@@ -77,19 +80,30 @@ class Observer:
             self._turned_away = _label(parsed, "tm_gate_turned_away")
         self._libc = ctypes.CDLL(None, use_errno=True)
 
-    def kill(self, pid: int, base: int, slot: int) -> State | None:
-        """SIGKILL the process after a look at its main thread; None when it had ended by itself."""
+    def kill(
+        self, pid: int, base: int, slot: int, *, aim: Container[State] = frozenset(State), looks: int = 1
+    ) -> State | None:
+        """SIGKILL the process after a look at its main thread; None when it had ended by itself.
+
+        It may run on until it is in one of the states `aim`, but not for longer than so many looks.
+        """
         try:
             self._ptrace(_SEIZE, pid)
         except ProcessLookupError:
             return None
         state = None
         try:
-            self._ptrace(_INTERRUPT, pid)
-            _, status = os.waitpid(pid, _WALL)
-            if not os.WIFSTOPPED(status):
-                return None
-            state = self._look(pid, base, slot)
+            while looks:
+                self._ptrace(_INTERRUPT, pid)
+                _, status = os.waitpid(pid, _WALL)
+                if not os.WIFSTOPPED(status):
+                    return None
+                state = self._look(pid, base, slot)
+                looks = 0 if state in aim else looks - 1
+                if looks:
+                    # A stop that is no event's is for a signal, which it gets: the sim leaves by one.
+                    self._ptrace(_CONT, pid, data=0 if status >> 16 else os.WSTOPSIG(status))
+                    time.sleep(_LOOK_PAUSE)
         except ProcessLookupError:
             pass
         os.kill(pid, signal.SIGKILL)
