@@ -14,7 +14,7 @@ KILLS = ("--client-kills", "12", "--broker-kills", "2", "--warden-kills", "2")
 
 def test_nothing_is_lost_in_a_small_storm_on_the_driver(capsys: pytest.CaptureFixture[str]) -> None:
     storm = ["teemate", "bench", "storm", "--json", "--backend", "sgx", "--seed", "1", *SIZE, *KILLS]
-    done = machine.run(storm, machine=Machine(epc="512M", memory="4G"), timeout=900)
+    done = machine.run(storm, machine=Machine(epc="512M", memory="4G", cpus=2), timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout)
     with capsys.disabled():
