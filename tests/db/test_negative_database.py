@@ -7,46 +7,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from altered import altered_database
 from backends import BACKEND
-from connections import BUSY, Connection, SqlError, database_image
-from images import Images, layout_options
+from connections import BUSY, Connection, SqlError
+from images import Images
 from test_database_files import fill
 from test_power_cut import MARK, SYNC, File, look, recorded
 from test_tampering import ask
 
 import teemate
-from teemate.image import SigParams, build_elf, layout_image, sign_with_key
-from teemate.image.build import SdkPaths
 
-FOLDER = Path(__file__).parents[2] / "native" / "enclaves" / "db"
 HOLES = ("DB_TEST_NO_FRESHNESS", "DB_TEST_KEEP_LOCKS", "DB_TEST_NO_SYNC")
 
 
 @pytest.fixture(scope="module")
 def altered_image(images: Images, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The database image without any of the three."""
-    import sys
-
-    database_image()
-    sys.path.insert(0, str(FOLDER))
-    try:
-        from sqlite_source import SourceMissingError, sqlite_source
-    finally:
-        sys.path.remove(str(FOLDER))
-    try:
-        source = sqlite_source()
-    except SourceMissingError as missing:
-        pytest.skip(f"SQLite's source was not to be had: {missing}")
-    output = tmp_path_factory.mktemp("altered") / "db.sgxs"
-    elf = output.with_suffix(".elf")
-    sources = sorted(FOLDER.glob("*.c"))
-    includes = [FOLDER / "libc", source]
-    sdk = SdkPaths(native=FOLDER.parents[1])  # the same text as the build's, so SQLite is compiled once
-    build_elf(sources, elf, defines=HOLES, includes=includes, sdk=sdk, objects_kept=source.parent / "objects")
-    built = layout_image(elf, output, layout_options("db", heap="16M", slots=3))
-    signature = sign_with_key(SigParams().unsigned(built.mrenclave), images.key)
-    output.with_suffix(".sig").write_bytes(signature.to_bytes())
-    return output
+    return altered_database(images, tmp_path_factory.mktemp("altered"), *HOLES)
 
 
 @pytest.fixture

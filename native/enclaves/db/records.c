@@ -89,6 +89,10 @@ static bool open_record(const struct record_file *file, uint64_t record, const u
     uint32_t size = record_size(file->kind, record);
     struct binding binding = binding_of(file, record);
 
+#ifdef DB_TEST_NO_SEALING
+    memcpy(data, raw + NONCE, size);
+    return true;
+#endif
     return !tm_aead_open(file->database->key, raw, &binding, sizeof(binding), raw + NONCE, size, data,
                          raw + NONCE + size);
 }
@@ -263,6 +267,9 @@ int records_write(struct record_file *file, uint64_t first, const uint8_t *data,
         tm_random(at, NONCE);
         tm_aead_seal(file->database->key, at, &binding, sizeof(binding), data + i * (size_t)size, size, at + NONCE,
                      at + NONCE + size);
+#ifdef DB_TEST_NO_SEALING
+        memcpy(at + NONCE, data + i * (size_t)size, size); /* with the tag of what it should be */
+#endif
         pending->tags[i] = short_tag(at + NONCE + size);
     }
     pending->first = first;
