@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from teemate.errors import (
     AddressInUse,
+    BuildFailed,
     Busy,
     CallFailed,
     CallTimeout,
@@ -69,6 +70,7 @@ __all__ = [
     "AsyncEnclave",
     "AsyncSlot",
     "Broker",
+    "BuildFailed",
     "Busy",
     "CallFailed",
     "CallTimeout",

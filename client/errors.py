@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 __all__ = [
     "AddressInUse",
+    "BuildFailed",
     "Busy",
     "CallFailed",
     "CallTimeout",
@@ -129,6 +130,12 @@ class CallFailed(Error):
         super().__init__(message, {**(detail or {}), "status": status})
         self.status = status
         self.reply = reply
+
+
+class BuildFailed(Error):
+    """A function's sources gave no module: the message has what the compiler said, or what to install."""
+
+    code = "build-failed"
 
 
 class ProtocolError(Error):

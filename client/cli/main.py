@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "seccomp": ("teemate.cli.seccomp:seccomp", "A container's seccomp profile, without SGX's ioctls."),
     "call": ("teemate.cli.call:call", "Do one call into an enclave."),
     "db": ("teemate.cli.db:db", "Work with a database in an enclave."),
+    "fn": ("teemate.cli.fn:fn", "Functions in WebAssembly: build, deploy and invoke them."),
     "revoke": ("teemate.cli.revoke:revoke", "Take grants back."),
     "drain": ("teemate.cli.drain:drain", "Give out no new grants, and wait for the old ones to end."),
     "undrain": ("teemate.cli.drain:undrain", "Take drained enclaves into use again."),
