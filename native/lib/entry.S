@@ -16,6 +16,7 @@ entry_landed:
         mov     %fs:(%rax), %rax
         test    %rax, %rax
         jz      1f
+        mov     ENTRY_RSP(%rax), %rsp   /* at once: a signal wants a stack, and its page may come late */
         jmp     *ENTRY_LANDING(%rax)
 1:      ud2                             /* nobody of this thread is in an enclave */
         .size entry_landed, . - entry_landed

@@ -237,11 +237,12 @@ static void eexit(struct sim_thread *thread, ucontext_t *uc, uint64_t fs, uint64
         regs[REG_RCX] = (greg_t)(uintptr_t)sim_aep;
     /*
      * A call that was paused or interrupted and resumed from elsewhere comes back with the
-     * stack of its EENTER, which is long gone.  To our own code it returns on the stack
-     * that is there: a signal could arrive before the first instruction.
+     * stack of its EENTER, which is long gone, if its enclave keeps RBP and RSP in registers.
+     * To our own code it returns on the stack that is there: a signal could arrive before the
+     * first instruction.  The SDK's come with those of their last ERESUME (native/sdk/entry.S), also
+     * to the landing page: on hardware nobody else sees to it.
      */
-    if ((target == (uint64_t)(uintptr_t)sim_exit || target == thread->enclave->base + thread->enclave->size) &&
-        (uint64_t)regs[REG_RBP] != thread->entry->rbp) {
+    if (target == (uint64_t)(uintptr_t)sim_exit && (uint64_t)regs[REG_RBP] != thread->entry->rbp) {
         regs[REG_RBP] = (greg_t)thread->entry->rbp;
         regs[REG_RSP] = (greg_t)thread->entry->rsp;
     }

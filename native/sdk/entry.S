@@ -13,8 +13,8 @@
  *
  * One entry's frame, at the top of its stack, 32 bytes:
  *   0, 8  scratch   16  GPRSGX of this entry's SSA frame   24  way out
- * The caller's RSP and RBP are taken from that GPRSGX at the exit: ERESUME renews
- * them there, and a paused call is resumed from another frame of the caller's stack.
+ * The caller's RSP and RBP are taken from that GPRSGX at the exit, since ERESUME renews
+ * them there.
  */
 #include "thread.h"
 
@@ -49,13 +49,6 @@
         imulq   %r10, %r15
         addq    HEADER_SSA_OFFSET(%rbx), %r15
         leaq    -GPRS_SIZE(%rbx, %r15), %r15
-        .endm
-
-        /* The caller's stack again; RSP is that of the frame.  R15 is lost. */
-        .macro  leave_stack
-        movq    16(%rsp), %r15
-        movq    GPRS_URBP(%r15), %rbp
-        movq    GPRS_URSP(%r15), %rsp
         .endm
 
         /*
@@ -116,11 +109,11 @@ tm_entry:
         cmpb    $SLOT_ARMED, %r10b
         jne     .Lperhaps_parked
         cmpq    $SEL_OCALL_RETURN, %rdi
-        je      .Lrefuse                /* no OCALL is under way */
+        je      .Lrefuse_call           /* no OCALL is under way */
         leaq    1(%r10), %r14           /* ARMED + 1 = INSIDE */
         movq    %r10, %rax
         lock cmpxchgq %r14, %fs:TD_WORD
-        jne     .Lrefuse
+        jne     .Lrefuse_call
         xorl    %eax, %eax
         own_gprs
         leaq    (%rbx), %r14
@@ -150,8 +143,15 @@ tm_gate_leave:                          /* for who looks where a thread is: the 
         xorl    %r8d, %r8d
 .Lleave:
         movq    24(%rsp), %rbx
-        leave_stack
-.Lscrub:
+        movq    16(%rsp), %r15
+        /*
+         * The only exit: to RBX, with R15 the GPRSGX of this entry.  The RSP and RBP there are of
+         * whoever runs this by now: a paused call goes on from another frame, and in a slot that is
+         * repaired another process may have resumed what this one began.  What follows needs them, if
+         * only for the frame of a signal that comes at once.  An interrupt in here may change them
+         * again, so they are taken last.
+         */
+.Lexit:
 #ifndef TM_TEST_NO_SCRUB
         fxrstor64 .Lclean(%rip)         /* x87, XMM, MXCSR */
         xorl    %r9d, %r9d
@@ -160,33 +160,37 @@ tm_gate_leave:                          /* for who looks where a thread is: the 
         xorl    %r12d, %r12d
         xorl    %r13d, %r13d
         xorl    %r14d, %r14d
-        xorl    %r15d, %r15d
 #endif
         xorl    %ecx, %ecx
         movl    $EEXIT - 1, %eax
         addl    $1, %eax                /* 4: clears CF, PF, AF, ZF, SF and OF */
+        movq    GPRS_URBP(%r15), %rbp
+        movq    GPRS_URSP(%r15), %rsp
+#ifndef TM_TEST_NO_SCRUB
+        movl    $0, %r15d
+#endif
         enclu
         ud2
 
         /* Revoked while inside: the call is over, its result is nobody's. */
 .Lcleared:
         lock andq $-256, %fs:TD_WORD    /* FREE */
-        leave_stack
 tm_gate_turned_away:
-.Lrefuse:
-        leaq    __tm_base(%rip), %rbx
-        addq    HEADER_SIZE(%rbx), %rbx /* the landing page */
+.Lrefuse_call:                          /* at CSSA 0 */
+        xorl    %eax, %eax
+.Lrefuse:                               /* RAX is CSSA */
         xorl    %edi, %edi
         xorl    %esi, %esi
 .Lrefused:
+        own_gprs
+.Lland:                                 /* RBX is the base */
+        addq    HEADER_SIZE(%rbx), %rbx /* the landing page */
         xorl    %edx, %edx
         xorl    %r8d, %r8d
-        jmp     .Lscrub
+        jmp     .Lexit
 
         /* Who has the key hears that it still fits: the call in there is its own, and was interrupted. */
 .Linterrupted:
-        leaq    __tm_base(%rip), %rbx
-        addq    HEADER_SIZE(%rbx), %rbx
         movl    $EXIT_INTERRUPTED, %edi
         xorl    %esi, %esi
         jmp     .Lrefused
@@ -194,15 +198,15 @@ tm_gate_turned_away:
         /* Parked in an OCALL: only its return, with its nonce. */
 .Lperhaps_parked:
         cmpb    $SLOT_PARKED, %r10b
-        jne     .Lrefuse
+        jne     .Lrefuse_call
         cmpq    $SEL_OCALL_RETURN, %rdi
-        jne     .Lrefuse
+        jne     .Lrefuse_call
         cmpq    %fs:TD_NONCE, %rsi
-        jne     .Lrefuse
+        jne     .Lrefuse_call
         leaq    -1(%r10), %r14          /* PARKED - 1 = INSIDE */
         movq    %r10, %rax
         lock cmpxchgq %r14, %fs:TD_WORD
-        jne     .Lrefuse
+        jne     .Lrefuse_call
         xorl    %eax, %eax
         own_gprs
         leaq    (%rbx), %r14
@@ -350,12 +354,13 @@ tm_gate_turned_away:
         lock cmpxchgq %r11, %fs:TD_WORD
         sete    %r8b
 .Lunwound:
-        movl    %r12d, %esi
         movq    %r10, %rdx              /* the slot word as it was */
-        movl    $EXIT_UNWOUND, %edi
-        leaq    __tm_base(%rip), %rbx
-        addq    HEADER_SIZE(%rbx), %rbx /* R8 tells whether it was done */
-        jmp     .Lscrub
+        movl    %r12d, %eax
+        own_gprs
+        addq    HEADER_SIZE(%rbx), %rbx /* the landing page */
+        movl    %r12d, %esi
+        movl    $EXIT_UNWOUND, %edi     /* R8 tells whether it was done */
+        jmp     .Lexit
 .Lrefuse_wipe:
         xorl    %r12d, %r12d
         xorl    %r13d, %r13d
@@ -391,8 +396,7 @@ tm_gate_ocall:
         lock xaddq %rax, %fs:TD_WORD
         testb   %al, %al
         jns     .Lleave
-        leave_stack
-        jmp     .Lrefuse
+        jmp     .Lrefuse_call
         .size   tm_gate_ocall, . - tm_gate_ocall
 
 /*
@@ -404,9 +408,10 @@ tm_gate_ocall:
         .type   tm_gate_reset, @function
         .balign 16
 tm_gate_reset:
-        movq    GPRS_URSP(%r15), %rsp
-        movq    GPRS_URBP(%r15), %rbp
-        jmp     .Lrefuse
+        leaq    __tm_base(%rip), %rbx
+        xorl    %edi, %edi
+        xorl    %esi, %esi
+        jmp     .Lland
         .size   tm_gate_reset, . - tm_gate_reset
 
         /*

@@ -83,8 +83,8 @@ def main() -> None:
                 assert (left.outcome, left.rdi, left.status) == (LANDED, UNWOUND, frames)
                 continue
             print("steal", file=thief.stdin, flush=True)
-            outcome, _, rdi, cssa, _, done = map(int, thief.stdout.readline().split())
-            assert (outcome, rdi, cssa, done) == (LANDED, UNWOUND, frames, 1)
+            outcome, _, rdi, cssa, _, done, own_stack = map(int, thief.stdout.readline().split())
+            assert (outcome, rdi, cssa, done, own_stack) == (LANDED, UNWOUND, frames, 1, 1)
             # What is left for the warden to resume is a frame that its entry has rewritten.
             after = gate.enter(SLOT, bytes(16), function=ERESUME)
             assert (after.outcome, after.rdi) == (LANDED, 0)
