@@ -238,11 +238,13 @@ static bool rip_is_told(const struct sgx_report *report)
     return (header()->flags & TM_IMAGE_DEBUG) || !memcmp(report->cpusvn, sim_cpusvn, sizeof(sim_cpusvn));
 }
 
+/* Of a frame that was rewritten already: what it was before (entry.S, reset_frame). */
 static int64_t ssa(uint64_t slot, uint64_t frame, struct tm_control_result *result)
 {
     const struct sgx_gprs *gprs = frame_gprs(slot, frame);
     uint8_t nothing[64] = {0};
     struct sgx_report report;
+    uint64_t rip;
 
     if (frame >= header()->nssa)
         return TM_E_ARGUMENT;
@@ -250,8 +252,9 @@ static int64_t ssa(uint64_t slot, uint64_t frame, struct tm_control_result *resu
     result->exitinfo = gprs->exitinfo;
     if (report.miscselect & SGX_MISC_EXINFO)
         result->maddr = ((const struct sgx_exinfo *)gprs - 1)->maddr;
+    rip = gprs->rip == (uint64_t)tm_gate_reset ? gprs->r14 : gprs->rip;
     if (rip_is_told(&report))
-        result->rip = gprs->rip - enclave_base() < header()->size ? gprs->rip - enclave_base() : gprs->rip;
+        result->rip = rip - enclave_base() < header()->size ? rip - enclave_base() : rip;
     return 0;
 }
 

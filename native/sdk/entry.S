@@ -29,11 +29,13 @@
 #define EXIT_INTERRUPTED 3
 #define EEXIT 4
 #define GPRS_SIZE 184
+#define GPRS_R14 112
 #define GPRS_R15 120
 #define GPRS_RFLAGS 128
 #define GPRS_RIP 136
 #define GPRS_URSP 144
 #define GPRS_URBP 152
+#define GPRS_EXITINFO 160
 #define GPRS_FSBASE 168
 #define GPRS_GSBASE 176
 #define XSAVE_MXCSR 24
@@ -53,11 +55,18 @@
 
         /*
          * The SSA frame of R14 bytes at RDI goes to tm_gate_reset when it is resumed, with R13
-         * for its FS and GS.  RDI moves on to the next; changes RAX, RCX and R15.  No stack:
-         * another process may finish it (see .Lunwind).
+         * for its FS and GS.  What it was interrupted by and where stays to be told: EXITINFO, and
+         * RIP as R14.  RDI moves on to the next; changes RAX, RCX, RDX, R11 and R15.  No stack:
+         * another process may finish it (see .Lunwind), or begin again, so RIP comes last.
          */
         .macro  reset_frame
 #ifndef TM_TEST_NO_UNWIND
+        leaq    -GPRS_SIZE(%rdi, %r14), %r15
+        leaq    tm_gate_reset(%rip), %rax
+        movq    GPRS_RIP(%r15), %rdx
+        cmpq    %rax, %rdx
+        je      8f
+        movl    GPRS_EXITINFO(%r15), %r11d
         xorl    %eax, %eax
         movq    %r14, %rcx
         shrq    $3, %rcx
@@ -67,13 +76,17 @@
         movw    $0x37f, (%rax)          /* FCW */
         movl    $0x1f80, XSAVE_MXCSR(%rax)
         movq    $3, XSAVE_STATE(%rax)   /* x87 and SSE, as they stand there */
-        leaq    -GPRS_SIZE(%rdi), %r15
+        movq    %rdx, GPRS_R14(%r15)
+        movl    %r11d, GPRS_EXITINFO(%r15)
         movq    %r15, GPRS_R15(%r15)
-        leaq    tm_gate_reset(%rip), %rax
-        movq    %rax, GPRS_RIP(%r15)
         movq    $0x202, GPRS_RFLAGS(%r15)
         movq    %r13, GPRS_FSBASE(%r15)
         movq    %r13, GPRS_GSBASE(%r15)
+        leaq    tm_gate_reset(%rip), %rax
+        movq    %rax, GPRS_RIP(%r15)
+        jmp     9f
+8:      addq    %r14, %rdi
+9:
 #else
         /* Test build: frames stay as they are. */
         addq    %r14, %rdi

@@ -141,6 +141,7 @@ struct ocall_answer {
 };
 struct ocall_answer tm_gate_ocall(uint64_t kind, uint64_t length, uint64_t nonce);
 /* entry.S: make SSA frames leave to the landing page when resumed, with `thread` for FS and GS. */
+void tm_gate_reset(void); /* where they go on */
 void tm_gate_rewrite(uint64_t frames, uint64_t count, uint64_t frame_size, uint64_t thread);
 
 /* What entry.S calls. */

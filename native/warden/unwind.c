@@ -109,28 +109,16 @@ static int enter(struct unwind *unwind, uint64_t generation, struct control_slot
                 (unsigned long long)unwind->slot);
 }
 
-/* How it was found, for the log: before anything is undone. */
-static int look(struct unwind *unwind)
+/* What had interrupted the slot, for the log: of the last frame, whether it was rewritten by now or not. */
+static int tell(struct unwind *unwind, uint64_t cssa)
 {
     struct tm_control_result *found = &unwind->reply->result;
-    struct tm_control ask_ssa = {.op = TM_CTL_SSA, .slot = unwind->slot};
-    struct control_slot slot = {0};
-    int result = enter(unwind, 0, &slot);
+    struct tm_control ask_ssa = {.op = TM_CTL_SSA, .slot = unwind->slot, .argument = cssa - 1};
+    uint64_t word = found->word;
+    int result = ask(unwind, &ask_ssa, found);
 
-    if (result == -EBUSY && unwind->dead)
-        slot.cssa = unwind->warden->header.nssa;
-    else if (result < 0)
-        return result;
-    if (slot.cssa > unwind->warden->header.nssa)
-        return fail(unwind, -EBADMSG, "slot %llu: CSSA %llu cannot be", (unsigned long long)unwind->slot,
-                    (unsigned long long)slot.cssa);
-    if (slot.cssa == 0) {
-        found->word = slot.word;
-        return 0;
-    }
-    ask_ssa.argument = slot.cssa - 1;
-    result = ask(unwind, &ask_ssa, found);
-    found->cssa = slot.cssa;
+    found->cssa = cssa;
+    found->word = word;
     return result;
 }
 
@@ -146,23 +134,40 @@ static int rewrite(struct unwind *unwind)
     return ask(unwind, &rewrite, &unused);
 }
 
-/* Until the slot has CSSA 0 and nothing of the call is left. */
+/*
+ * Until the slot has CSSA 0 and nothing of the call is left.  Nobody enters it just to look: at an
+ * interrupt in there the holder's thread may finish that entry, and what the warden then resumes is
+ * the frame below.  So each entry rewrites the frames first; below it there is never a call.
+ */
 static int run(struct unwind *unwind)
 {
-    uint32_t limit = 4 * unwind->warden->header.nssa + 16; /* far more than there can be frames */
+    uint64_t nssa = unwind->warden->header.nssa;
+    uint32_t limit = 4 * (uint32_t)nssa + 16; /* far more than there can be frames */
 
     for (uint32_t tries = 0; tries < limit; tries++) {
         struct control_slot found = {0};
         int result = enter(unwind, unwind->generation, &found);
+        bool full = result == -EBUSY && unwind->dead;
 
-        if (result == -EBUSY && unwind->dead)
-            result = rewrite(unwind);
-        else if (result == 0 && !found.unwound) {
+        if (result < 0 && !full)
+            return result;
+        if (full)
+            found.cssa = nssa;
+        if (found.cssa > nssa)
+            return fail(unwind, -EBADMSG, "slot %llu: CSSA %llu cannot be", (unsigned long long)unwind->slot,
+                        (unsigned long long)found.cssa);
+        if (!full && !found.unwound) {
             unwind->reply->status = TM_E_STATE; /* another generation's, or its key was not taken away */
             unwind->reply->entered = 1;
             return TM_E_STATE;
-        } else if (result == 0 && found.cssa == 0)
+        }
+        if (tries == 0)
+            unwind->reply->result.word = found.word;
+        if (found.cssa == 0)
             return 0;
+        result = tries == 0 ? tell(unwind, found.cssa) : 0;
+        if (result == 0 && full)
+            result = rewrite(unwind);
         if (result < 0)
             return result;
         result = warden_resume(unwind->warden->enclave, unwind->tcs_offset);
@@ -201,8 +206,6 @@ void warden_unwind(struct warden *warden, const struct warden_request *request, 
         return;
     }
     result = bury(&unwind);
-    if (result == 0)
-        result = look(&unwind);
     if (result == 0)
         result = run(&unwind);
     if (result == 0)
