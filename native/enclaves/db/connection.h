@@ -27,7 +27,7 @@ struct cursor {
     bool once;    /* its statement is not kept */
 };
 
-struct file; /* vfs.c */
+struct file; /* file.h */
 
 struct connection {
     sqlite3 *db;
