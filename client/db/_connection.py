@@ -26,6 +26,7 @@ from teemate.db._wire import (
     DB_FAILED,
     MEMORY,
     READONLY,
+    UNCACHED,
     Batch,
     Failure,
     Opened,
@@ -93,6 +94,7 @@ class Connection:
         memory: int = 0,
         cursors: int = 0,
         statement_timeout: float = 0.0,
+        uncached: bool = False,
     ) -> None:
         # As sqlite3 has it: __init__ of one that is open opens it anew.
         self._ready = False
@@ -115,7 +117,7 @@ class Connection:
         name, flags = _named(database, readonly=readonly, create=create)
         request = encode_open(
             name,
-            flags,
+            flags | (UNCACHED if uncached else 0),
             busy_ms=int(min(max(0.0, timeout), 86400.0) * 1000),
             cursors=cursors,
             memory=memory,
@@ -441,6 +443,9 @@ def connect(
         Statements that may be half read at a time; 0: 256.
     statement_timeout
         Seconds that a statement may take, a quarter of a second coarse; 0: no limit.
+    uncached
+        Read what the host has now, instead of pages that the enclave still knows: for ``PRAGMA
+        integrity_check``, which then finds what the host has changed.
 
     Raises
     ------

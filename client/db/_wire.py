@@ -19,6 +19,7 @@ __all__ = [
     "MEMORY",
     "READONLY",
     "REPLY_MIN",
+    "UNCACHED",
     "Batch",
     "Failure",
     "Opened",
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 VERSION: Final = 1
-READONLY, CREATE, MEMORY = 1, 2, 4
+READONLY, CREATE, MEMORY, UNCACHED = 1, 2, 4, 8
 DB_FAILED: Final = 1
 """The status of an ECALL whose answer is a struct db_error."""
 REPLY_MIN: Final = 1024

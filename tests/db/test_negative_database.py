@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from altered import altered_database
 from backends import BACKEND
-from connections import BUSY, Connection, SqlError
+from connections import BUSY, CREATE, UNCACHED, Connection, SqlError
 from images import Images
 from test_database_files import fill
 from test_power_cut import MARK, SYNC, File, look, recorded
@@ -43,7 +43,7 @@ def test_without_freshness_old_pages_are_believed(
         db.sql("UPDATE t SET v = 'new'")
         db.sql("PRAGMA wal_checkpoint(TRUNCATE)")
         db.close()
-        db = Connection(slot, "accounts")
+        db = Connection(slot, "accounts", flags=CREATE | UNCACHED)
         (storage / "accounts").write_bytes(
             _with_old_pages(before[storage / "accounts"], storage / "accounts")
         )

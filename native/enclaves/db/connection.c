@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "connection.h"
 
+#include "cache.h"
 #include "reply.h"
 #include "shared.h"
 #include "vfs.h"
@@ -20,6 +21,7 @@ int tm_on_start(void)
 void tm_on_slot_reset(uint32_t slot)
 {
     running[slot].number = 0;
+    cache_slot_reset(slot);
 #ifndef DB_TEST_KEEP_LOCKS
     databases_forget(slot);
 #endif
@@ -221,8 +223,8 @@ static int limits(struct connection *self, const struct db_open *request)
     sqlite3_set_authorizer(db, authorize, self);
     sqlite3_db_config(db, SQLITE_DBCONFIG_DEFENSIVE, 1, &on);
     sqlite3_db_config(db, SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1, &on);
-    /* A quarter for pages: the rest is statements', results' and sorting's. */
-    sqlite3_snprintf(sizeof(pragma), pragma, "PRAGMA cache_size=-%d", (int)(local_self()->memory.limit >> 12));
+    /* A few pages of its own, for what a statement goes through again and again: the others are in the shared cache. */
+    sqlite3_snprintf(sizeof(pragma), pragma, "PRAGMA cache_size=-%d", (int)(local_self()->memory.limit >> 15));
     return sqlite3_exec(db, pragma, NULL, NULL, NULL);
 }
 
@@ -257,7 +259,7 @@ TM_ECALL(db_open)
     if (rq->in_len < sizeof(request))
         return TM_E_ARGUMENT;
     memcpy(&request, rq->in, sizeof(request));
-    if (request.version != DB_VERSION || request.flags > 7 || request.name_length != rq->in_len - sizeof(request) ||
+    if (request.version != DB_VERSION || request.flags > 15 || request.name_length != rq->in_len - sizeof(request) ||
         (request.flags & DB_OPEN_READONLY && request.flags & (DB_OPEN_CREATE | DB_OPEN_MEMORY)) ||
         request.cursors > DB_CURSORS_MAX || (request.memory && request.memory < DB_MEMORY_MIN))
         return TM_E_ARGUMENT;
@@ -284,6 +286,7 @@ TM_ECALL(db_open)
     self->cursor_limit = request.cursors ? request.cursors : DB_CURSORS_MAX;
     self->cursors = sqlite3_malloc((int)(self->cursor_limit * sizeof(*self->cursors)));
     self->statement_ns = request.statement_ms * 1000000ull;
+    self->uncached = request.flags & DB_OPEN_UNCACHED;
     self->number = ++last_number;
     status = SQLITE_NOMEM;
     if (self->cursors) {
@@ -372,5 +375,15 @@ TM_ECALL(db_statistics)
     answer.cache_hits = (uint64_t)now;
     sqlite3_db_status(self->db, SQLITE_DBSTATUS_CACHE_MISS, &now, &most, 0);
     answer.cache_misses = (uint64_t)now;
+    return tm_reply(rq, &answer, sizeof(answer));
+}
+
+TM_ECALL(db_cache)
+{
+    struct cache_statistics cache;
+    struct db_cache answer;
+
+    cache_statistics(&cache);
+    answer = (struct db_cache){.limit = cache.limit, .size = cache.size, .hits = cache.hits, .fills = cache.fills};
     return tm_reply(rq, &answer, sizeof(answer));
 }

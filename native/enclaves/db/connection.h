@@ -44,6 +44,7 @@ struct connection {
     bool late;     /* it was the deadline */
     bool tampered;   /* a file of it is not what the enclave wrote */
     bool no_storage; /* the enclave has none */
+    bool uncached;   /* what it reads is what the host has now */
 };
 
 static inline struct connection *connection_self(void)

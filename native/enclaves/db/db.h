@@ -14,6 +14,7 @@
  *                                                        -> nothing, or struct db_error with DB_FAILED
  *   db_interrupt  struct db_interrupt                    -> nothing
  *   db_statistics nothing                                -> struct db_statistics
+ *   db_cache      nothing; without a connection too      -> struct db_cache
  *
  * A slot whose holder is gone, however, is as one that said db_close: its transaction
  * is rolled back and its locks are free when the slot is repaired.
@@ -37,6 +38,7 @@ enum db_open_flags {
     DB_OPEN_READONLY = 1, /* nothing can be written; the database has to be there */
     DB_OPEN_CREATE = 2,   /* make it if it is not there */
     DB_OPEN_MEMORY = 4,   /* of this slot alone, in EPC; no name */
+    DB_OPEN_UNCACHED = 8, /* read what the host has, not what the enclave still knows of it: to check the files */
 };
 
 /*
@@ -196,5 +198,12 @@ struct db_statistics {
     uint64_t cache_hits, cache_misses;              /* of this connection's page cache */
 };
 _Static_assert(sizeof(struct db_statistics) == 64, "db_statistics");
+
+/* Of the cache of pages that all connections share (cache.h). */
+struct db_cache {
+    uint64_t limit, size; /* bytes of the enclave's heap: that it may take, that it has taken */
+    uint64_t hits, fills; /* pages that were found in it, and that were put there, since the enclave began */
+};
+_Static_assert(sizeof(struct db_cache) == 32, "db_cache");
 
 #endif

@@ -81,6 +81,10 @@ static int file_read(sqlite3_file *base, void *data, int length, sqlite3_int64 o
         if (status)
             return status;
     }
+    if ((uint32_t)length < size && record_cached(&file->records, record, inside, (uint32_t)length, out)) {
+        file->last_read = 0;
+        return SQLITE_OK;
+    }
     room = (uint32_t)length == size ? out : sqlite3_malloc((int)size);
     if (!room)
         return SQLITE_IOERR_NOMEM;

@@ -6,7 +6,7 @@
 #define STEPS 8u           /* beyond: so many to a power of two */
 #define SMALL_MOST 65536u  /* and beyond that blocks of the heap */
 #define CHUNK_FIRST 65536u
-#define CHUNK_MOST (512u << 10)
+#define CHUNK_MOST (256u << 10)
 _Static_assert(FINE_CLASSES + 6 * STEPS == MEMORY_CLASSES, "1 KiB to 64 KiB are six powers");
 
 struct chunk {
@@ -73,10 +73,10 @@ static void give(struct memory *memory, void *data)
     tm_free(chunk);
 }
 
-/* A new chunk twice as large as all so far; what is left of the last one is lost to larger blocks only. */
+/* A new chunk half as large as all so far; what is left of the last one is lost to larger blocks only. */
 static void *cut(struct memory *memory, uint64_t size)
 {
-    uint64_t room = memory->used < CHUNK_FIRST ? CHUNK_FIRST : memory->used;
+    uint64_t room = memory->used / 2 < CHUNK_FIRST ? CHUNK_FIRST : memory->used / 2;
     void *result;
 
     if ((uint64_t)(memory->end - memory->next) < size) {

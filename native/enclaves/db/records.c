@@ -166,6 +166,40 @@ static bool log_goes_on(struct record_file *file, uint64_t record)
     return found;
 }
 
+/* The log's head is not kept: it is read as seldom as it is short. */
+static bool is_kept(const struct record_file *file, uint64_t record)
+{
+    return file->kind == FILE_MAIN || record;
+}
+
+static struct cache_key key_of(const struct record_file *file, uint64_t record, uint64_t tag)
+{
+    return (struct cache_key){(uint64_t)file->database, record << 1 | file->kind, tag};
+}
+
+bool record_cached(const struct record_file *file, uint64_t record, uint32_t offset, uint32_t length, void *data)
+{
+    const struct connection *connection = connection_self();
+    uint64_t tag = is_kept(file, record) ? known_tag(file->database, file->kind, record) : 0;
+    struct cache_key key = key_of(file, record, tag);
+
+    if (!tag || (connection && connection->uncached) || !cache_get(&key, offset, length, data))
+        return false;
+#ifdef DB_TEST_NO_FRESHNESS
+    return true;
+#endif
+    /* It was right when it was copied if it still is. */
+    return known_is_settled(file->database, file->kind, record, tag);
+}
+
+static void keep(const struct record_file *file, uint64_t record, uint64_t tag, const uint8_t *data)
+{
+    struct cache_key key = key_of(file, record, tag);
+
+    if (is_kept(file, record))
+        cache_put(&key, data, record_size(file->kind, record));
+}
+
 static bool is_zero(const uint8_t *data, uint32_t length)
 {
     while (length && !*data)
@@ -180,6 +214,8 @@ int record_read(struct record_file *file, uint64_t record, uint8_t *data)
     bool unknown, zeros = false;
     uint8_t raw[LARGEST];
 
+    if (record_cached(file, record, 0, size, data))
+        return RECORD_OK;
     for (uint32_t reads = 0; reads < READS; reads++) {
         int64_t got = tm_file_read(file->handle, place_of(file->kind, record), raw, size + RECORD_EXTRA);
         uint64_t tag;
@@ -204,6 +240,7 @@ int record_read(struct record_file *file, uint64_t record, uint8_t *data)
             if (!known_first(file->database, file->kind, record, tag))
                 continue;
         }
+        keep(file, record, tag, data);
         return RECORD_OK;
     }
     unknown = known_is_unknown(file->database, file->kind, record);
@@ -234,6 +271,7 @@ static int settle(struct record_file *file)
             known_set(file->database, file->kind, record, pending->tags[i]);
     }
     pending->count = 0;
+    known_writing(file->database, file->kind, false);
     return 0;
 }
 
@@ -273,6 +311,7 @@ int records_write(struct record_file *file, uint64_t first, const uint8_t *data,
         pending->tags[i] = short_tag(at + NONCE + size);
     }
     pending->first = first;
+    known_writing(file->database, file->kind, true);
     pending->count = count;
     done = tm_file_write(file->handle, place_of(file->kind, first), raw, (size_t)step * count);
     sqlite3_free(raw);
@@ -286,6 +325,9 @@ int records_write(struct record_file *file, uint64_t first, const uint8_t *data,
                                                                    false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
         ;
     pending->count = 0;
+    known_writing(file->database, file->kind, false);
+    for (uint32_t i = 0; i < count; i++)
+        keep(file, first + i, pending->tags[i], data + i * (size_t)size);
     return 0;
 }
 

@@ -15,6 +15,7 @@
 #ifndef DB_RECORDS_H
 #define DB_RECORDS_H
 
+#include "cache.h"
 #include "shared.h"
 
 #define PAGE_SIZE 4096u
@@ -43,6 +44,8 @@ int64_t records_known(const struct record_file *file);
  * but nothing was known of it: a checkpoint that power cut short leaves such pages, and the log has them.
  */
 int record_read(struct record_file *file, uint64_t record, uint8_t *data);
+/* A part of it, when it is in the cache and nothing newer may be in the file. */
+bool record_cached(const struct record_file *file, uint64_t record, uint32_t offset, uint32_t length, void *data);
 /* `count` records of one size, one after the other: at most BATCH. */
 int records_write(struct record_file *file, uint64_t first, const uint8_t *data, uint32_t count);
 int records_cut(struct record_file *file, uint64_t count);

@@ -46,6 +46,8 @@ void database_wipe(struct database *database)
         database->files[kind].cut = 0;
         for (uint32_t slot = 0; slot < SLOTS_MOST; slot++)
             database->pending[kind][slot].count = 0;
+        for (uint32_t word = 0; word < SLOTS_MOST / 64; word++)
+            database->writing[kind][word] = 0;
     }
 }
 
@@ -228,9 +230,16 @@ int known_reserve(struct database *database, enum file_kind kind, uint64_t recor
     return add(database, &database->files[kind].tags[record / TAGS_IN_CHUNK], TAGS_IN_CHUNK * sizeof(uint64_t));
 }
 
+uint64_t known_tag(struct database *database, enum file_kind kind, uint64_t record)
+{
+    uint64_t *known = tag_of(database, kind, record);
+
+    return known ? __atomic_load_n(known, __ATOMIC_SEQ_CST) : 0;
+}
+
 bool known_is_right(struct database *database, enum file_kind kind, uint64_t record, uint64_t tag)
 {
-    uint64_t *known = tag_of(database, kind, record), value = known ? __atomic_load_n(known, __ATOMIC_SEQ_CST) : 0;
+    uint64_t value = known_tag(database, kind, record);
     uint32_t count = slot_count();
 
 #ifdef DB_TEST_NO_FRESHNESS
@@ -250,11 +259,38 @@ bool known_is_right(struct database *database, enum file_kind kind, uint64_t rec
     return false;
 }
 
+static bool is_pending(const struct pending *pending, uint64_t record)
+{
+    return record - pending->first < pending->count;
+}
+
+bool known_is_settled(struct database *database, enum file_kind kind, uint64_t record, uint64_t tag)
+{
+    const struct known_file *file = &database->files[kind];
+    uint64_t cut = file->cut;
+
+    if (record >= file->records || (cut && record >= cut - 1) || known_tag(database, kind, record) != tag)
+        return false;
+    for (uint32_t word = 0; word < SLOTS_MOST / 64; word++)
+        for (uint64_t slots = database->writing[kind][word]; slots; slots &= slots - 1)
+            if (is_pending(&database->pending[kind][word * 64 + (uint32_t)__builtin_ctzll(slots)], record))
+                return false;
+    return true;
+}
+
+void known_writing(struct database *database, enum file_kind kind, bool writing)
+{
+    uint64_t index = thread_self()->fixed.index, bit = 1ull << index % 64;
+
+    if (writing)
+        database->writing[kind][index / 64] |= bit;
+    else
+        database->writing[kind][index / 64] &= ~bit;
+}
+
 bool known_is_unknown(struct database *database, enum file_kind kind, uint64_t record)
 {
-    uint64_t *known = tag_of(database, kind, record);
-
-    return !known || !__atomic_load_n(known, __ATOMIC_SEQ_CST);
+    return !known_tag(database, kind, record);
 }
 
 void known_supersede(struct database *database, enum file_kind kind, uint64_t first, uint64_t count)

@@ -62,6 +62,7 @@ struct database {
     void *regions[REGIONS_MOST];
     struct known_file files[FILE_KINDS];
     struct pending pending[FILE_KINDS][SLOTS_MOST];
+    _Atomic uint64_t writing[FILE_KINDS][SLOTS_MOST / 64]; /* a bit per slot: set while its pending has something, and longer */
 };
 
 /*
@@ -91,6 +92,12 @@ int database_region(struct database *database, uint32_t index, bool make, void *
 int known_reserve(struct database *database, enum file_kind kind, uint64_t record);
 /* May a record with this tag have been read? */
 bool known_is_right(struct database *database, enum file_kind kind, uint64_t record, uint64_t tag);
+/* What is known of it, 0: nothing. */
+uint64_t known_tag(struct database *database, enum file_kind kind, uint64_t record);
+/* Is that tag what is known, and nothing else right beside it?  Then whatever has it need not be looked for in the file. */
+bool known_is_settled(struct database *database, enum file_kind kind, uint64_t record, uint64_t tag);
+/* The running slot begins to write, or has written: what is right meanwhile is its pending, with everybody's. */
+void known_writing(struct database *database, enum file_kind kind, bool writing);
 /* Nothing is known of it, or it was never written in this life. */
 bool known_is_unknown(struct database *database, enum file_kind kind, uint64_t record);
 /*

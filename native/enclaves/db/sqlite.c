@@ -2,7 +2,7 @@
 /*
  * SQLite itself: the amalgamation that sqlite_source.py gets, in this one object.  Its global variables
  * go into the section that each slot has a copy of (local.h); where it would call the cipher
- * extension that the amalgamation comes with, there is nothing: files.c encrypts.
+ * extension that the amalgamation comes with, there is nothing: records.c encrypts.
  */
 #include "local.h"
 #include "sqlite_config.h"

@@ -2,7 +2,7 @@
 /*
  * How SQLite is compiled for the enclave.  Each slot has its own copy of SQLite's global
  * variables (SQLITE_OMIT_WSD, local.h) as if it were a process, so there are no threads
- * (SQLITE_THREADSAFE=0) and no mutexes; what is shared, files.c shares.
+ * (SQLITE_THREADSAFE=0) and no mutexes; what is shared, shared.c and cache.c share.
  */
 #ifndef DB_SQLITE_CONFIG_H
 #define DB_SQLITE_CONFIG_H
@@ -15,9 +15,10 @@
 #define SQLITE_DEFAULT_MEMSTATUS 1
 #define SQLITE_DEFAULT_PAGE_SIZE 4096
 #define SQLITE_DEFAULT_CACHE_SIZE (-2048)
+#define SQLITE_DEFAULT_PCACHE_INITSZ 0 /* pages of a connection: as they are needed */
 #define SQLITE_DEFAULT_FOREIGN_KEYS 0
 #define SQLITE_DEFAULT_WAL_SYNCHRONOUS 2
-#define SQLITE_DEFAULT_LOOKASIDE 1200, 64
+#define SQLITE_DEFAULT_LOOKASIDE 1200, 40
 #define SQLITE_DQS 3
 #define SQLITE_ENABLE_COLUMN_METADATA 1
 #define SQLITE_MAX_MMAP_SIZE 0

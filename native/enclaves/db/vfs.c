@@ -237,6 +237,7 @@ int vfs_delete_database(const char *name)
         return SQLITE_BUSY; /* somebody has deleted it just now, and the struct is another's */
     }
     database_wipe(database);
+    cache_drop((uint64_t)database);
     log_name(name, log);
     status = tm_file_delete(name);
     if (!status)
