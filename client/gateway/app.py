@@ -1,0 +1,348 @@
+"""The gateway as an ASGI application (version 3): POST /fn/NAME, GET /healthz, GET /openapi.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from typing import Any, Protocol, final
+from urllib.parse import parse_qsl
+
+import trio
+from structlog.typing import FilteringBoundLogger
+
+from ..errors import Error
+from .admission import Admission, FunctionBusyError, QueueFullError
+from .answers import Answer, Refused, of_error, problem
+from .openapi import MAX_ARGUMENT_BYTES, MAX_ARGUMENTS, NAME_PATTERN, TIMEOUT_HEADER, openapi_json
+from .settings import Settings
+
+__all__ = ["Functions", "Gateway"]
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+PIECE = 64 << 10
+"""Bytes of a result that are handed on at once: more only when the client has taken these."""
+HEALTH_SECONDS = 2.0
+LEFTOVER_SECONDS = 1.0
+"""For how long, and up to twice `max_body`, a client that is refused is listened to: many read their answer
+when they have sent all, or never."""
+
+_NAME = re.compile(NAME_PATTERN)
+_LOOPBACK = (b"localhost", b"127.0.0.1", b"::1")
+
+
+class Functions(Protocol):
+    """What the gateway needs of ``broker.functions`` on trio."""
+
+    async def invoke(
+        self,
+        name: str,
+        payload: bytes,
+        *,
+        args: Sequence[str] = ...,
+        timeout: float | None = ...,  # noqa: ASYNC109
+    ) -> bytes:
+        """See :meth:`teemate.Functions.invoke`."""
+        ...
+
+
+class _Gone(Exception):  # noqa: N818 - nobody is told
+    """The client has left."""
+
+
+@final
+class Gateway:
+    """Answers requests; `ping` raises or returns when the broker answers."""
+
+    def __init__(
+        self,
+        functions: Functions,
+        settings: Settings,
+        log: FilteringBoundLogger,
+        *,
+        ping: Callable[[], Awaitable[None]],
+        loopback: bool = False,
+    ) -> None:
+        self._functions = functions
+        self._settings = settings
+        self._log = log
+        self._ping = ping
+        self._loopback = loopback
+        self._document = openapi_json(settings)
+        self.admission = Admission(
+            slots=settings.slots, queue=settings.queue, concurrency=settings.concurrency
+        )
+        self.draining = False
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        """Serve one request, or the server's life (for which there is nothing to do)."""
+        if scope["type"] == "lifespan":
+            await _live(receive, send)
+        elif scope["type"] == "http":
+            await self._serve(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1003})
+
+    async def _serve(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        request = uuid.uuid4().hex
+        began = trio.current_time()
+        body = _Body(receive, self._settings.max_body)
+        try:
+            answer = await self._answer(scope, body, began)
+        except Refused as refused:
+            answer = refused.answer
+        except _Gone:
+            self._log.info("request", request=request, path=scope["path"], outcome="client left")
+            return
+        except Exception as error:  # whatever it is, this request is told and the others go on
+            self._log.error("internal error", request=request, path=scope["path"], exc_info=error)
+            answer = problem(500, "internal-error", "the gateway failed: its log says more")
+        if answer.status >= 400:
+            await body.discard()
+        self._log.info(
+            "request",
+            request=request,
+            method=scope["method"],
+            path=scope["path"],
+            status=answer.status,
+            received=body.received,
+            sent=len(answer.body),
+            seconds=round(trio.current_time() - began, 6),
+        )
+        close = not body.complete and scope["http_version"].startswith("1")
+        await _send(send, answer, request, head=scope["method"] == "HEAD", close=close)
+
+    async def _answer(self, scope: Mapping[str, Any], body: _Body, began: float) -> Answer:
+        self._check_origin(scope)
+        path, method = scope["path"], scope["method"]
+        if path == "/healthz":
+            _allow(method, "GET, HEAD")
+            return await self._health()
+        if path == "/openapi.json":
+            _allow(method, "GET, HEAD")
+            return Answer(200, self._document, "application/json")
+        if not path.startswith("/fn/"):
+            raise Refused(problem(404, "not-found", "there are /fn/NAME, /healthz and /openapi.json"))
+        _allow(method, "POST")
+        name = path.removeprefix("/fn/")
+        if not _NAME.fullmatch(name):
+            raise Refused(problem(404, "not-found", "no function has such a name"))
+        return await self._invoke(name, scope, body, began)
+
+    def _check_origin(self, scope: Mapping[str, Any]) -> None:
+        """Turn away what a web page has a browser send to this host's loopback."""
+        if not self._loopback:
+            return
+        host = _header(scope, b"host") or b""
+        host = host[1:].split(b"]")[0] if host.startswith(b"[") else host.split(b":")[0]
+        if _header(scope, b"origin") is not None or host.lower() not in _LOOPBACK:
+            raise Refused(
+                problem(403, "denied", "browsers are not served here, nor requests for another host")
+            )
+
+    async def _health(self) -> Answer:
+        counts = self.admission.statistics()
+        facts = {"running": counts.running, "waiting": counts.waiting, "slots": counts.slots}
+        if self.draining:
+            return problem(503, "draining", "this gateway is stopping", **facts)
+        try:
+            with trio.fail_after(HEALTH_SECONDS):
+                await self._ping()
+        except (Error, trio.TooSlowError) as error:
+            self._log.warning("unhealthy", reason=str(error) or "the broker did not answer in time")
+            return problem(503, "connection-lost", "the broker does not answer", **facts)
+        return _json(200, {"status": "ok", **facts})
+
+    async def _invoke(self, name: str, scope: Mapping[str, Any], body: _Body, began: float) -> Answer:
+        arguments = _arguments(scope["query_string"])
+        deadline = began + self._timeout(scope)
+        length = _header(scope, b"content-length")
+        if length is not None and int(length) > self._settings.max_body:  # h11 takes digits alone
+            raise Refused(_too_large(self._settings.max_body))
+        if self.draining:
+            raise Refused(problem(503, "draining", "this gateway is stopping"))
+        try:
+            with self.admission.place(name):
+                payload = await _until(deadline, body.read, 408, "the body was not whole by the deadline")
+                return await self._run(name, payload, arguments, deadline, body)
+        except FunctionBusyError:
+            raise Refused(
+                problem(
+                    429,
+                    "limit-reached",
+                    f"the function has {self._settings.concurrency} requests under way: no more are taken",
+                )
+            ) from None
+        except QueueFullError:
+            raise Refused(
+                problem(503, "busy", f"all slots are taken, and {self._settings.queue} requests wait already")
+            ) from None
+
+    async def _run(
+        self, name: str, payload: bytes, arguments: list[str], deadline: float, body: _Body
+    ) -> Answer:
+        """Wait for a slot and invoke, for as long as the client is there."""
+        answer: Answer | None = None
+
+        async def run() -> Answer:
+            async with self.admission.slot():
+                left = deadline - trio.current_time()
+                try:
+                    result = await self._functions.invoke(
+                        name, payload, args=arguments, timeout=max(left, 0.001)
+                    )
+                except Error as error:
+                    if error.code not in ("not-found", "function-failed"):
+                        self._log.warning(
+                            "invocation failed", function=name, code=error.code, reason=str(error)
+                        )
+                    return of_error(error)
+                return Answer(200, result, "application/octet-stream")
+
+        async def watch() -> None:
+            await body.gone()
+            nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            try:
+                answer = await _until(deadline, run, 504, "the function was not done by the deadline")
+            except Refused as refused:  # not through the nursery, which would wrap it
+                answer = refused.answer
+            nursery.cancel_scope.cancel()
+        if answer is None:
+            raise _Gone
+        return answer
+
+    def _timeout(self, scope: Mapping[str, Any]) -> float:
+        told = _header(scope, TIMEOUT_HEADER.lower().encode())
+        if told is None:
+            return self._settings.timeout
+        seconds = float(told) if re.fullmatch(rb"[0-9]{1,9}(\.[0-9]{1,9})?", told) else math.nan
+        if not seconds > 0:
+            raise Refused(
+                problem(400, "protocol-error", f"{TIMEOUT_HEADER} is seconds, more than 0, such as 2.5")
+            )
+        return min(seconds, self._settings.max_timeout)
+
+
+@final
+class _Body:
+    """A request's body, read once, and whether its sender is still there."""
+
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self._receive = receive
+        self._limit = limit
+        self.received = 0
+        self.complete = False
+
+    async def read(self) -> bytes:
+        pieces = bytearray()
+        while not self.complete:
+            pieces += await self._next()
+            if self.received > self._limit:
+                raise Refused(_too_large(self._limit))
+        return bytes(pieces)
+
+    async def discard(self) -> None:
+        """Take what is still on its way, within bounds, so that the answer is read."""
+        end = 2 * self._limit + PIECE
+        with trio.move_on_after(LEFTOVER_SECONDS):
+            try:
+                while not self.complete and self.received < end:
+                    await self._next()
+            except _Gone:
+                pass
+
+    async def _next(self) -> bytes:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise _Gone
+        piece: bytes = message.get("body", b"")
+        self.received += len(piece)
+        self.complete = not message.get("more_body", False)
+        return piece
+
+    async def gone(self) -> None:
+        """Return when the client has left, having sent all."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+
+async def _live(receive: Receive, send: Send) -> None:
+    while True:
+        message = await receive()
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return
+
+
+async def _until(deadline: float, function: Callable[[], Awaitable[Any]], status: int, why: str) -> Any:
+    with trio.CancelScope(deadline=deadline) as scope:
+        return await function()
+    if scope.cancelled_caught:
+        raise Refused(problem(status, "call-timeout", why))
+    raise AssertionError("not reached: it returns, raises or is cancelled")
+
+
+async def _send(send: Send, answer: Answer, request: str, *, head: bool, close: bool) -> None:
+    headers = [
+        (b"content-type", answer.content_type.encode()),
+        (b"content-length", str(len(answer.body)).encode()),
+        (b"cache-control", b"no-store"),
+        (b"x-content-type-options", b"nosniff"),
+        (b"teemate-request", request.encode()),
+        *answer.headers,
+    ]
+    if close:
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+    body = memoryview(b"" if head else answer.body)
+    while len(body) > PIECE:
+        await send({"type": "http.response.body", "body": bytes(body[:PIECE]), "more_body": True})
+        body = body[PIECE:]
+    await send({"type": "http.response.body", "body": bytes(body), "more_body": False})
+
+
+def _header(scope: Mapping[str, Any], name: bytes) -> bytes | None:
+    value: bytes | None = next((value for key, value in scope["headers"] if key == name), None)
+    return value
+
+
+def _allow(method: str, allowed: str) -> None:
+    if method not in allowed.split(", "):
+        raise Refused(problem(405, "unsupported", f"{method} is not for this path", allow=allowed))
+
+
+def _too_large(limit: int) -> Answer:
+    return problem(413, "limit-reached", f"a request's body has at most {limit} bytes (--max-body)")
+
+
+def _json(status: int, body: Mapping[str, object]) -> Answer:
+    return Answer(status, json.dumps(body).encode(), "application/json")
+
+
+def _arguments(query: bytes) -> list[str]:
+    """The function's arguments, ``?arg=one&arg=two``."""
+    try:
+        pairs = parse_qsl(
+            query.decode("ascii"), keep_blank_values=True, strict_parsing=bool(query), errors="strict",
+            max_num_fields=MAX_ARGUMENTS,
+        )  # fmt: skip
+    except ValueError:
+        raise Refused(
+            problem(400, "protocol-error", f"the query is arg=TEXT in UTF-8, at most {MAX_ARGUMENTS} times")
+        ) from None
+    arguments = [value for key, value in pairs if key == "arg"]
+    if len(arguments) != len(pairs) or any("\0" in argument for argument in arguments):
+        raise Refused(problem(400, "protocol-error", "the query has nothing but arg=TEXT, without NUL"))
+    if sum(len(argument.encode()) for argument in arguments) > MAX_ARGUMENT_BYTES:
+        raise Refused(
+            problem(400, "protocol-error", f"all arguments together have at most {MAX_ARGUMENT_BYTES} bytes")
+        )
+    return arguments

@@ -1,0 +1,150 @@
+"""A real ``teemate-gateway`` with its workers, and plain HTTP requests to it over its Unix socket."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backends import PATIENCE
+from processes import wait_until
+
+DEADLINE = 60.0 * PATIENCE
+HERE = Path(__file__).resolve().parent
+
+
+class Connection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=DEADLINE)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(DEADLINE)
+        self.sock.connect(self._path)
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    body: bytes
+    headers: dict[str, str]
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass(frozen=True)
+class RunningGateway:
+    """A gateway that is ready."""
+
+    socket: str
+    process: subprocess.Popen[bytes]
+    log_file: Path
+
+    def connection(self) -> Connection:
+        return Connection(self.socket)
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | Iterable[bytes] | None = None,
+        headers: dict[str, str] | None = None,
+        over: Connection | None = None,
+    ) -> Reply:
+        """Ask once, over a connection of its own or `over` one that is kept."""
+        connection = over or self.connection()
+        try:
+            connection.request(method, path, body, headers or {})
+            with connection.getresponse() as response:
+                return Reply(
+                    response.status, response.read(), {k.lower(): v for k, v in response.getheaders()}
+                )
+        finally:
+            if over is None:
+                connection.close()
+
+    def log(self, event: str = "") -> list[dict[str, Any]]:
+        """Its records so far, or those of one event; a line that is no record fails."""
+        records: list[dict[str, Any]] = [json.loads(line) for line in self.log_file.read_text().splitlines()]
+        return [record for record in records if event in ("", record["event"])]
+
+    def workers(self) -> list[int]:
+        """The pids of the workers that are ready, by number."""
+        found: dict[int, int] = {}
+        for record in self.log():
+            if record["event"] == "worker ready":
+                found[record["number"]] = record["worker"]
+            elif record["event"] == "worker ended":
+                del found[record["number"]]
+        return [pid for _, pid in sorted(found.items())]
+
+    def wait_for_workers(self, count: int, *, other_than: int = 0) -> list[int]:
+        """Wait until `count` workers are ready, none of them the one that was killed."""
+        wait_until(lambda: len(self.workers()) == count and other_than not in self.workers(), "workers run")
+        return self.workers()
+
+    def stop(self) -> int:
+        """End it as a service manager does, and return its exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(DEADLINE)
+
+
+@contextlib.contextmanager
+def run_gateway(*options: str, broker: str | None = None, ends_well: bool = True) -> Iterator[RunningGateway]:
+    """Run a gateway until the block ends; without a `broker` its functions are played (played_gateway.py)."""
+    with contextlib.ExitStack() as cleanup:
+        folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="tm-")))
+        path, notify_path, log_file = folder / "gateway.sock", folder / "notify.sock", folder / "gateway.log"
+        notify = cleanup.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC))
+        notify.bind(str(notify_path))
+        program = ["-m", "teemate.gateway.main"] if broker else [str(HERE / "played_gateway.py")]
+        environment = {**os.environ, "NOTIFY_SOCKET": str(notify_path)}
+        if broker:
+            environment["TEEMATE_SOCKET"] = broker
+        with log_file.open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, *program, "--listen", f"unix:{path}", "--log-format", "json", *options],
+                stdout=log,
+                stderr=log,
+                env=environment,
+            )
+        try:
+            _wait_ready(process, notify, log_file)
+            yield RunningGateway(str(path), process, log_file)
+            if ends_well:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGTERM)
+                assert process.wait(DEADLINE) == 0, log_file.read_text()
+                assert not path.exists()
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def _wait_ready(process: subprocess.Popen[bytes], notify: socket.socket, log_file: Path) -> None:
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        poll.register(notify, select.POLLIN)
+        ready = dict(poll.poll(DEADLINE * 1000))
+    finally:
+        os.close(pidfd)
+    assert notify.fileno() in ready, f"the gateway did not get ready: {log_file.read_text()}"
+    assert notify.recv(100) == b"READY=1"

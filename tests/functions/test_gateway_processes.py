@@ -1,0 +1,197 @@
+"""The gateway's processes: several workers behind one socket, one of which may die at any time."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import importlib.util
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from processes import wait_for_end, wait_for_stop, wait_until
+from running_gateway import DEADLINE, RunningGateway, run_gateway
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("hypercorn") is None, reason="needs hypercorn: pip install 'teemate[gateway]'"
+)
+
+
+class Asking(threading.Thread):
+    """One request, in a thread."""
+
+    def __init__(self, gateway: RunningGateway, path: str) -> None:
+        super().__init__()
+        self._gateway = gateway
+        self._path = path
+        self.reply: bytes | None = None
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.reply = self._gateway.request("POST", self._path).body
+        except (OSError, http.client.HTTPException) as error:
+            self.error = error
+
+
+@pytest.fixture(scope="module")
+def gateway() -> Iterator[RunningGateway]:
+    with run_gateway("--workers", "2", "--max-body", "2M") as running:
+        yield running
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Path:
+    """Where ``hold`` waits, until :func:`let_go`."""
+    os.mkfifo(tmp_path / "fifo")
+    return tmp_path
+
+
+def hold(gateway: RunningGateway, held: Path, worker: int) -> Asking:
+    """Ask `worker` for something that takes until it is let go."""
+    others = set(gateway.workers()) - {worker}
+    there = len(list(held.iterdir()))
+    for pid in others:
+        os.kill(pid, signal.SIGSTOP)
+        wait_for_stop(pid)
+    try:
+        asked = Asking(gateway, f"/fn/hold?arg={held}")
+        wait_until(lambda: len(list(held.iterdir())) > there, "the function runs")
+    finally:
+        for pid in others:
+            os.kill(pid, signal.SIGCONT)
+    return asked
+
+
+@contextlib.contextmanager
+def let_go(held: Path) -> Iterator[None]:
+    """Whatever is held, or would be, ends."""
+    writer = os.open(held / "fifo", os.O_RDWR)
+    try:
+        yield
+    finally:
+        os.close(writer)
+
+
+def test_bodies_of_any_size_go_in_and_come_out_whole(gateway: RunningGateway) -> None:
+    connection = gateway.connection()
+    for size in (0, 1, 65_535, 65_536, 65_537, 2 << 20):
+        payload = random.Random(size).randbytes(size)
+        assert gateway.request("POST", "/fn/echo", payload, over=connection).body == payload
+        pieces = (payload[at : at + 10_000] for at in range(0, size, 10_000))
+        assert gateway.request("POST", "/fn/echo", pieces, over=connection).body == payload
+    connection.close()
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_who_sends_too_much_reads_why(gateway: RunningGateway, chunked: bool) -> None:
+    body = b"x" * (2 << 20) + b"more"
+    reply = gateway.request("POST", "/fn/echo", iter([body]) if chunked else body)
+    assert (reply.status, reply.json()["code"]) == (413, "limit-reached")
+
+
+def test_what_is_no_http_gets_400_and_harms_nobody(gateway: RunningGateway) -> None:
+    connection = gateway.connection()
+    connection.connect()
+    connection.sock.sendall(b"GARBAGE\r\n\r\n")
+    assert connection.sock.recv(12) == b"HTTP/1.1 400"
+    connection.close()
+    assert gateway.request("GET", "/healthz").json()["status"] == "ok"
+
+
+def test_a_worker_that_dies_takes_its_own_requests_along_and_no_others(held: Path) -> None:
+    with run_gateway("--workers", "2", "--slots", "2") as gateway:
+        victim, other = gateway.workers()
+        lost = [hold(gateway, held, victim) for _ in range(2)]
+        kept = [hold(gateway, held, other) for _ in range(2)]
+        os.kill(victim, signal.SIGKILL)
+        for asked in lost:
+            asked.join(DEADLINE)
+            assert isinstance(asked.error, http.client.RemoteDisconnected | ConnectionError)
+        with let_go(held):
+            for asked in kept:
+                asked.join(DEADLINE)
+                assert asked.reply == str(other).encode()
+        gateway.wait_for_workers(2, other_than=victim)
+        (ended,) = gateway.log("worker ended")
+        assert ended["status"] == -signal.SIGKILL
+
+
+def test_a_gateway_that_is_told_to_end_answers_what_is_under_way(held: Path) -> None:
+    with run_gateway("--workers", "2", "--slots", "1") as gateway:
+        one, other = gateway.workers()
+        asked = hold(gateway, held, one)
+        gateway.process.send_signal(signal.SIGTERM)
+        wait_for_end([other])
+        with let_go(held):
+            asked.join(DEADLINE)
+        assert asked.reply == str(one).encode()
+        assert gateway.process.wait(DEADLINE) == 0
+
+
+def test_workers_end_with_a_supervisor_that_was_killed() -> None:
+    with run_gateway("--workers", "2", ends_well=False) as gateway:
+        workers = gateway.workers()
+        assert len(workers) == 2
+        gateway.process.kill()
+        gateway.process.wait()
+        wait_for_end(workers)
+
+
+def test_every_request_is_answered_once_or_its_connection_closed_while_workers_are_killed(
+    request: pytest.FixtureRequest,
+) -> None:
+    requests = 2_000 if request.config.getoption("--full") else 150
+    chance = random.Random(20)
+    outcomes: Counter[str] = Counter()
+    with run_gateway("--workers", "2") as gateway:
+        kills, done = requests // 50, threading.Event()
+
+        def kill() -> None:
+            victim = 0
+            for _ in range(kills):
+                victim = random.Random(chance.random()).choice(gateway.wait_for_workers(2, other_than=victim))
+                os.kill(victim, signal.SIGKILL)
+            done.set()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        number = 0
+        while number < requests or not done.is_set():
+            number += 1
+            payload = b"%d " % number * chance.randrange(1, 5000)
+            try:
+                reply = gateway.request("POST", "/fn/echo", payload)
+            except (http.client.RemoteDisconnected, ConnectionError):
+                outcomes["closed"] += 1
+            else:
+                assert (reply.status, reply.body) == (200, payload)
+                outcomes["answered"] += 1
+        killer.join(DEADLINE)
+        wait_until(lambda: len(gateway.log("worker ended")) == kills, "every end is noticed")
+        gateway.wait_for_workers(2)
+        assert sum(outcomes.values()) == number
+        assert outcomes["answered"] > outcomes["closed"]
+        # What was answered was done once: no request is asked again behind its sender's back.
+        assert outcomes["answered"] <= len(gateway.log("request")) <= number
+
+
+def test_where_it_cannot_listen_is_said(gateway: RunningGateway) -> None:
+    for place, why in ((f"unix:{gateway.socket}", "somebody listens"), ("0.0.0.0:80", "loopback")):
+        done = subprocess.run(
+            [sys.executable, "-m", "teemate.gateway.main", "--listen", place],
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+        )
+        assert done.returncode == 1
+        assert why in done.stderr
+        assert "Traceback" not in done.stderr
