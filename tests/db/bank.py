@@ -18,6 +18,7 @@ import json
 import os
 import random
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,7 +173,9 @@ class Bank:
         self._ended: Counter[int] = Counter()
         self._selector = selectors.DefaultSelector()
         self._stopping = False
-        image = plan.image or database_image()
+        image = folder / "db.sgxs"
+        for suffix in (".sgxs", ".sig", ".elf"):  # the next life's too, whatever is installed meanwhile
+            shutil.copy((plan.image or database_image()).with_suffix(suffix), image.with_suffix(suffix))
         self.image = image
         self._observer = Observer(image, image.with_suffix(".elf")) if plan.look else None
         self._root = self._find_root() if plan.containers else None

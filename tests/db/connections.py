@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,8 +33,12 @@ Value = None | int | float | str | bytes
 
 
 def database_image() -> Path:
-    """The image that is installed with the package; without SQLite's source there is none."""
-    image = Path(teemate.__file__).parent / "images" / "db.sgxs"
+    """The image that is installed with the package; without SQLite's source there is none.
+
+    TEEMATE_TEST_DATABASE names another: the emulated machine has a smaller one, which is built sooner.
+    """
+    installed = Path(teemate.__file__).parent / "images" / "db.sgxs"
+    image = Path(os.environ.get("TEEMATE_TEST_DATABASE") or installed)
     if not image.exists():
         pytest.skip("the database enclave was not built: SQLite's source was not to be had (build log)")
     return image
