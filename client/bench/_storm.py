@@ -27,7 +27,7 @@ from teemate.bench._broker import BenchBroker
 from teemate.bench._figures import StormFigures
 from teemate.bench._journal import Field
 from teemate.bench._programs import LOST_STATUS, Programs
-from teemate.bench._where import INSIDE, Observer, State
+from teemate.bench._where import INSIDE, MET, Observer, State
 from teemate.bench.worker import COUNTER, Counter, Work
 from teemate.demo._prepare import ENCLAVE, DemoImage, prepare_image
 from teemate.errors import CallTimeout, Error
@@ -46,6 +46,8 @@ ends saying so.  So only who has done neither a while after that is counted here
 _END_LIMIT = 60.0
 _PAUSE = 0.008
 """Seconds between two kills of clients on average."""
+_AIM_LIMIT = 0.5
+"""Seconds that a program may take until it is where it is wanted."""
 _CLIENTS_PER_KILL = 20
 """Clients killed for each other kill, when their number is not given."""
 _PROGRAMS_OF_A_KEEPER = 8
@@ -60,6 +62,8 @@ class Plan(NamedTuple):
     backend: str = "auto"
     client_kills: int | None = None
     """None: as many as there is time for."""
+    each_state: int = 0
+    """So many of them at least in each state that programs can be met in (_where.MET): moments are chosen."""
     broker_kills: int = 0
     warden_kills: int = 0
     keeper_kills: int = 0
@@ -166,6 +170,8 @@ class _Storm:
         self._listener.phase("kills", counted if plan.client_kills is not None else 0)
         while time.monotonic() < end:
             kinds, weights = self._left(wanted)
+            if not kinds and self._missing():
+                kinds, weights = ["client"], [1.0]
             if not kinds or (plan.client_kills is None and kinds == ["client"] and counted):
                 break
             {"client": self._kill_client, "broker": self._kill_broker, "warden": self._kill_warden}[
@@ -183,20 +189,34 @@ class _Storm:
         left = {kind: count for kind, count in left.items() if count > 0}
         return list(left), list(left.values())
 
+    def _missing(self) -> frozenset[State]:
+        """The states in which not enough programs were killed yet."""
+        met = MET[self._backend]
+        return frozenset(state for state in met if self._states[state] < self._plan.each_state)
+
     def _kill_client(self) -> None:
-        """Not more of them than start again: a storm over programs that never work would show nothing."""
+        """Not more of them than start again: a storm over programs that never work would show nothing.
+
+        While states are missing, one that works is let go on until it is in one of them.
+        """
         programs, chance = self._programs, self._chance
         time.sleep(chance.uniform(0, 2 * _PAUSE))
         programs.hear()
         enough = (self._plan.clients + 1) // 2
         if not programs.wait_for(lambda: len(programs.ready()) >= enough, _READY_LIMIT):
             raise CallTimeout(f"the programs did not come back: {programs.said()[-5:]}")
-        program = chance.choice(sorted(programs.running))
+        missing = self._missing()
+        program = chance.choice(sorted((missing and programs.ready()) or programs.running))
         pid, record = programs.running[program], programs.journal.records[program]
         if pid in programs.killed:
             return
         programs.killed.add(pid)
-        state = self._observer.kill(pid, record.read(Field.BASE), record.read(Field.SLOT))
+        where = (pid, record.read(Field.BASE), record.read(Field.SLOT))
+        if missing:
+            wanted = chance.choice(sorted(missing))
+            state = self._observer.kill_at(*where, wanted, patience=_AIM_LIMIT)
+        else:
+            state = self._observer.kill(*where)
         if state is None:
             programs.killed.discard(pid)
             return

@@ -8,6 +8,7 @@ the AEP, in the vDSO.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
 import errno
@@ -15,7 +16,7 @@ import os
 import signal
 import struct
 import time
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, final
 
@@ -25,13 +26,17 @@ from teemate.errors import InternalError, Unsupported
 from teemate.image import inspect
 from teemate.image.elf import Symbols
 
-__all__ = ["INSIDE", "Observer", "State"]
+__all__ = ["INSIDE", "MET", "Observer", "State"]
 
-_SEIZE, _INTERRUPT, _GETREGS, _CONT = 0x4206, 0x4207, 12, 7
+_SEIZE, _INTERRUPT, _GETREGS, _CONT, _POKEUSER = 0x4206, 0x4207, 12, 7, 6
+_DEBUG_REGISTERS = 848  # offsetof(struct user, u_debugreg)
+_DR7, _EXECUTE_DR0 = _DEBUG_REGISTERS + 7 * 8, 1
 _WALL = 0x40000000
 _LOOK_PAUSE = 0.0001
 _REGISTERS = struct.Struct("<27Q")  # struct user_regs_struct
-_RIP = 16
+_RAX, _RDI, _ORIG_RAX, _RIP = 10, 14, 15, 16
+_FUTEX = 202
+_ENCLU, _ERESUME = b"\x0f\x01\xd7", 3
 _TD_WORD = 0x30  # native/sdk/thread.h
 _SLOT_STATE = 0x7F
 _INSIDE_WORD, _PARKED_WORD = 2, 3
@@ -57,8 +62,21 @@ class State(enum.StrEnum):
 
 
 INSIDE = frozenset(State) - {State.OUTSIDE}
+MET: dict[str, frozenset[State]] = {
+    "sim": frozenset(State) - {State.INTERRUPTED},  # that takes a call of 5 ms and more
+    "sgx": frozenset({State.OUTSIDE, State.OCALL, State.INSIDE}),
+}
+"""What programs can be told to be doing, again and again, by backend."""
 _WAY_IN = {"tm_gate_client", "ecall", "bind_identity", "range_outside"}
 _HEAP_FILES = {"heap.c", "owned.c", "txn.c"}
+_PLACES = {
+    State.GATE: "tm_entry",
+    State.EXIT: "tm_gate_leave",
+    State.HEAP: "tm_alloc",
+    State.LOCK: "tm_unlock",
+    State.INSIDE: "tm_lock",
+}
+"""Where a program is sure to come by in that state."""
 
 
 @final
@@ -78,6 +96,7 @@ class Observer:
             self._lock_count = _member_offset(parsed, "thread", "lock_count")
             self._leave = _label(parsed, "tm_gate_leave")
             self._turned_away = _label(parsed, "tm_gate_turned_away")
+            self._places = {state: _symbol(parsed, name) for state, name in _PLACES.items()}
         self._libc = ctypes.CDLL(None, use_errno=True)
 
     def kill(
@@ -87,35 +106,88 @@ class Observer:
 
         It may run on until it is in one of the states `aim`, but not for longer than so many looks.
         """
+        return self._killed(pid, lambda: self._let_go_on(pid, base, slot, aim, looks))
+
+    def kill_at(self, pid: int, base: int, slot: int, wanted: State, *, patience: float) -> State | None:
+        """SIGKILL the process as soon as it is in that state, or `patience` seconds later in whatever state.
+
+        Returns the state that it was in; None when it had ended by itself.
+        """
+        return self._killed(pid, lambda: self._run_to(pid, base, slot, wanted, patience))
+
+    def _killed(self, pid: int, last_steps: Callable[[], State | None]) -> State | None:
         try:
             self._ptrace(_SEIZE, pid)
         except ProcessLookupError:
             return None
         state = None
-        try:
-            while looks:
-                self._ptrace(_INTERRUPT, pid)
-                _, status = os.waitpid(pid, _WALL)
-                if not os.WIFSTOPPED(status):
-                    return None
-                state = self._look(pid, base, slot)
-                looks = 0 if state in aim else looks - 1
-                if looks:
-                    # A stop that is no event's is for a signal, which it gets: the sim leaves by one.
-                    self._ptrace(_CONT, pid, data=0 if status >> 16 else os.WSTOPSIG(status))
-                    time.sleep(_LOOK_PAUSE)
-        except ProcessLookupError:
-            pass
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            state = last_steps()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
         while True:  # what the tracer is told of comes before what the parent is told of
-            _, status = os.waitpid(pid, _WALL)
+            try:
+                _, status = os.waitpid(pid, _WALL)
+            except ChildProcessError:
+                return None  # the end was told already
             if not os.WIFSTOPPED(status):
                 return state
+
+    def _let_go_on(self, pid: int, base: int, slot: int, aim: Container[State], looks: int) -> State | None:
+        state = None
+        while looks:
+            self._ptrace(_INTERRUPT, pid)
+            _, status = os.waitpid(pid, _WALL)
+            if not os.WIFSTOPPED(status):
+                return None
+            state = self._look(pid, base, slot)
+            looks = 0 if state in aim else looks - 1
+            if looks:
+                self._go_on(pid, status)
+                time.sleep(_LOOK_PAUSE)
+        return state
+
+    def _run_to(self, pid: int, base: int, slot: int, wanted: State, patience: float) -> State | None:
+        """To a breakpoint of the processor's, since others run the same code; without one by looks."""
+        end = time.monotonic() + patience
+        self._ptrace(_INTERRUPT, pid)
+        looks = False
+        while True:
+            status = _stopped(pid, end, _LOOK_PAUSE if looks else patience)
+            if status is None:  # it runs
+                self._ptrace(_INTERRUPT, pid)
+                _, status = os.waitpid(pid, _WALL)
+            if not os.WIFSTOPPED(status):
+                return None
+            state = self._look(pid, base, slot)
+            if state == wanted or time.monotonic() > end:
+                return state
+            looks = looks or not self._breakpoint(pid, base, wanted)
+            self._go_on(pid, status)
+
+    def _breakpoint(self, pid: int, base: int, wanted: State) -> bool:
+        place = self._places.get(wanted)
+        if place is None:
+            return False
+        try:
+            self._ptrace(_POKEUSER, pid, _DEBUG_REGISTERS, base + place)
+            self._ptrace(_POKEUSER, pid, _DR7, _EXECUTE_DR0)
+        except ProcessLookupError:
+            raise
+        except OSError:  # the machine has none to give
+            return False
+        return True
+
+    def _go_on(self, pid: int, status: int) -> None:
+        # A stop that is no event's is for a signal, which it gets: the sim leaves by one.  SIGTRAP is ours.
+        signal_number = 0 if status >> 16 else os.WSTOPSIG(status)
+        self._ptrace(_CONT, pid, data=0 if signal_number == signal.SIGTRAP else signal_number)
 
     def _look(self, pid: int, base: int, slot: int) -> State:
         raw = ctypes.create_string_buffer(_REGISTERS.size)
         self._ptrace(_GETREGS, pid, data=ctypes.addressof(raw))
-        rip = int(_REGISTERS.unpack(raw.raw)[_RIP])
+        registers = _REGISTERS.unpack(raw.raw)
+        rip = int(registers[_RIP])
         inside = base <= rip < base + self._size
         td = base + self._td_offset + slot * self._td_stride
         try:
@@ -123,10 +195,20 @@ class Observer:
                 word = _word_at(memory, td + _TD_WORD) & _SLOT_STATE
                 locks = _word_at(memory, td + self._lock_count)
         except OSError:  # the driver lets nobody read an enclave that is not for debugging
-            return State.INSIDE if _in_vdso(pid, rip) else State.OUTSIDE
+            return self._outside(pid, base, registers)
         if not inside:
             return {_PARKED_WORD: State.OCALL, _INSIDE_WORD: State.INTERRUPTED}.get(word, State.OUTSIDE)
         return self._inside(rip - base, locks)
+
+    def _outside(self, pid: int, base: int, registers: tuple[int, ...]) -> State:
+        """What can be told of a processor's enclave: that it was interrupted, or that its OCALL waits."""
+        if registers[_ORIG_RAX] == _FUTEX and 0 <= registers[_RDI] - base - self._size < self._size:
+            return State.OCALL  # on a word of the arena, right above the enclave
+        if registers[_RAX] != _ERESUME:
+            return State.OUTSIDE
+        with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+            memory.seek(registers[_RIP])
+            return State.INSIDE if memory.read(len(_ENCLU)) == _ENCLU else State.OUTSIDE
 
     def _inside(self, offset: int, locks: int) -> State:
         if self._leave <= offset < self._turned_away:
@@ -140,8 +222,13 @@ class Observer:
             return State.HEAP
         return State.LOCK if locks else State.INSIDE
 
-    def _ptrace(self, request: int, pid: int, data: int = 0) -> None:
-        arguments = (ctypes.c_long(request), ctypes.c_long(pid), ctypes.c_void_p(0), ctypes.c_void_p(data))
+    def _ptrace(self, request: int, pid: int, address: int = 0, data: int = 0) -> None:
+        arguments = (
+            ctypes.c_long(request),
+            ctypes.c_long(pid),
+            ctypes.c_void_p(address),
+            ctypes.c_void_p(data),
+        )
         if self._libc.ptrace(*arguments) != -1:
             return
         number = ctypes.get_errno()
@@ -153,24 +240,35 @@ class Observer:
         raise OSError(number, os.strerror(number))
 
 
+def _stopped(pid: int, end: float, limit: float) -> int | None:
+    """How the process stopped or ended; None when it runs on until `end`, or for `limit` seconds."""
+    end = min(end, time.monotonic() + limit)
+    while True:
+        found, status = os.waitpid(pid, _WALL | os.WNOHANG)
+        if found:
+            return status
+        if time.monotonic() > end:
+            return None
+        time.sleep(_LOOK_PAUSE)
+
+
 def _word_at(memory: Any, address: int) -> int:
     memory.seek(address)
     return int.from_bytes(memory.read(8), "little")
 
 
-def _in_vdso(pid: int, rip: int) -> bool:
-    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-        if line.endswith("[vdso]"):
-            start, _, end = line.split(maxsplit=1)[0].partition("-")
-            return int(start, 16) <= rip < int(end, 16)
-    return False
-
-
-def _label(elf: Any, name: str) -> int:
+def _symbol(elf: Any, name: str) -> int | None:
     for symbol in elf.get_section_by_name(".symtab").iter_symbols():
         if symbol.name == name:
             return int(symbol["st_value"])
-    raise InternalError(f"the image's ELF has no {name}: it is of another version")
+    return None
+
+
+def _label(elf: Any, name: str) -> int:
+    value = _symbol(elf, name)
+    if value is None:
+        raise InternalError(f"the image's ELF has no {name}: it is of another version")
+    return value
 
 
 def _member_offset(elf: Any, structure: str, member: str) -> int:

@@ -99,6 +99,12 @@ for _name, _text in _MEASURED.items():
     "--client-kills", type=click.IntRange(0), help="Programs to kill [default: while there is time]."
 )
 @click.option(
+    "--each-state",
+    type=click.IntRange(0),
+    default=0,
+    help="Of these, so many at least in each state that programs can be met in: choose the moments for it.",
+)
+@click.option(
     "--broker-kills", type=click.IntRange(0), default=0, help="Kills of the broker under its keeper."
 )
 @click.option("--warden-kills", type=click.IntRange(0), default=0, help="Of the enclave's warden.")
@@ -110,6 +116,7 @@ def storm(
     clients: int,
     backend: str,
     client_kills: int | None,
+    each_state: int,
     broker_kills: int,
     warden_kills: int,
     keeper_kills: int,
@@ -131,6 +138,7 @@ def storm(
         clients=clients,
         backend=backend,
         client_kills=client_kills,
+        each_state=each_state,
         broker_kills=broker_kills,
         warden_kills=warden_kills,
         keeper_kills=keeper_kills,

@@ -29,6 +29,10 @@ with teemate.create_enclave(image, sigstruct, backend="sim") as enclave, enclave
         sys.stdin.read()
     elif what == "ocall":
         slot.call("ocall", b"x", ocalls={"echo": parked})
+    elif what == "busy":
+        tell()
+        while True:
+            slot.call("echo", b"x")
     else:
         tell()
         slot.call(what)
@@ -80,6 +84,39 @@ def test_the_state_is_told_and_the_process_is_dead(
     assert observer.kill(process.pid, base, slot) in states
     with pytest.raises(ProcessLookupError):
         os.kill(process.pid, 0)
+
+
+@pytest.mark.parametrize("wanted", [State.GATE, State.EXIT, State.OUTSIDE])
+def test_a_program_runs_on_to_where_it_is_wanted(
+    images: Images, observer: Observer, started: list[subprocess.Popen[str]], wanted: State
+) -> None:
+    image = images.faults
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(image.sgxs), str(image.sigstruct), "busy"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    started.append(process)
+    assert process.stdout is not None
+    base, slot = map(int, process.stdout.readline().split())
+    assert observer.kill_at(process.pid, base, slot, wanted, patience=60.0) is wanted
+
+
+def test_a_program_that_never_comes_there_is_killed_where_it_is(
+    images: Images, observer: Observer, started: list[subprocess.Popen[str]]
+) -> None:
+    image = images.faults
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(image.sgxs), str(image.sigstruct), "outside"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    started.append(process)
+    assert process.stdout is not None
+    base, slot = map(int, process.stdout.readline().split())
+    assert observer.kill_at(process.pid, base, slot, State.GATE, patience=0.05) is State.OUTSIDE
+    assert observer.kill_at(process.pid, base, slot, State.GATE, patience=0.05) is None
 
 
 def test_a_process_that_has_ended_is_not_counted(
