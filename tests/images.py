@@ -46,7 +46,7 @@ def image_table(name: str) -> dict[str, object]:
 
 def layout_options(name: str, **changes: object) -> LayoutOptions:
     """Options of images.toml with `changes`; sizes may be text such as "64M"."""
-    compiling = ("bare", "foreign", "includes")
+    compiling = ("bare", "foreign", "includes", "library")
     row = {key: value for key, value in image_table(name).items() if key not in compiling} | changes
     for key in ("heap", "stack"):
         if isinstance(row.get(key), str):

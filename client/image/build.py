@@ -109,12 +109,14 @@ def build_elf(
     defines: Sequence[str] = (),
     includes: Sequence[Path] = (),
     sdk: SdkPaths | None = None,
+    archives: Sequence[Path] = (),
     objects_kept: Path | None = None,
 ) -> None:
     """Compile and link `sources` (C and assembly) to the unstripped ELF `output`.
 
     With `bare`, the SDK is left out: the sources bring an entry of their own, ``_start``.
-    `defines` are ``NAME`` or ``NAME=VALUE``.  `test_build` switches one protection off, for tests.
+    `defines` are ``NAME`` or ``NAME=VALUE``; `archives` are static libraries that the
+    sources need.  `test_build` switches one protection off, for tests.
     In the folder `objects_kept` objects stay for the next time that the same compiler is given the same text.
     Raises :class:`~teemate.errors.ImageError` (step ``build``) with what the compiler said.
     """
@@ -161,7 +163,8 @@ def build_elf(
         link = [flag for flag in flags.link if not (bare and flag.startswith("-Wl,--orphan-handling"))]
         script = [] if bare else [f"-Wl,-T,{native / 'sdk' / 'enclave.lds'}"]
         # libgcc: what the compiler calls for 128-bit arithmetic and the like; it is freestanding.
-        _run([*command, *link, *script, *objects, "-lgcc", "-o", "out.elf"], work)
+        libraries = [str(archive.resolve()) for archive in archives]
+        _run([*command, *link, *script, *objects, *libraries, "-lgcc", "-o", "out.elf"], work)
         with _replacing(output) as file:
             shutil.copyfile(work / "out.elf", file)
 

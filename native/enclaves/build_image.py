@@ -33,7 +33,7 @@ def tools(client: Path, module: str) -> Any:
 def dependencies(native: Path, name: str) -> list[Path]:
     """Every file whose change could change the image."""
     folders = (native / "sdk", native / "include", native / "lib", native / "enclaves" / name)
-    kinds = (".c", ".h", ".S", ".lds", ".toml", ".py")
+    kinds = (".c", ".h", ".S", ".lds", ".toml", ".py", ".rs", ".lock")
     found = [p for f in folders for p in f.rglob("*") if p.suffix in kinds]
     tools = native.parent / "client" / "image"
     return sorted([*found, *tools.glob("*.py"), native / "enclaves" / "images.toml", Path(__file__)])
@@ -57,6 +57,9 @@ def main() -> None:
     if foreign := row.pop("foreign", None):
         includes.append(Path(subprocess.check_output([sys.executable, folder / foreign], text=True).strip()))  # noqa: S603 (a list, no shell)
         kept = includes[-1].parent / "objects"  # large sources take minutes where the processor is slow
+    archives = []
+    if library := row.pop("library", None):
+        archives.append(Path(subprocess.check_output([sys.executable, folder / library], text=True).strip()))  # noqa: S603 (a list, no shell)
     sources = sorted(p for p in folder.iterdir() if p.suffix in (".c", ".S"))
     try:
         image.build_elf(
@@ -65,6 +68,7 @@ def main() -> None:
             bare=bare,
             test_build="" if test_build == "none" else test_build,
             includes=includes,
+            archives=archives,
             objects_kept=kept,
         )
         built = image.layout_image(elf, sgxs, image.LayoutOptions(**row))

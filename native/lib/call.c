@@ -480,6 +480,9 @@ int teemate_slot_resume(struct teemate_slot *slot, uint64_t pause_after_ns, stru
     result = slot_take_in(slot, SLOT_PAUSED);
     if (result < 0)
         return result;
+    /* Time passes for who stays inside, too; if it could not be told the next call says so. */
+    if (slot->enclave->warden != NULL)
+        private_tick(slot->enclave);
     result = slot_step(slot, pause_after_ns, call);
     slot_give(slot);
     return result;

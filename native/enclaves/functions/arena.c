@@ -1,0 +1,148 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "arena.h"
+
+#define SMALL_MAX 16384u
+#define SPAN_MIN 65536u
+#define SPAN_MAX 524288u
+
+/* At the start of each block of the heap; what it holds follows, aligned to 16. */
+struct span {
+    struct span *next, *previous;
+    uint64_t size; /* of the block */
+    uint64_t reserved;
+};
+
+/* Steps of 16 to 64, then four to each power of two. */
+static unsigned class_of(size_t size, size_t *rounded)
+{
+    unsigned power;
+    size_t step;
+
+    if (size <= 64) {
+        *rounded = size ? (size + 15) & ~15ull : 16;
+        return (unsigned)(*rounded / 16 - 1);
+    }
+    power = 63u - (unsigned)__builtin_clzll(size - 1); /* 2^power < size <= 2^(power + 1) */
+    step = 1ull << (power - 2);
+    *rounded = (size + step - 1) & ~(step - 1);
+    return 4 + (power - 6) * 4 + (unsigned)((*rounded - (1ull << power)) / step) - 1;
+}
+
+static struct span *span_take(struct arena *arena, size_t size)
+{
+    void *block;
+
+    if (size > arena->budget || arena->used > arena->budget - size) {
+        arena->refused |= ARENA_OVER_BUDGET;
+        return NULL;
+    }
+    if (tm_try_alloc(size, &block)) {
+        arena->refused |= ARENA_HEAP_FULL;
+        return NULL;
+    }
+    struct span *span = block;
+
+    span->size = size;
+    span->next = arena->spans;
+    if (span->next)
+        span->next->previous = span;
+    arena->spans = span;
+    arena->used += size;
+    return span;
+}
+
+static void span_give(struct arena *arena, struct span *span)
+{
+    if (span->next)
+        span->next->previous = span->previous;
+    if (span->previous)
+        span->previous->next = span->next;
+    else
+        arena->spans = span->next;
+    arena->used -= span->size;
+    tm_free(span);
+}
+
+static void *small(struct arena *arena, size_t size)
+{
+    size_t rounded;
+    unsigned class = class_of(size, &rounded);
+    void **piece = arena->free[class];
+    uint8_t *fresh;
+
+    if (piece) {
+        arena->free[class] = *piece;
+        return piece;
+    }
+    if ((size_t)(arena->end - arena->next) < rounded) {
+        size_t wanted = (size_t)SPAN_MIN << (arena->small_spans < 3 ? arena->small_spans : 3);
+        struct span *span = span_take(arena, wanted);
+
+        if (!span)
+            return NULL;
+        arena->small_spans++;
+        arena->next = (uint8_t *)(span + 1);
+        arena->end = (uint8_t *)span + wanted;
+    }
+    fresh = arena->next;
+    arena->next += rounded;
+    return fresh;
+}
+
+void *arena_alloc(struct arena *arena, size_t size, bool zeroed)
+{
+    struct span *span;
+    void *piece;
+
+    if (size > SMALL_MAX) {
+        /* New blocks of the heap are zeroes. */
+        span = size < SIZE_MAX / 2 ? span_take(arena, sizeof(*span) + size) : NULL;
+        return span ? span + 1 : NULL;
+    }
+    piece = small(arena, size);
+    if (piece && zeroed)
+        memset(piece, 0, size);
+    return piece;
+}
+
+void arena_free(struct arena *arena, void *memory, size_t size)
+{
+    size_t rounded;
+    unsigned class;
+
+    if (size > SMALL_MAX) {
+        span_give(arena, (struct span *)memory - 1);
+        return;
+    }
+    class = class_of(size, &rounded);
+    *(void **)memory = arena->free[class];
+    arena->free[class] = memory;
+}
+
+void *arena_realloc(struct arena *arena, void *old, size_t old_size, size_t size)
+{
+    size_t was, is;
+    void *fresh;
+
+    if (size <= SMALL_MAX && old_size <= SMALL_MAX && class_of(size, &is) == class_of(old_size, &was))
+        return old;
+    fresh = arena_alloc(arena, size, false);
+    if (fresh) {
+        memcpy(fresh, old, size < old_size ? size : old_size);
+        arena_free(arena, old, old_size);
+    }
+    return fresh;
+}
+
+void arena_drop(struct arena *arena)
+{
+    struct span *span = arena->spans;
+
+    memset(arena, 0, sizeof(*arena));
+    while (span) {
+        struct span *next = span->next;
+
+        tm_free(span);
+        span = next;
+    }
+}

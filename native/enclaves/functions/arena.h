@@ -1,0 +1,38 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The memory that the engine works in, one arena for each slot.
+ *
+ * All of it lies in blocks of the SDK's heap that are the slot's own: whatever the engine was doing when its
+ * client was killed, repair frees them, and the arena's head goes with the slot's data.  An arena
+ * never takes more than its budget, so that one function cannot have the heap of all.
+ */
+#ifndef FUNCTIONS_ARENA_H
+#define FUNCTIONS_ARENA_H
+
+#include "tmsdk.h"
+
+#define ARENA_CLASSES 36u
+
+struct span;
+
+struct arena {
+    struct span *spans; /* every block of the heap that it has */
+    uint64_t used;      /* bytes of these */
+    uint64_t budget;
+    uint8_t *next, *end; /* what is left of the newest span for small pieces */
+    void *free[ARENA_CLASSES];
+    uint32_t refused;   /* 1: something was over the budget; 2: the heap was full */
+    uint32_t small_spans;
+};
+
+#define ARENA_OVER_BUDGET 1u
+#define ARENA_HEAP_FULL 2u
+
+/* Aligned to 16; NULL when there is none, and `refused` says why. */
+void *arena_alloc(struct arena *arena, size_t size, bool zeroed);
+void *arena_realloc(struct arena *arena, void *old, size_t old_size, size_t size);
+void arena_free(struct arena *arena, void *memory, size_t size);
+/* Free everything. */
+void arena_drop(struct arena *arena);
+
+#endif

@@ -1,0 +1,60 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The engine's side of the line between C and Rust: engine/src is its mirror. */
+#ifndef FUNCTIONS_ENGINE_H
+#define FUNCTIONS_ENGINE_H
+
+#include "tmsdk.h"
+
+enum fn_outcome {
+    FN_OUTCOME_DONE = 0,
+    FN_OUTCOME_EXITED = 1,
+    FN_OUTCOME_TRAPPED = 2,
+    FN_OUTCOME_LIMIT = 3,
+    FN_OUTCOME_UNSTARTABLE = 4,
+};
+
+struct engine_text {
+    uint8_t bytes[240];
+    uint32_t length;
+};
+
+struct engine_run {
+    /* in */
+    const uint8_t *args;
+    size_t args_length;
+    const uint8_t *env;
+    size_t env_length;
+    const uint8_t *in;
+    size_t in_length;
+    uint64_t memory;
+    uint64_t fuel;
+    uint64_t time_ns;
+    uint64_t output;
+    /* out */
+    uint32_t outcome; /* enum fn_outcome */
+    uint32_t limit;   /* enum fn_limit */
+    int32_t exit_code;
+    struct engine_text text;
+    uint64_t fuel_used;
+    const uint8_t *out;
+    size_t out_length;
+    const uint8_t *err;
+    size_t err_length;
+    uint64_t err_dropped;
+    void *state;
+};
+
+/* All of these inside escape_run() only. */
+int engine_validate(const uint8_t *module, size_t length, struct engine_text *text);
+void *engine_prepare(const uint8_t *module, size_t length, struct engine_text *text);
+void engine_run(void *prepared, struct engine_run *run);
+void engine_finish(void *state);
+void engine_forget(void *prepared);
+
+/* What the engine calls (arena.c, slot.c). */
+void *fn_alloc(size_t size, bool zeroed);
+void *fn_realloc(void *old, size_t old_size, size_t size);
+void fn_free(void *memory, size_t size);
+__attribute__((noreturn)) void fn_escape(const uint8_t *text, size_t length);
+
+#endif

@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: Apache-2.0
+//! WASI preview 1 without a system: arguments, environment, standard streams, clocks, randomness, exit.
+//!
+//! All of its functions are there, so that programs link.  Files and sockets do not exist: what names a
+//! descriptor other than 0, 1 and 2 is EBADF, what names a path ENOTCAPABLE, and what cannot be, ENOSYS.
+//! Clocks tell what the enclave's host has told: it can lie about the time.
+use alloc::{format, string::String, vec::Vec};
+use wasmi::{Caller, Engine, Error, ExternType, FuncType, Linker, Module, Val, ValType};
+
+use crate::run::Host;
+
+const MODULE: &str = "wasi_snapshot_preview1";
+
+const SUCCESS: i32 = 0;
+const EBADF: i32 = 8;
+const EFAULT: i32 = 21;
+const EINVAL: i32 = 28;
+const EIO: i32 = 29;
+const ENOSYS: i32 = 52;
+const ESPIPE: i32 = 70;
+const ENOTCAPABLE: i32 = 76;
+
+const CHARACTER_DEVICE: u8 = 2;
+const RIGHT_READ: u64 = 1 << 1;
+const RIGHT_WRITE: u64 = 1 << 6;
+/// The time that is told comes several times a second.
+const RESOLUTION: u64 = 100_000_000;
+/// Fuel for 8 bytes of randomness, and for 64 that are copied: the engine counts only its own work.
+const RANDOM_FUEL: u64 = 64;
+const COPY_FUEL: u64 = 1;
+const VECTORS: usize = 1024;
+
+extern "C" {
+    fn tm_random(data: *mut u8, length: usize);
+    fn tm_time() -> u64;
+}
+
+type Call<'a> = Caller<'a, Host>;
+type Answer = Result<i32, Error>;
+
+/// Errors of WASI by name: (name, parameters, errno); parameters are `i` for i32 and `I` for i64.
+const REFUSED: &[(&str, &str, i32)] = &[
+    ("fd_advise", "iIIi", EBADF),
+    ("fd_allocate", "iII", EBADF),
+    ("fd_datasync", "i", EBADF),
+    ("fd_fdstat_set_flags", "ii", EBADF),
+    ("fd_fdstat_set_rights", "iII", EBADF),
+    ("fd_filestat_get", "ii", EBADF),
+    ("fd_filestat_set_size", "iI", EBADF),
+    ("fd_filestat_set_times", "iIIi", EBADF),
+    ("fd_pread", "iiiIi", EBADF),
+    ("fd_prestat_get", "ii", EBADF),
+    ("fd_prestat_dir_name", "iii", EBADF),
+    ("fd_pwrite", "iiiIi", EBADF),
+    ("fd_readdir", "iiiIi", EBADF),
+    ("fd_renumber", "ii", EBADF),
+    ("fd_sync", "i", EBADF),
+    ("fd_tell", "ii", ESPIPE),
+    ("path_create_directory", "iii", ENOTCAPABLE),
+    ("path_filestat_get", "iiiii", ENOTCAPABLE),
+    ("path_filestat_set_times", "iiiiIIi", ENOTCAPABLE),
+    ("path_link", "iiiiiii", ENOTCAPABLE),
+    ("path_open", "iiiiiIIii", ENOTCAPABLE),
+    ("path_readlink", "iiiiii", ENOTCAPABLE),
+    ("path_remove_directory", "iii", ENOTCAPABLE),
+    ("path_rename", "iiiiii", ENOTCAPABLE),
+    ("path_symlink", "iiiii", ENOTCAPABLE),
+    ("path_unlink_file", "iii", ENOTCAPABLE),
+    ("poll_oneoff", "iiii", ENOSYS),
+    ("proc_raise", "i", ENOSYS),
+    ("sock_accept", "iii", EBADF),
+    ("sock_recv", "iiiiii", EBADF),
+    ("sock_send", "iiiii", EBADF),
+    ("sock_shutdown", "ii", EBADF),
+];
+
+/// Parameters of those that are here; all but proc_exit return an errno.
+const DONE: &[(&str, &str)] = &[
+    ("args_get", "ii"),
+    ("args_sizes_get", "ii"),
+    ("clock_res_get", "ii"),
+    ("clock_time_get", "iIi"),
+    ("environ_get", "ii"),
+    ("environ_sizes_get", "ii"),
+    ("fd_close", "i"),
+    ("fd_fdstat_get", "ii"),
+    ("fd_read", "iiii"),
+    ("fd_seek", "iIii"),
+    ("fd_write", "iiii"),
+    ("proc_exit", "i"),
+    ("random_get", "ii"),
+    ("sched_yield", ""),
+];
+
+/// The type of one of WASI's functions.
+fn function_type(name: &str) -> Option<FuncType> {
+    let refused = REFUSED.iter().map(|&(known, parameters, _)| (known, parameters));
+    let (_, parameters) = refused.chain(DONE.iter().copied()).find(|&(known, _)| known == name)?;
+    let types: Vec<_> = parameters.bytes().map(|b| if b == b'I' { ValType::I64 } else { ValType::I32 }).collect();
+    Some(FuncType::new(types, (name != "proc_exit").then_some(ValType::I32)))
+}
+
+/// Why `module` imports what there is not, if it does.
+pub fn check(module: &Module) -> Result<(), String> {
+    for import in module.imports() {
+        let (from, name) = (import.module(), import.name());
+        let ours = if from == MODULE { function_type(name) } else { None };
+        match (ours, import.ty()) {
+            (None, _) => return Err(format!("it imports {from}.{name}: there is {MODULE} and nothing else")),
+            (Some(ours), ExternType::Func(theirs)) if ours == *theirs => (),
+            _ => return Err(format!("it imports {from}.{name} with another type than WASI gives it")),
+        }
+    }
+    Ok(())
+}
+
+/// A linker with what `module`, whose imports were checked, wants of WASI.
+pub fn linker(engine: &Engine, module: &Module) -> Result<Linker<Host>, Error> {
+    let mut linker = Linker::new(engine);
+    linker.allow_shadowing(true); // who imports a function twice has it twice
+    for import in module.imports() {
+        define(&mut linker, import.name())?;
+    }
+    Ok(linker)
+}
+
+fn define(linker: &mut Linker<Host>, name: &str) -> Result<(), Error> {
+    if let Some(&(_, _, errno)) = REFUSED.iter().find(|(known, _, _)| *known == name) {
+        let Some(ty) = function_type(name) else { return Ok(()) };
+        linker.func_new(MODULE, name, ty, move |_, _, results| {
+            results[0] = Val::I32(errno);
+            Ok(())
+        })?;
+        return Ok(());
+    }
+    match name {
+        "args_get" => linker.func_wrap(MODULE, name, |c: Call, list: u32, text: u32| strings(c, |h| h.args, list, text)),
+        "args_sizes_get" => linker.func_wrap(MODULE, name, |c: Call, n: u32, size: u32| sizes(c, |h| h.args, n, size)),
+        "clock_res_get" => linker.func_wrap(MODULE, name, clock_res_get),
+        "clock_time_get" => linker.func_wrap(MODULE, name, clock_time_get),
+        "environ_get" => linker.func_wrap(MODULE, name, |c: Call, list: u32, text: u32| strings(c, |h| h.env, list, text)),
+        "environ_sizes_get" => linker.func_wrap(MODULE, name, |c: Call, n: u32, size: u32| sizes(c, |h| h.env, n, size)),
+        "fd_close" => linker.func_wrap(MODULE, name, |_: Call, fd: u32| if fd < 3 { SUCCESS } else { EBADF }),
+        "fd_fdstat_get" => linker.func_wrap(MODULE, name, fd_fdstat_get),
+        "fd_read" => linker.func_wrap(MODULE, name, fd_read),
+        "fd_seek" => linker.func_wrap(MODULE, name, |_: Call, fd: u32, _: i64, _: i32, _: u32| if fd < 3 { ESPIPE } else { EBADF }),
+        "fd_write" => linker.func_wrap(MODULE, name, fd_write),
+        "proc_exit" => linker.func_wrap(MODULE, name, |_: Call, status: i32| -> Result<(), Error> { Err(Error::i32_exit(status)) }),
+        "random_get" => linker.func_wrap(MODULE, name, random_get),
+        "sched_yield" => linker.func_wrap(MODULE, name, |_: Call| SUCCESS),
+        _ => return Ok(()), // instantiating says that it is missing
+    }?;
+    Ok(())
+}
+
+/// The memory of the calling instance, and what else there is of it.
+fn split<'a>(caller: &'a mut Call) -> Option<(&'a mut [u8], &'a mut Host)> {
+    if caller.data().memory.is_none() {
+        // In a start function, before anybody could look.
+        let memory = caller.get_export("memory")?.into_memory()?;
+        caller.data_mut().memory = Some(memory);
+    }
+    let memory = caller.data().memory?;
+    Some(memory.data_and_store_mut(caller))
+}
+
+fn range(memory: &mut [u8], at: u32, length: usize) -> Option<&mut [u8]> {
+    memory.get_mut(at as usize..)?.get_mut(..length)
+}
+
+fn write(caller: &mut Call, at: u32, data: &[u8]) -> i32 {
+    match split(caller).and_then(|(memory, _)| range(memory, at, data.len())) {
+        Some(place) => {
+            place.copy_from_slice(data);
+            SUCCESS
+        }
+        None => EFAULT,
+    }
+}
+
+/// Burn fuel for work that the engine does not see.
+fn pay(caller: &mut Call, fuel: u64) -> Result<(), Error> {
+    let has = caller.get_fuel()?;
+    // The store has a slice only: what it lacks is taken from the next.
+    caller.data_mut().owed += fuel.saturating_sub(has);
+    caller.set_fuel(has.saturating_sub(fuel))
+}
+
+fn sizes(mut caller: Call, which: fn(&Host) -> &'static [u8], count: u32, size: u32) -> i32 {
+    let text = which(caller.data());
+    let number = text.iter().filter(|&&byte| byte == 0).count() as u32;
+    match write(&mut caller, count, &number.to_le_bytes()) {
+        SUCCESS => write(&mut caller, size, &(text.len() as u32).to_le_bytes()),
+        errno => errno,
+    }
+}
+
+fn strings(mut caller: Call, which: fn(&Host) -> &'static [u8], mut list: u32, mut at: u32) -> i32 {
+    for string in which(caller.data()).split_inclusive(|&byte| byte == 0) {
+        for errno in [write(&mut caller, list, &at.to_le_bytes()), write(&mut caller, at, string)] {
+            if errno != SUCCESS {
+                return errno;
+            }
+        }
+        list = list.wrapping_add(4);
+        at = at.wrapping_add(string.len() as u32);
+    }
+    SUCCESS
+}
+
+fn clock_res_get(mut caller: Call, clock: u32, out: u32) -> i32 {
+    if clock > 3 {
+        return EINVAL;
+    }
+    write(&mut caller, out, &RESOLUTION.to_le_bytes())
+}
+
+fn clock_time_get(mut caller: Call, clock: u32, _precision: i64, out: u32) -> i32 {
+    if clock > 3 {
+        return EINVAL;
+    }
+    match unsafe { tm_time() } {
+        0 => EIO, // nobody has told it yet
+        now => write(&mut caller, out, &now.to_le_bytes()),
+    }
+}
+
+fn fd_fdstat_get(mut caller: Call, fd: u32, out: u32) -> i32 {
+    if fd > 2 {
+        return EBADF;
+    }
+    let mut stat = [0; 24];
+    stat[0] = CHARACTER_DEVICE;
+    stat[8..16].copy_from_slice(&(if fd == 0 { RIGHT_READ } else { RIGHT_WRITE }).to_le_bytes());
+    write(&mut caller, out, &stat)
+}
+
+/// (address, length) of a list of buffers.
+fn vectors(memory: &mut [u8], list: u32, count: u32) -> Option<Vec<(u32, usize)>> {
+    let count = (count as usize).min(VECTORS);
+    let words = range(memory, list, count * 8)?;
+    let word = |at: &[u8]| u32::from_le_bytes([at[0], at[1], at[2], at[3]]);
+    Some(words.chunks_exact(8).map(|pair| (word(pair), word(&pair[4..]) as usize)).collect())
+}
+
+fn fd_read(mut caller: Call, fd: u32, list: u32, count: u32, out: u32) -> Answer {
+    if fd != 0 {
+        return Ok(EBADF);
+    }
+    let Some((memory, host)) = split(&mut caller) else { return Ok(EFAULT) };
+    let Some(vectors) = vectors(memory, list, count) else { return Ok(EFAULT) };
+    let mut total = 0;
+    for (at, length) in vectors {
+        let some = length.min(host.stdin.len() - host.stdin_at);
+        let Some(place) = range(memory, at, length) else { return Ok(EFAULT) };
+        place[..some].copy_from_slice(&host.stdin[host.stdin_at..host.stdin_at + some]);
+        host.stdin_at += some;
+        total += some;
+    }
+    pay(&mut caller, total as u64 / 64 * COPY_FUEL)?;
+    Ok(write(&mut caller, out, &(total as u32).to_le_bytes()))
+}
+
+fn fd_write(mut caller: Call, fd: u32, list: u32, count: u32, out: u32) -> Answer {
+    if fd != 1 && fd != 2 {
+        return Ok(EBADF);
+    }
+    let Some((memory, host)) = split(&mut caller) else { return Ok(EFAULT) };
+    let Some(vectors) = vectors(memory, list, count) else { return Ok(EFAULT) };
+    let mut total = 0;
+    for (at, length) in vectors {
+        let Some(data) = range(memory, at, length) else { return Ok(EFAULT) };
+        if fd == 1 {
+            host.write_stdout(data)?;
+        } else {
+            host.write_stderr(data);
+        }
+        total += length;
+    }
+    pay(&mut caller, total as u64 / 64 * COPY_FUEL)?;
+    Ok(write(&mut caller, out, &(total as u32).to_le_bytes()))
+}
+
+fn random_get(mut caller: Call, at: u32, length: u32) -> Answer {
+    let Some((memory, _)) = split(&mut caller) else { return Ok(EFAULT) };
+    let Some(place) = range(memory, at, length as usize) else { return Ok(EFAULT) };
+    unsafe { tm_random(place.as_mut_ptr(), place.len()) };
+    pay(&mut caller, u64::from(length).div_ceil(8) * RANDOM_FUEL)?;
+    Ok(SUCCESS)
+}

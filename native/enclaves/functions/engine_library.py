@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile the WebAssembly engine of the functions enclave, which is Rust, and keep what comes out.
+
+Usage: engine_library.py            prints the static library, which it makes unless it is kept
+       engine_library.py --check    says with its status, and in words, whether it can be made
+
+cargo gets the crates that Cargo.lock pins, from wherever it is set up to look, compares their hashes, and
+keeps them in its own cache; none is in this repository.  The library is kept in $XDG_CACHE_HOME/teemate
+(~/.cache/teemate) by what it was made of.
+
+The target is x86_64-unknown-linux-gnu, for its ready-made `core` and `alloc`: they compute floats with SSE2
+and pass them in registers, as System V's ABI has it.  (x86_64-unknown-none has soft floats.)  Nothing of
+Linux or libc is linked; the code is position independent, and chooses nothing at run time by what the
+processor has, since CPUID does not exist in an enclave.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+CRATE = Path(__file__).resolve().parent / "engine"
+TARGET = "x86_64-unknown-linux-gnu"
+FLAGS = "-C relocation-model=pic -C target-cpu=x86-64 -C force-unwind-tables=no"
+NAME = "libteemate_functions.a"
+OLDEST = (1, 86)  # wasmi's
+
+
+class EngineMissingError(Exception):
+    """The engine cannot be compiled here; says why, and what to do."""
+
+
+def _cargo() -> tuple[str, bytes]:
+    """Return cargo's path, and what its compiler says of itself."""
+    advice = "install cargo 1.86 or newer (Debian 12: apt install cargo-web; elsewhere: rustup)"
+    home = os.environ.get("CARGO_HOME") or str(Path.home() / ".cargo")
+    places = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(home) / "bin")])
+    cargo, rustc = (shutil.which(program, path=places) for program in ("cargo", "rustc"))
+    if cargo is None or rustc is None:
+        raise EngineMissingError(f"there is no {'cargo' if cargo is None else 'rustc'}: {advice}")
+    done = subprocess.run([rustc, "-vV"], capture_output=True, check=False)  # noqa: S603 (a list, no shell)
+    found = re.search(rb"^release: (\d+)\.(\d+)", done.stdout, re.MULTILINE)
+    if done.returncode or found is None:
+        raise EngineMissingError(f"{rustc} does not say its version: {advice}")
+    if (int(found[1]), int(found[2])) < OLDEST:
+        raise EngineMissingError(f"{rustc} is {found[1].decode()}.{found[2].decode()}, too old: {advice}")
+    return cargo, done.stdout
+
+
+def _sources() -> list[Path]:
+    return [CRATE / "Cargo.toml", CRATE / "Cargo.lock", *sorted((CRATE / "src").glob("*.rs"))]
+
+
+def engine_library() -> Path:
+    """Return the static library, which is made unless it is kept."""
+    cargo, version = _cargo()
+    text = b"\0".join([version, FLAGS.encode(), *(source.read_bytes() for source in _sources())])
+    base = Path(os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")) / "teemate"
+    folder = base / f"functions-engine-{hashlib.sha256(text).hexdigest()[:16]}"
+    library = folder / NAME
+    if library.is_file():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    work = folder / f".build.{os.getpid()}"
+    home = Path(os.environ.get("CARGO_HOME") or str(Path.home() / ".cargo"))
+    # Neither where crates are kept nor where this lies gets into the image.
+    maps = f"--remap-path-prefix={home}=cargo --remap-path-prefix={CRATE}=engine"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("CARGO_ENCODED")}
+    environment |= {"RUSTFLAGS": f"{FLAGS} {maps}", "CARGO_TERM_COLOR": "never"}
+    command = [cargo, "build", "--quiet", "--release", "--locked", "--target", TARGET]
+    command += ["--manifest-path", str(CRATE / "Cargo.toml"), "--target-dir", str(work)]
+    try:
+        done = subprocess.run(  # noqa: S603 (a list, no shell)
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise EngineMissingError(f"cargo could not build it: {done.stderr.strip()}")
+        (work / TARGET / "release" / NAME).replace(library)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return library
+
+
+if __name__ == "__main__":
+    try:
+        if sys.argv[1:] == ["--check"]:
+            _cargo()
+        else:
+            print(engine_library())
+    except EngineMissingError as missing:
+        raise SystemExit(str(missing)) from missing

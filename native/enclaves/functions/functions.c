@@ -1,0 +1,443 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The ECALLs: what comes in is checked here; registry.c keeps functions, slot.c runs them. */
+#include "functions.h"
+
+#include "registry.h"
+#include "slot.h"
+
+/* What the engine may take beside a function's memory: stacks, compiled code, an instance's tables. */
+#define ENGINE_BUDGET (6u << 20)
+/* A module's code becomes larger as it is translated; all of it at once when it is checked. */
+#define CHECK_FACTOR 16u
+/* Memory that grows is moved, to a place that may be twice as large as it has to be. */
+#define GROW_FACTOR 3u
+
+static bool read_key(const struct tm_request *rq, size_t at, uint32_t length, struct registry_key *key)
+{
+    if (!length || length > FN_NAME_MAX || at + length > rq->in_len)
+        return false;
+    *key = (struct registry_key){.name = rq->in + at, .name_length = length};
+    memcpy(key->owner, tm_caller().identity.principal, sizeof(key->owner));
+    for (uint32_t i = 0; i < length; i++) {
+        uint8_t c = key->name[i];
+        bool plain = (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9');
+
+        if (!plain && (!i || (c != '.' && c != '_' && c != '-')))
+            return false;
+    }
+    return true;
+}
+
+/* fn_name and name, with `more` bytes after them. */
+static bool read_name(const struct tm_request *rq, size_t more, struct registry_key *key)
+{
+    struct fn_name name;
+
+    if (rq->in_len < sizeof(name))
+        return false;
+    memcpy(&name, rq->in, sizeof(name));
+    return !name.reserved && !name.reserved2 && rq->in_len == sizeof(name) + name.name_length + more &&
+           read_key(rq, sizeof(name), name.name_length, key);
+}
+
+/* Strings that end with a zero byte each; those of an environment have a '='. */
+static bool are_strings(const uint8_t *text, uint32_t length, bool named)
+{
+    bool has_name = false;
+
+    if (length > FN_STRINGS_MAX || (length && text[length - 1]))
+        return false;
+    for (uint32_t i = 0; i < length; i++) {
+        if (!text[i] && named && !has_name)
+            return false;
+        has_name = text[i] && (has_name || text[i] == '=');
+    }
+    return true;
+}
+
+static uint64_t or_default(uint64_t value, uint64_t otherwise)
+{
+    return value ? value : otherwise;
+}
+
+static bool are_limits(const struct fn_limits *limits)
+{
+    return limits->memory <= registry_memory_max() && limits->output <= FN_OUTPUT_MAX;
+}
+
+static int reply_info(struct tm_request *rq, const struct fn_info *info, const struct registry_key *key)
+{
+    tm_reply(rq, info, sizeof(*info));
+    return tm_reply(rq, key->name, key->name_length);
+}
+
+/* ---- deploy -------------------------------------------------------------------- */
+
+struct check {
+    const uint8_t *module;
+    size_t length;
+    struct engine_text text;
+};
+
+static int check_module(void *argument)
+{
+    struct check *check = argument;
+
+    return engine_validate(check->module, check->length, &check->text);
+}
+
+static int check(struct tm_request *rq, const uint8_t *module, size_t length)
+{
+    static const char memory[] = "it needs more memory to be translated than a module of its size may have";
+    struct check it = {.module = module, .length = length};
+    struct slot *slot = slot_self();
+    uint32_t refused;
+    int status;
+
+    slot_begin(slot, ENGINE_BUDGET + CHECK_FACTOR * length);
+    status = slot_engine(slot, check_module, &it, &it.text, &refused);
+    if (!status)
+        return 0;
+    if (status == -1 && refused & ARENA_HEAP_FULL)
+        return TM_E_NOMEM;
+    if (status == -1 && refused)
+        tm_reply(rq, memory, sizeof(memory) - 1);
+    else
+        tm_reply(rq, it.text.bytes, it.text.length);
+    return status == -1 && !refused ? FN_CRASHED : FN_INVALID;
+}
+
+TM_ECALL(deploy)
+{
+    struct registry_new new = {0};
+    struct fn_deploy head;
+    struct fn_info info;
+    int status;
+
+    if (rq->in_len < sizeof(head))
+        return TM_E_ARGUMENT;
+    memcpy(&head, rq->in, sizeof(head));
+    if (head.flags & ~FN_REPLACE || head.env_length > FN_STRINGS_MAX || head.module_length > FN_MODULE_MAX ||
+        !head.module_length ||
+        rq->in_len != sizeof(head) + head.name_length + head.env_length + head.module_length ||
+        !are_limits(&head.limits) || !read_key(rq, sizeof(head), head.name_length, &new.key))
+        return TM_E_ARGUMENT;
+    new.env = new.key.name + head.name_length;
+    new.env_length = head.env_length;
+    new.module = new.env + head.env_length;
+    new.module_length = head.module_length;
+    if (!are_strings(new.env, new.env_length, true))
+        return TM_E_ARGUMENT;
+    if (tm_reply_room(rq) < sizeof(info) + FN_NAME_MAX) {
+        rq->out_len = sizeof(info) + FN_NAME_MAX;
+        return TM_E_SPACE;
+    }
+    new.limits = (struct fn_limits){.memory = or_default(head.limits.memory, FN_DEFAULT_MEMORY),
+                                    .fuel = or_default(head.limits.fuel, FN_DEFAULT_FUEL),
+                                    .time_ns = or_default(head.limits.time_ns, FN_DEFAULT_TIME),
+                                    .output = or_default(head.limits.output, FN_DEFAULT_OUTPUT)};
+    if (new.limits.memory > registry_memory_max())
+        new.limits.memory = registry_memory_max();
+    status = check(rq, new.module, new.module_length);
+    if (status)
+        return status;
+    tm_sha256(new.module, new.module_length, new.digest);
+    status = registry_deploy(&new, head.flags & FN_REPLACE, &info);
+    return status ? status : reply_info(rq, &info, &new.key);
+}
+
+/* ---- invoke -------------------------------------------------------------------- */
+
+struct invocation {
+    struct registry_function function;
+    void *prepared;
+    bool warm;
+    struct engine_run run;
+};
+
+static bool is_ready(uint64_t version)
+{
+    return slot_warm(slot_self(), version) != NULL;
+}
+
+static int run_module(void *argument)
+{
+    struct invocation *it = argument;
+    struct slot *slot = slot_self();
+
+    it->prepared = slot_warm(slot, it->function.version);
+    it->warm = it->prepared != NULL;
+    if (!it->warm) {
+        it->prepared = engine_prepare(it->function.copy + it->function.env_length, it->function.module_length,
+                                      &it->run.text);
+        if (!it->prepared)
+            return FN_CRASHED; /* it could be when it was deployed */
+        slot_keep(slot, it->function.version, it->prepared);
+    }
+    engine_run(it->prepared, &it->run);
+    return 0;
+}
+
+static int finish_module(void *argument)
+{
+    engine_finish(argument);
+    return 0;
+}
+
+static int status_of(const struct engine_run *run)
+{
+    switch (run->outcome) {
+    case FN_OUTCOME_DONE:
+        return 0;
+    case FN_OUTCOME_EXITED:
+        return FN_FAILED;
+    case FN_OUTCOME_LIMIT:
+        return FN_LIMIT;
+    default:
+        return FN_TRAPPED;
+    }
+}
+
+static uint64_t maximum_of(uint32_t limit, const struct fn_limits *limits, uint64_t time_ns)
+{
+    switch (limit) {
+    case FN_LIMIT_MEMORY:
+        return limits->memory;
+    case FN_LIMIT_FUEL:
+        return limits->fuel;
+    case FN_LIMIT_TIME:
+        return time_ns;
+    case FN_LIMIT_OUTPUT:
+        return limits->output;
+    default:
+        return 0;
+    }
+}
+
+static void reply_result(struct tm_request *rq, int status, const struct invocation *it, uint64_t time_ns)
+{
+    const struct engine_run *run = &it->run;
+    struct fn_result result = {.limit = run->limit,
+                               .exit_code = run->exit_code,
+                               .maximum = maximum_of(run->limit, &it->function.limits, time_ns),
+                               .fuel = run->fuel_used,
+                               .version = it->function.version,
+                               .warm = it->warm};
+    const uint8_t *text = run->text.bytes;
+
+    result.text_length = run->text.length;
+    if (status == FN_FAILED) {
+        result.text_length = run->err_length < FN_RESULT_TEXT ? (uint32_t)run->err_length : FN_RESULT_TEXT;
+        text = run->err + (run->err_length - result.text_length);
+    }
+    if (!status)
+        result.stdout_length = (uint32_t)run->out_length;
+    tm_reply(rq, &result, sizeof(result));
+    tm_reply(rq, text, result.text_length);
+    tm_reply(rq, run->out, result.stdout_length);
+}
+
+static int read_invoke(const struct tm_request *rq, struct fn_invoke *head, struct registry_key *key)
+{
+    const uint8_t *strings;
+
+    if (rq->in_len < sizeof(*head))
+        return TM_E_ARGUMENT;
+    memcpy(head, rq->in, sizeof(*head));
+    if (head->reserved || head->args_length > FN_STRINGS_MAX || head->env_length > FN_STRINGS_MAX ||
+        head->stdin_length > FN_PAYLOAD_MAX ||
+        rq->in_len != sizeof(*head) + head->name_length + (uint64_t)head->args_length + head->env_length +
+                          head->stdin_length ||
+        !read_key(rq, sizeof(*head), head->name_length, key))
+        return TM_E_ARGUMENT;
+    strings = key->name + key->name_length;
+    if (!are_strings(strings, head->args_length, false) ||
+        !are_strings(strings + head->args_length, head->env_length, true))
+        return TM_E_ARGUMENT;
+    return 0;
+}
+
+/* Arguments after the name, and both environments: in one block of the slot's own. */
+static int join_strings(const struct fn_invoke *head, const struct registry_key *key, struct invocation *it,
+                        uint8_t **block)
+{
+    const uint8_t *strings = key->name + key->name_length;
+    size_t args = key->name_length + 1 + head->args_length;
+    void *room;
+    int status = tm_try_alloc(args + it->function.env_length + head->env_length, &room);
+
+    if (status)
+        return status;
+    *block = room;
+    memcpy(*block, key->name, key->name_length);
+    memcpy(*block + key->name_length + 1, strings, head->args_length);
+    memcpy(*block + args, it->function.copy, it->function.env_length);
+    memcpy(*block + args + it->function.env_length, strings + head->args_length, head->env_length);
+    it->run.args = *block;
+    it->run.args_length = args;
+    it->run.env = *block + args;
+    it->run.env_length = it->function.env_length + head->env_length;
+    it->run.in = strings + head->args_length + head->env_length;
+    it->run.in_length = head->stdin_length;
+    return 0;
+}
+
+static int run(struct invocation *it)
+{
+    struct slot *slot = slot_self();
+    struct engine_run *run = &it->run;
+    uint32_t refused;
+    int status;
+
+    slot_begin(slot, ENGINE_BUDGET + GROW_FACTOR * run->memory + run->output + CHECK_FACTOR * it->function.module_length);
+    status = slot_engine(slot, run_module, it, &run->text, &refused);
+    if (!status)
+        return status_of(run);
+    /* The engine's arena is gone, and what it wrote there. */
+    run->out = run->err = NULL;
+    run->out_length = run->err_length = 0;
+    run->err_dropped = 0;
+    run->state = NULL;
+    run->fuel_used = 0;
+    run->limit = FN_LIMIT_NONE;
+    if (status == -1 && refused) {
+        run->limit = refused & ARENA_HEAP_FULL ? FN_LIMIT_HEAP : FN_LIMIT_MEMORY;
+        run->text.length = 0;
+        return FN_LIMIT;
+    }
+    return FN_CRASHED;
+}
+
+TM_ECALL(invoke)
+{
+    struct invocation it = {0};
+    struct registry_end end;
+    struct registry_key key;
+    struct engine_text why;
+    struct fn_invoke head;
+    uint64_t time_ns;
+    size_t needed;
+    uint8_t *block;
+    uint32_t refused;
+    int status = read_invoke(rq, &head, &key);
+
+    if (status)
+        return status;
+    status = registry_take(&key, is_ready, &it.function);
+    if (status)
+        return status;
+    needed = sizeof(struct fn_result) + FN_RESULT_TEXT + it.function.limits.output;
+    status = tm_reply_room(rq) < needed ? TM_E_SPACE : join_strings(&head, &key, &it, &block);
+    if (status) {
+        tm_free(it.function.copy);
+        if (status == TM_E_SPACE)
+            rq->out_len = needed;
+        return status;
+    }
+    time_ns = head.time_ns && head.time_ns < it.function.limits.time_ns ? head.time_ns : it.function.limits.time_ns;
+    it.run.memory = it.function.limits.memory;
+    it.run.fuel = it.function.limits.fuel;
+    it.run.output = it.function.limits.output;
+    it.run.time_ns = time_ns;
+    status = run(&it);
+    reply_result(rq, status, &it, time_ns);
+    end = (struct registry_end){.version = it.function.version,
+                                .fuel = it.run.fuel_used,
+                                .status = (uint32_t)status,
+                                .limit = it.run.limit,
+                                .exit_code = it.run.exit_code,
+                                .text = it.run.err,
+                                .text_length = it.run.err_length,
+                                .dropped = it.run.err_dropped};
+    registry_ended(&key, &end);
+    if (it.run.state)
+        slot_engine(slot_self(), finish_module, it.run.state, &why, &refused);
+    tm_free(block);
+    tm_free(it.function.copy);
+    return status;
+}
+
+/* ---- the rest -------------------------------------------------------------------- */
+
+TM_ECALL(describe)
+{
+    struct registry_key key;
+    struct fn_info info;
+    int status = read_name(rq, 0, &key) ? registry_describe(&key, &info) : TM_E_ARGUMENT;
+
+    return status ? status : reply_info(rq, &info, &key);
+}
+
+TM_ECALL(limits)
+{
+    struct fn_limits limits;
+    struct registry_key key;
+    struct fn_info info;
+    int status;
+
+    if (!read_name(rq, sizeof(limits), &key))
+        return TM_E_ARGUMENT;
+    memcpy(&limits, key.name + key.name_length, sizeof(limits));
+    if (!are_limits(&limits))
+        return TM_E_ARGUMENT;
+    status = registry_limit(&key, &limits, &info);
+    return status ? status : reply_info(rq, &info, &key);
+}
+
+TM_ECALL(remove)
+{
+    struct registry_key key;
+
+    return read_name(rq, 0, &key) ? registry_remove(&key) : TM_E_ARGUMENT;
+}
+
+static int reply_block(struct tm_request *rq, int status, uint8_t *block, size_t length)
+{
+    if (status)
+        return status;
+    status = tm_reply(rq, block, length);
+    tm_free(block);
+    return status;
+}
+
+TM_ECALL(list)
+{
+    struct tm_caller caller = tm_caller();
+    uint8_t *block;
+    size_t length;
+    int status = registry_list(caller.identity.principal, &block, &length);
+
+    return reply_block(rq, status, block, length);
+}
+
+TM_ECALL(logs)
+{
+    struct registry_key key;
+    struct fn_logs head;
+    uint8_t *block;
+    size_t length;
+    int status;
+
+    if (rq->in_len < sizeof(head))
+        return TM_E_ARGUMENT;
+    memcpy(&head, rq->in, sizeof(head));
+    if (head.reserved || head.reserved2 || rq->in_len != sizeof(head) + head.name_length ||
+        !read_key(rq, sizeof(head), head.name_length, &key))
+        return TM_E_ARGUMENT;
+    status = registry_logs(&key, head.after, &block, &length);
+    return reply_block(rq, status, block, length);
+}
+
+TM_ECALL(usage)
+{
+    struct fn_usage usage = {0};
+    struct tm_caller caller = tm_caller();
+    int status = registry_usage(caller.identity.principal, &usage);
+
+    return status ? status : tm_reply(rq, &usage, sizeof(usage));
+}
+
+TM_ECALL(empty)
+{
+    return 0;
+}

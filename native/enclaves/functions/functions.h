@@ -1,0 +1,174 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * functions: WebAssembly modules of many owners, run in one enclave.
+ *
+ * What its ECALLs take and give.  All integers are little endian, structures have no padding, variable
+ * parts follow directly and in the order of their lengths; a request whose length is not exactly what its
+ * lengths say is refused with TM_E_ARGUMENT.  client/functions/_wire.py is the mirror of this file.
+ *
+ *   ECALL     request                                          reply
+ *   deploy    fn_deploy, name, environment, module             fn_info, name
+ *   invoke    fn_invoke, name, arguments, environment, stdin   fn_result, text, stdout
+ *   list      -                                                fn_info, name for each, by name
+ *   describe  fn_name, name                                    fn_info, name
+ *   limits    fn_name, name, fn_limits                         fn_info, name
+ *   logs      fn_logs, name                                    fn_log, text for each, the oldest first
+ *   remove    fn_name, name                                    -
+ *   usage     -                                                fn_usage
+ *   empty     anything                                         -
+ *
+ * Statuses: 0, TM_E_*, or a positive enum fn_status.  Texts come with FN_INVALID (alone), and after fn_result.
+ *
+ * A function belongs to the caller's principal (struct tm_identity): under another principal there is no
+ * function of that name.  Strings of arguments and environment end with a zero byte each.
+ *
+ * An invocation runs the module's `_start` in an instance of its own, with WASI preview 1: arguments
+ * (the function's name first), environment (the deployed one, then the request's), stdin, stdout, stderr, clocks,
+ * randomness, exit.  There are no files and no sockets.  Clocks are the host's: it can lie.
+ */
+#ifndef FUNCTIONS_H
+#define FUNCTIONS_H
+
+#include <stdint.h>
+
+#define FN_NAME_MAX 63u           /* 1 at least: A-Z a-z 0-9 . _ -, the first of them a letter or digit */
+#define FN_MODULE_MAX (8u << 20)  /* bytes */
+#define FN_STRINGS_MAX 65536u     /* bytes of arguments, of a deployed environment, of a request's */
+#define FN_PAYLOAD_MAX (16u << 20) /* bytes of stdin */
+#define FN_LOG_MAX 16384u         /* bytes that are kept of one invocation's stderr: the last */
+#define FN_LOGS_BYTES 65536u      /* and of all of a function's */
+#define FN_LOGS_COUNT 64u
+#define FN_OWNER_FUNCTIONS 64u    /* functions of one owner, and */
+#define FN_OWNER_SHARE 4u         /* what their modules may fill: this part of the heap; */
+#define FN_ALL_SHARE 2u           /* and those of all owners together */
+#define FN_MEMORY_SHARE 4u        /* the largest limit of memory: this part of the heap */
+
+enum fn_status {
+    FN_NOT_FOUND = 1, /* the caller has no function of that name */
+    FN_EXISTS = 2,    /* deploy without FN_REPLACE, and there is one */
+    FN_INVALID = 3,   /* deploy: not a module that can run here; the reply says why */
+    FN_QUOTA = 4,     /* deploy: more than FN_OWNER_FUNCTIONS, or more bytes than the caller, or all, may have */
+    FN_TRAPPED = 5,   /* invoke: WebAssembly's trap; fn_result */
+    FN_FAILED = 6,    /* invoke: exit code other than 0; fn_result */
+    FN_LIMIT = 7,     /* invoke: met a limit; fn_result */
+    FN_CRASHED = 8,   /* invoke: the engine gave up (a bug in it); fn_result */
+};
+
+enum fn_limit {
+    FN_LIMIT_NONE = 0,
+    FN_LIMIT_MEMORY = 1, /* linear memory, tables, or what the engine needs for them */
+    FN_LIMIT_FUEL = 2,
+    FN_LIMIT_TIME = 3,
+    FN_LIMIT_OUTPUT = 4,
+    FN_LIMIT_STACK = 5,  /* 10,000 calls, 1 MiB */
+    FN_LIMIT_HEAP = 6,   /* the enclave's heap is full: others have it */
+};
+
+/* 0 in a request: the default, or in `limits`, what it was. */
+struct fn_limits {
+    uint64_t memory;  /* bytes of linear memory */
+    uint64_t fuel;    /* about one per instruction */
+    uint64_t time_ns; /* as the host tells the time, several times a second */
+    uint64_t output;  /* bytes of stdout */
+};
+_Static_assert(sizeof(struct fn_limits) == 32, "fn_limits");
+
+#define FN_DEFAULT_MEMORY (16u << 20)
+#define FN_DEFAULT_FUEL 10000000000ull
+#define FN_DEFAULT_TIME 10000000000ull
+#define FN_DEFAULT_OUTPUT (1u << 20)
+#define FN_OUTPUT_MAX (16u << 20)
+
+#define FN_REPLACE 1u
+
+struct fn_deploy {
+    uint16_t name_length;
+    uint16_t flags; /* FN_REPLACE */
+    uint32_t env_length;
+    uint64_t module_length;
+    struct fn_limits limits;
+};
+_Static_assert(sizeof(struct fn_deploy) == 48, "fn_deploy");
+
+struct fn_name {
+    uint16_t name_length;
+    uint16_t reserved; /* 0 */
+    uint32_t reserved2; /* 0 */
+};
+_Static_assert(sizeof(struct fn_name) == 8, "fn_name");
+
+struct fn_info {
+    uint8_t digest[32]; /* SHA-256 of the module */
+    uint8_t owner[32];  /* the principal */
+    uint64_t version;   /* another for every deployment */
+    uint64_t size;      /* bytes of the module */
+    uint64_t deployed;  /* ns of CLOCK_REALTIME; 0: nobody had told the time */
+    uint64_t invocations;
+    uint64_t failures;  /* of these: not ended with 0 */
+    uint64_t fuel;      /* that all of them have used */
+    struct fn_limits limits;
+    uint32_t name_length;
+    uint32_t env_length; /* bytes of the deployed environment */
+};
+_Static_assert(sizeof(struct fn_info) == 152, "fn_info");
+
+struct fn_invoke {
+    uint16_t name_length;
+    uint16_t reserved; /* 0 */
+    uint32_t args_length;
+    uint32_t env_length;
+    uint32_t stdin_length;
+    uint64_t time_ns; /* less than the function's limit, or 0 */
+};
+_Static_assert(sizeof(struct fn_invoke) == 24, "fn_invoke");
+
+/*
+ * The reply has to have room for the function's limit of output: else TM_E_SPACE at once, and
+ * the length that would do.
+ */
+struct fn_result {
+    uint32_t limit; /* enum fn_limit; with FN_LIMIT only */
+    int32_t exit_code;
+    uint64_t maximum;   /* of the limit that was met; 0 where there is no number */
+    uint64_t fuel;      /* used */
+    uint64_t version;   /* of the function that ran */
+    uint32_t text_length; /* why, or with FN_FAILED the end of stderr */
+    uint32_t stdout_length;
+    uint32_t warm;      /* 1: the module was ready */
+    uint32_t reserved;  /* 0 */
+};
+_Static_assert(sizeof(struct fn_result) == 48, "fn_result");
+#define FN_RESULT_TEXT 1024u /* bytes of its text at most */
+
+struct fn_logs {
+    uint16_t name_length;
+    uint16_t reserved; /* 0 */
+    uint32_t reserved2; /* 0 */
+    uint64_t after;    /* only invocations with a larger number */
+};
+_Static_assert(sizeof(struct fn_logs) == 16, "fn_logs");
+
+/* Of each invocation that wrote to stderr, or did not end with 0. */
+struct fn_log {
+    uint64_t invocation; /* the first is 1 */
+    uint64_t time;       /* when it ended: ns of CLOCK_REALTIME; 0: unknown */
+    uint32_t status;     /* 0 or enum fn_status */
+    uint32_t limit;      /* enum fn_limit */
+    int32_t exit_code;
+    uint32_t text_length;
+    uint64_t dropped;    /* bytes before the text that were not kept */
+};
+_Static_assert(sizeof(struct fn_log) == 40, "fn_log");
+
+/* Of the caller, and of the enclave. */
+struct fn_usage {
+    uint64_t functions;
+    uint64_t bytes;      /* of their modules */
+    uint64_t bytes_max;
+    uint64_t heap;       /* bytes */
+    uint64_t heap_used;
+    uint64_t heap_owned; /* blocks that belong to slots: what runs, and what is kept ready */
+};
+_Static_assert(sizeof(struct fn_usage) == 48, "fn_usage");
+
+#endif

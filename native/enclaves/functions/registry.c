@@ -1,0 +1,471 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "registry.h"
+
+#define BUCKETS 256u
+
+struct log {
+    struct log *next; /* newer */
+    struct fn_log head;
+    uint8_t text[];
+};
+
+struct function {
+    struct function *next;
+    struct fn_info info;
+    struct log *oldest, *newest;
+    uint64_t log_count, log_bytes;
+    uint8_t *module; /* a kept block: never changed, since code that was validated runs unchecked */
+    uint8_t name[FN_NAME_MAX + 1];
+    uint8_t env[];
+};
+
+static struct {
+    struct tm_mutex mutex;
+    uint64_t version; /* the last that was given out */
+    struct function *heads[BUCKETS];
+} registry;
+
+static uint64_t heap_share(uint64_t part)
+{
+    return ((const volatile struct tm_image_header *)tm_enclave_base())->heap_size / part;
+}
+
+uint64_t registry_memory_max(void)
+{
+    return heap_share(FN_MEMORY_SHARE) & ~65535ull;
+}
+
+static int lock(void)
+{
+    int status = tm_lock(&registry.mutex);
+
+    /* All changes are whole transactions: nothing to put right. */
+    if (status == TM_E_OWNERDEAD) {
+        tm_mutex_consistent(&registry.mutex);
+        status = 0;
+    }
+    return status;
+}
+
+static void unlock(void)
+{
+    tm_unlock(&registry.mutex);
+}
+
+/* FNV-1a: who makes names collide has few names, and slows nobody down by more than those. */
+static struct function **bucket_of(const struct registry_key *key)
+{
+    uint32_t hash = 2166136261u;
+
+    for (unsigned i = 0; i < sizeof(key->owner); i++)
+        hash = (hash ^ key->owner[i]) * 16777619u;
+    for (uint32_t i = 0; i < key->name_length; i++)
+        hash = (hash ^ key->name[i]) * 16777619u;
+    return &registry.heads[hash % BUCKETS];
+}
+
+static bool owns(const struct function *function, const uint8_t owner[32])
+{
+#ifdef TM_TEST_NO_OWNERS
+    /* Test build: everybody's functions are everybody's. */
+    (void)function, (void)owner;
+    return true;
+#endif
+    return !memcmp(function->info.owner, owner, sizeof(function->info.owner));
+}
+
+/* The link to the function, or to where the chain ends. */
+static struct function **find(const struct registry_key *key)
+{
+    struct function **link = bucket_of(key);
+
+#ifdef TM_TEST_NO_OWNERS
+    for (unsigned i = 0; i < BUCKETS; i++)
+        for (link = &registry.heads[i]; *link; link = &(*link)->next)
+            if ((*link)->info.name_length == key->name_length && !memcmp((*link)->name, key->name, key->name_length))
+                return link;
+#endif
+    for (; *link; link = &(*link)->next)
+        if ((*link)->info.name_length == key->name_length && owns(*link, key->owner) &&
+            !memcmp((*link)->name, key->name, key->name_length))
+            break;
+    return link;
+}
+
+/* Under the lock: what `owner` has (everybody, when NULL). */
+static void sum(const uint8_t *owner, uint64_t *count, uint64_t *bytes)
+{
+    *count = *bytes = 0;
+    for (unsigned i = 0; i < BUCKETS; i++)
+        for (const struct function *function = registry.heads[i]; function; function = function->next)
+            if (!owner || owns(function, owner)) {
+                ++*count;
+                *bytes += function->info.size + function->info.env_length;
+            }
+}
+
+/*
+ * Free a function that no list has any more and that is this slot's own; its other blocks first.  Each is made the
+ * slot's own in the step that unlinks it: a death in between loses none.
+ */
+static void dispose(struct function *function)
+{
+    struct tm_txn txn;
+
+    while (function->oldest) {
+        struct log *log = function->oldest;
+
+        tm_txn_begin(&txn);
+        tm_txn_own(&txn, log);
+        tm_txn_set_ptr(&txn, &function->oldest, log->next);
+        tm_txn_commit(&txn);
+        tm_free(log);
+    }
+    tm_free(function);
+}
+
+int registry_deploy(const struct registry_new *new, bool replace, struct fn_info *info)
+{
+    struct function *fresh, *old, **link;
+    uint64_t count, bytes, all_count, all_bytes, size = new->module_length + new->env_length;
+    struct tm_txn txn;
+    void *block, *module;
+    int status = tm_try_alloc(sizeof(*fresh) + new->env_length, &block);
+
+    if (status)
+        return status;
+    fresh = block;
+    status = tm_try_alloc(new->module_length, &module);
+    if (status) {
+        tm_free(fresh);
+        return status;
+    }
+    memcpy(module, new->module, new->module_length);
+    memcpy(fresh->env, new->env, new->env_length);
+    memcpy(fresh->name, new->key.name, new->key.name_length);
+    fresh->module = module;
+    fresh->info = (struct fn_info){.size = new->module_length,
+                                   .deployed = tm_time(),
+                                   .limits = new->limits,
+                                   .name_length = new->key.name_length,
+                                   .env_length = new->env_length};
+    memcpy(fresh->info.digest, new->digest, sizeof(fresh->info.digest));
+    memcpy(fresh->info.owner, new->key.owner, sizeof(fresh->info.owner));
+    status = lock();
+    if (status)
+        goto out;
+    link = find(&new->key);
+    old = *link;
+    sum(new->key.owner, &count, &bytes);
+    sum(NULL, &all_count, &all_bytes);
+    if (old) {
+        uint64_t less = old->info.size + old->info.env_length;
+
+        bytes -= less;
+        all_bytes -= less;
+        count--;
+    }
+    if (old && !replace)
+        status = FN_EXISTS;
+    else if (count >= FN_OWNER_FUNCTIONS || bytes + size > heap_share(FN_OWNER_SHARE) ||
+             all_bytes + size > heap_share(FN_ALL_SHARE))
+        status = FN_QUOTA;
+    if (status) {
+        unlock();
+        goto out;
+    }
+    fresh->info.version = registry.version + 1;
+    fresh->next = old ? old->next : NULL;
+    *info = fresh->info;
+    tm_txn_begin(&txn);
+    tm_txn_set(&txn, &registry.version, fresh->info.version);
+    tm_txn_keep(&txn, fresh);
+    tm_txn_keep(&txn, module);
+    tm_txn_set_ptr(&txn, link, fresh);
+    if (old) {
+        tm_txn_own(&txn, old->module);
+        tm_txn_own(&txn, old);
+    }
+    tm_txn_commit(&txn);
+    unlock();
+    if (old) {
+        tm_free(old->module);
+        dispose(old);
+    }
+    return 0;
+out:
+    tm_free(module);
+    tm_free(fresh);
+    return status;
+}
+
+int registry_remove(const struct registry_key *key)
+{
+    struct function *old, **link;
+    struct tm_txn txn;
+    int status = lock();
+
+    if (status)
+        return status;
+    link = find(key);
+    old = *link;
+    if (old) {
+        tm_txn_begin(&txn);
+        tm_txn_set_ptr(&txn, link, old->next);
+        tm_txn_own(&txn, old->module);
+        tm_txn_own(&txn, old);
+        tm_txn_commit(&txn);
+    }
+    unlock();
+    if (!old)
+        return FN_NOT_FOUND;
+    tm_free(old->module);
+    dispose(old);
+    return 0;
+}
+
+int registry_describe(const struct registry_key *key, struct fn_info *info)
+{
+    struct function *function;
+    int status = lock();
+
+    if (status)
+        return status;
+    function = *find(key);
+    if (function)
+        *info = function->info;
+    unlock();
+    return function ? 0 : FN_NOT_FOUND;
+}
+
+int registry_limit(const struct registry_key *key, const struct fn_limits *limits, struct fn_info *info)
+{
+    struct function *function;
+    struct tm_txn txn;
+    int status = lock();
+
+    if (status)
+        return status;
+    function = *find(key);
+    if (function) {
+        struct fn_limits *is = &function->info.limits;
+
+        tm_txn_begin(&txn);
+        tm_txn_set(&txn, &is->memory, limits->memory ? limits->memory : is->memory);
+        tm_txn_set(&txn, &is->fuel, limits->fuel ? limits->fuel : is->fuel);
+        tm_txn_set(&txn, &is->time_ns, limits->time_ns ? limits->time_ns : is->time_ns);
+        tm_txn_set(&txn, &is->output, limits->output ? limits->output : is->output);
+        tm_txn_commit(&txn);
+        *info = function->info;
+    }
+    unlock();
+    return function ? 0 : FN_NOT_FOUND;
+}
+
+/* Blocks are got without the lock: then it may be another function that has the name, of another size. */
+int registry_take(const struct registry_key *key, bool (*ready)(uint64_t version), struct registry_function *taken)
+{
+    uint64_t room = 0;
+
+    taken->copy = NULL;
+    for (;;) {
+        struct function *function;
+        uint64_t needed = 0;
+        void *block;
+        int status = lock();
+
+        if (!status) {
+            function = *find(key);
+            if (function) {
+                taken->version = function->info.version;
+                taken->limits = function->info.limits;
+                taken->env_length = function->info.env_length;
+                taken->module_length = ready(taken->version) ? 0 : function->info.size;
+                needed = taken->env_length + taken->module_length;
+                if (needed && needed <= room) {
+                    memcpy(taken->copy, function->env, taken->env_length);
+                    memcpy(taken->copy + taken->env_length, function->module, taken->module_length);
+                }
+            } else {
+                status = FN_NOT_FOUND;
+            }
+            unlock();
+        }
+        if (!status && needed <= room)
+            return 0;
+        tm_free(taken->copy);
+        taken->copy = NULL;
+        if (!status)
+            status = tm_try_alloc(needed, &block);
+        if (status)
+            return status;
+        taken->copy = block;
+        room = needed;
+    }
+}
+
+/* Under the lock, one step: the oldest log is nobody's but the slot's. */
+static struct log *unlink_oldest(struct function *function)
+{
+    struct log *log = function->oldest;
+    struct tm_txn txn;
+
+    tm_txn_begin(&txn);
+    tm_txn_set_ptr(&txn, &function->oldest, log->next);
+    if (!log->next)
+        tm_txn_set_ptr(&txn, &function->newest, NULL);
+    tm_txn_set(&txn, &function->log_count, function->log_count - 1);
+    tm_txn_set(&txn, &function->log_bytes, function->log_bytes - log->head.text_length);
+    tm_txn_own(&txn, log);
+    tm_txn_commit(&txn);
+    return log;
+}
+
+int registry_ended(const struct registry_key *key, const struct registry_end *end)
+{
+    size_t length = end->text_length < FN_LOG_MAX ? end->text_length : FN_LOG_MAX;
+    struct function *function;
+    struct log *log = NULL;
+    struct tm_txn txn;
+    void *block;
+    int status;
+
+    /* Where there is no room for a log the invocation has still ended as it did. */
+    if ((length || end->status) && !tm_try_alloc(sizeof(*log) + length, &block)) {
+        log = block;
+        log->head = (struct fn_log){.time = tm_time(),
+                                    .status = end->status,
+                                    .limit = end->limit,
+                                    .exit_code = end->exit_code,
+                                    .text_length = (uint32_t)length,
+                                    .dropped = end->dropped};
+        memcpy(log->text, end->text + (end->text_length - length), length);
+    }
+    status = lock();
+    if (status) {
+        tm_free(log);
+        return status;
+    }
+    function = *find(key);
+    if (function && function->info.version == end->version) {
+        struct fn_info *info = &function->info;
+
+        tm_txn_begin(&txn);
+        tm_txn_set(&txn, &info->invocations, info->invocations + 1);
+        tm_txn_set(&txn, &info->failures, info->failures + (end->status != 0));
+        tm_txn_set(&txn, &info->fuel, info->fuel + end->fuel);
+        if (log) {
+            log->head.invocation = info->invocations + 1;
+            tm_txn_keep(&txn, log);
+            tm_txn_set_ptr(&txn, function->newest ? (void *)&function->newest->next : (void *)&function->oldest, log);
+            tm_txn_set_ptr(&txn, &function->newest, log);
+            tm_txn_set(&txn, &function->log_count, function->log_count + 1);
+            tm_txn_set(&txn, &function->log_bytes, function->log_bytes + length);
+        }
+        tm_txn_commit(&txn);
+        log = NULL;
+        while (function->log_count > FN_LOGS_COUNT || function->log_bytes > FN_LOGS_BYTES)
+            tm_free(unlink_oldest(function));
+    }
+    unlock();
+    tm_free(log);
+    return 0;
+}
+
+/* Does `a` come before `b` by name? */
+static bool before(const struct function *a, const struct function *b)
+{
+    uint32_t common = a->info.name_length < b->info.name_length ? a->info.name_length : b->info.name_length;
+    int order = memcmp(a->name, b->name, common);
+
+    return order ? order < 0 : a->info.name_length < b->info.name_length;
+}
+
+int registry_list(const uint8_t owner[32], uint8_t **result, size_t *length)
+{
+    const struct function *found[FN_OWNER_FUNCTIONS];
+    size_t room = FN_OWNER_FUNCTIONS * (sizeof(struct fn_info) + FN_NAME_MAX);
+    unsigned count = 0;
+    void *block;
+    uint8_t *at;
+    int status = tm_try_alloc(room, &block);
+
+    if (status)
+        return status;
+    status = lock();
+    if (status) {
+        tm_free(block);
+        return status;
+    }
+    for (unsigned i = 0; i < BUCKETS; i++)
+        for (const struct function *function = registry.heads[i]; function; function = function->next)
+            if (owns(function, owner) && count < FN_OWNER_FUNCTIONS) {
+                unsigned place = count++;
+
+                for (; place && before(function, found[place - 1]); place--)
+                    found[place] = found[place - 1];
+                found[place] = function;
+            }
+    at = block;
+    for (unsigned i = 0; i < count; i++) {
+        memcpy(at, &found[i]->info, sizeof(found[i]->info));
+        memcpy(at + sizeof(found[i]->info), found[i]->name, found[i]->info.name_length);
+        at += sizeof(found[i]->info) + found[i]->info.name_length;
+    }
+    unlock();
+    *result = block;
+    *length = (size_t)(at - (uint8_t *)block);
+    return 0;
+}
+
+int registry_logs(const struct registry_key *key, uint64_t after, uint8_t **result, size_t *length)
+{
+    size_t room = FN_LOGS_BYTES + FN_LOGS_COUNT * sizeof(struct fn_log);
+    struct function *function;
+    void *block;
+    uint8_t *at;
+    int status = tm_try_alloc(room, &block);
+
+    if (status)
+        return status;
+    at = block;
+    status = lock();
+    if (!status) {
+        function = *find(key);
+        if (!function)
+            status = FN_NOT_FOUND;
+        for (const struct log *log = function ? function->oldest : NULL; log; log = log->next)
+            if (log->head.invocation > after) {
+                memcpy(at, &log->head, sizeof(log->head));
+                memcpy(at + sizeof(log->head), log->text, log->head.text_length);
+                at += sizeof(log->head) + log->head.text_length;
+            }
+        unlock();
+    }
+    if (status) {
+        tm_free(block);
+        return status;
+    }
+    *result = block;
+    *length = (size_t)(at - (uint8_t *)block);
+    return 0;
+}
+
+int registry_usage(const uint8_t owner[32], struct fn_usage *usage)
+{
+    struct tm_heap_stats heap;
+    int status = lock();
+
+    if (status)
+        return status;
+    sum(owner, &usage->functions, &usage->bytes);
+    unlock();
+    status = tm_heap_check(&heap);
+    if (status)
+        return status;
+    usage->bytes_max = heap_share(FN_OWNER_SHARE);
+    usage->heap = heap.size;
+    usage->heap_used = heap.used;
+    usage->heap_owned = heap.owned;
+    return 0;
+}

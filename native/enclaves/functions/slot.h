@@ -1,0 +1,47 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What a slot has of the engine: its arena, and modules that are ready.
+ *
+ * A module is made ready when its function is first invoked through the slot, and stays so for the next time: its
+ * code is compiled as it is called.  There are WARM_MAX of them at most, and they fit the budget of what runs
+ * beside them; else all are forgotten.  They are the slot's own, as everything that the engine allocates: no
+ * lock of the engine's is ever shared, and a killed client's modules go with its slot.
+ */
+#ifndef FUNCTIONS_SLOT_H
+#define FUNCTIONS_SLOT_H
+
+#include "arena.h"
+#include "engine.h"
+
+#define WARM_MAX 8u
+
+struct escape {
+    uint64_t stack;
+};
+
+struct slot {
+    struct arena arena;
+    struct escape *escape; /* while the engine works */
+    struct engine_text *why; /* where the engine's last words go */
+    struct {
+        uint64_t version;
+        void *prepared;
+    } warm[WARM_MAX];
+};
+_Static_assert(sizeof(struct slot) <= TM_SLOT_DATA, "slot data");
+
+struct slot *slot_self(void);
+/* Have `budget` bytes for what is done next; modules that are ready stay if they leave room for it. */
+void slot_begin(struct slot *slot, uint64_t budget);
+/*
+ * Do `body` with the engine: what it returns, or -1 when the engine gave up.  Then the arena is empty, and
+ * `why` has its words, if any; `refused` tells whether memory was the reason (ARENA_*).
+ */
+int slot_engine(struct slot *slot, int (*body)(void *), void *argument, struct engine_text *why, uint32_t *refused);
+/* The module of that deployment when it is ready, or NULL. */
+void *slot_warm(struct slot *slot, uint64_t version);
+void slot_keep(struct slot *slot, uint64_t version, void *prepared);
+/* Forget all that is ready. */
+void slot_forget(struct slot *slot);
+
+#endif
