@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from teemate._looking import DenialInfo, Holders
+    from teemate.functions import Functions
 
 __all__ = ["Broker", "connect"]
 
@@ -98,6 +99,7 @@ class Broker:
         self._news: list[_News] = []
         """What the broker said while attaches were under way, for grants that are not here yet."""
         self._check: Check | None = None
+        self._functions: dict[str, Functions] = {}
         self._counters: Any = None
         """The page that calls are counted in for a viewer; unmapped when nobody has it any more."""
         connection.on_event = self._event
@@ -271,6 +273,24 @@ class Broker:
     def detach(self, enclave: Enclave) -> None:
         """Give a grant up: :meth:`Enclave.detach`."""
         enclave.detach()
+
+    # ---- functions ---------------------------------------------------------------------
+
+    @property
+    def functions(self) -> Functions:
+        """The functions in the enclave that is called ``functions``, which the first call attaches to."""
+        return self.functions_of("functions")
+
+    def functions_of(self, enclave: str) -> Functions:
+        """Return the functions in another enclave with that image."""
+        from teemate.functions import Functions
+
+        with self._lock:
+            found = self._functions.get(enclave)
+            if found is None:
+                found = Functions(lambda check: self._attach(enclave, 1, WAIT, check))
+                self._functions[enclave] = found
+            return found
 
     # ---- administrators' -------------------------------------------------------------
 

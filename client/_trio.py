@@ -31,6 +31,7 @@ from teemate._types import (
 
 if TYPE_CHECKING:
     from teemate._looking import DenialInfo, Holders
+    from teemate.functions._trio import AsyncFunctions
 
 __all__ = ["AsyncBroker", "AsyncEnclave", "AsyncSlot", "open_broker"]
 
@@ -241,6 +242,17 @@ class AsyncBroker:
             yield enclave
         finally:
             await enclave.detach()
+
+    @property
+    def functions(self) -> AsyncFunctions:
+        """See :attr:`teemate.Broker.functions`."""
+        return self.functions_of("functions")
+
+    def functions_of(self, enclave: str) -> AsyncFunctions:
+        """See :meth:`teemate.Broker.functions_of`."""
+        from teemate.functions._trio import AsyncFunctions
+
+        return AsyncFunctions(self.sync.functions_of(enclave), self._limiter)
 
     async def create(
         self,

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ._output import SIZE, json_option, print_json
+from .fn_deployed import COMMANDS
 
 __all__ = ["fn"]
 
@@ -62,3 +63,7 @@ def build(
     if built.said:
         click.echo(built.said, err=True)
     click.echo(f"wrote {built.path} ({built.size} bytes)\nSHA-256 {built.sha256}")
+
+
+for command in COMMANDS:
+    fn.add_command(command)

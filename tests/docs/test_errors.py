@@ -13,6 +13,8 @@ import pytest
 
 from teemate.broker.policy.limits import Limits, Resource
 from teemate.errors import Error
+from teemate.functions import _errors as function_errors
+from teemate.functions._wire import LIMITS
 
 PROJECT = Path(__file__).resolve().parents[2]
 PAGE = (PROJECT / "docs" / "errors.md").read_text()
@@ -129,3 +131,10 @@ def test_every_error_about_a_limit_names_the_setting_and_what_it_is() -> None:
         assert "setting" in limit.keys or limit.where.startswith("broker/slots/shortage.py"), limit.where
         if not limit.where.startswith("client/"):  # which does not know the broker's
             assert "maximum" in limit.keys, limit.where
+
+
+def test_every_error_and_limit_of_functions_is_explained() -> None:
+    part = PAGE[PAGE.index("## Functions") : PAGE.index("## By limit")]
+    rows = re.findall(r"^\| `?([a-z-]+)`? \| [^|]+ \| [^|]+ \|$", part, re.MULTILINE)
+    codes = {getattr(function_errors, name).code for name in function_errors.__all__} - {"function-error"}
+    assert {row for row in rows if row not in ("code", "---")} == codes | {name for name in LIMITS if name}

@@ -1,0 +1,218 @@
+"""Functions through slots of one enclave: the synchronous side, and what the one on trio runs in threads."""
+
+from __future__ import annotations
+
+import builtins
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from teemate._enclave import Enclave
+from teemate._grant import WAIT, GrantedEnclave
+from teemate._slot import Check, Slot
+from teemate.errors import Busy, CallFailed, LimitReached
+from teemate.functions import _wire as wire
+from teemate.functions._types import FunctionInfo, FunctionLimits, FunctionLog, FunctionUsage
+
+__all__ = ["Functions"]
+
+_OUTPUT = 1 << 20
+_CLOCK = 2.0
+"""Seconds by which a call may outlast its timeout: the enclave ends the function by a coarse clock, and keeps
+the slot."""
+
+
+class Functions:
+    """The caller's functions in one enclave.  Thread safe: each call takes a slot of its own.
+
+    What every call raises besides: what ``attach`` and ``slot.call`` do.
+    """
+
+    def __init__(self, attach: Callable[[Check | None], Enclave]) -> None:
+        self._attach = attach
+        self._lock = threading.Lock()
+        self._enclave: Enclave | None = None
+        self._output: dict[str, int] = {}
+        """Of functions that may write more than is usual."""
+
+    @classmethod
+    def of(cls, enclave: Enclave) -> Functions:
+        """Return the functions of an enclave that is attached already, or private; it stays the caller's."""
+        return cls(lambda _: enclave)
+
+    def deploy(
+        self,
+        name: str,
+        module: bytes,
+        *,
+        limits: FunctionLimits | None = None,
+        env: Mapping[str, str] | None = None,
+        replace: bool = False,
+    ) -> FunctionInfo:
+        """Check `module`, a WASI command, and keep it in the enclave under `name`.
+
+        Raises :class:`~teemate.functions.ModuleInvalid` with the reason,
+        :class:`~teemate.functions.FunctionExists` unless `replace`, and :class:`teemate.LimitReached` when
+        this user's functions, or everybody's, would be too many or too large.
+        """
+        return self._deploy(name, module, limits, env, replace, None)
+
+    def invoke(
+        self,
+        name: str,
+        payload: bytes = b"",
+        *,
+        args: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> bytes:
+        """Run the function in a fresh instance: `payload` is its stdin, what it writes to stdout is returned.
+
+        Parameters
+        ----------
+        args
+            Its arguments, after its name.
+        env
+            Its environment, after what it was deployed with.
+        timeout
+            Seconds, where the function's own limit is longer.
+
+        Raises
+        ------
+        FunctionTrapped, FunctionLimit, FunctionFailed, FunctionCrashed
+            How it ended (``teemate.functions``).
+        NotFound
+            This user has no such function.
+        CallTimeout
+            It took longer than `timeout`.
+
+        """
+        return self._invoke(name, payload, args, env, timeout, None)
+
+    def list(self) -> list[FunctionInfo]:
+        """Return this user's functions, by name."""
+        return self._list(None)
+
+    def describe(self, name: str) -> FunctionInfo:
+        """Return what is known of a function."""
+        return self._describe(name, None)
+
+    def logs(self, name: str, *, after: int = 0) -> Sequence[FunctionLog]:
+        """Return the invocations that wrote to stderr or failed, after number `after`, the oldest first.
+
+        The last 64 are kept, and 64 KiB of what they wrote.
+        """
+        return self._logs(name, after, None)
+
+    def remove(self, name: str) -> None:
+        """Forget a function and its logs; invocations that run go on."""
+        self._remove(name, None)
+
+    def limits(self, name: str, limits: FunctionLimits) -> FunctionInfo:
+        """Change limits, from the next invocation on; those that are None stay."""
+        return self._limits(name, limits, None)
+
+    def usage(self) -> FunctionUsage:
+        """Return what this user's functions take up, and how full the enclave is."""
+        return self._usage(None)
+
+    # ---- the same with `check`, which is called while something is waited for -------------------
+
+    def _deploy(
+        self,
+        name: str,
+        module: bytes,
+        limits: FunctionLimits | None,
+        env: Mapping[str, str] | None,
+        replace: bool,
+        check: Check | None,
+    ) -> FunctionInfo:
+        request = wire.deploy(name, module, limits, env, replace=replace)
+        self._output.pop(name, None)
+        return wire.info(self._call("deploy", request, name, check))
+
+    def _invoke(
+        self,
+        name: str,
+        payload: bytes,
+        args: Sequence[str],
+        env: Mapping[str, str] | None,
+        timeout: float | None,
+        check: Check | None,
+    ) -> bytes:
+        request = wire.invoke(name, payload, args, env, timeout)
+        room = self._output.get(name, wire.room_for(_OUTPUT))
+        while True:
+            try:
+                return wire.stdout(self._call("invoke", request, name, check, room=room, timeout=timeout))
+            except LimitReached as error:
+                needed = error.detail.get("needed")
+                if not isinstance(needed, int) or needed <= room:
+                    raise
+                self._output[name] = room = needed  # nothing has run yet
+
+    def _list(self, check: Check | None) -> builtins.list[FunctionInfo]:
+        return [*wire.infos(self._call("list", b"", "", check, room=wire.LIST_MAX))]
+
+    def _describe(self, name: str, check: Check | None) -> FunctionInfo:
+        return wire.info(self._call("describe", wire.named(name), name, check))
+
+    def _logs(self, name: str, after: int, check: Check | None) -> Sequence[FunctionLog]:
+        reply = self._call("logs", wire.logs(name, after), name, check, room=wire.LOGS_MAX)
+        return [*wire.log_entries(reply)]
+
+    def _remove(self, name: str, check: Check | None) -> None:
+        self._call("remove", wire.named(name), name, check)
+
+    def _limits(self, name: str, limits: FunctionLimits, check: Check | None) -> FunctionInfo:
+        return wire.info(self._call("limits", wire.limits(name, limits), name, check))
+
+    def _usage(self, check: Check | None) -> FunctionUsage:
+        return wire.usage(self._call("usage", b"", "", check))
+
+    def _call(
+        self,
+        ecall: str,
+        request: bytes,
+        name: str,
+        check: Check | None,
+        *,
+        room: int = 4096,
+        timeout: float | None = None,
+    ) -> bytes:
+        enclave, slot = self._take(check)
+        limit = None if timeout is None else timeout + _CLOCK
+        try:
+            return slot._run(ecall, request, limit, None, room, check)
+        except CallFailed as error:
+            if error.status > 0:
+                wire.refused(name, error.status, error.reply, timeout)
+            raise
+        finally:
+            enclave._give_back(slot)
+
+    def _take(self, check: Check | None) -> tuple[Enclave, Slot]:
+        """Return a free slot; the one that was given back last, which has modules ready."""
+        deadline = time.monotonic() + WAIT
+        while True:
+            enclave = self._attached(check)
+            try:
+                return enclave, enclave._take(0, check)
+            except Busy:
+                if not isinstance(enclave, GrantedEnclave):
+                    return enclave, enclave._take(WAIT, check)
+            left = max(0.0, deadline - time.monotonic())
+            mine = enclave.statistics().slots
+            try:
+                # Others of this process' own may be given back sooner than a further one.
+                enclave._acquire(1, 0 if mine else left, check)
+            except (Busy, LimitReached):
+                if not mine:
+                    raise
+                return enclave, enclave._take(left, check)
+
+    def _attached(self, check: Check | None) -> Enclave:
+        with self._lock:
+            if self._enclave is None or self._enclave.gone is not None:
+                self._enclave = self._attach(check)
+            return self._enclave

@@ -1,0 +1,80 @@
+"""The same on trio: each call in a worker thread, and cancellable as any call into an enclave is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import trio
+
+from teemate.functions._client import Functions
+from teemate.functions._types import FunctionInfo, FunctionLimits, FunctionLog, FunctionUsage
+
+__all__ = ["AsyncFunctions"]
+
+_Result = TypeVar("_Result")
+
+
+class AsyncFunctions:
+    """The caller's functions in one enclave: :class:`teemate.functions.Functions`.
+
+    Cancelling an invocation gives its call up, which costs its slot; a `timeout` does not.
+    """
+
+    def __init__(self, functions: Functions, limiter: trio.CapacityLimiter) -> None:
+        self.sync = functions
+        """The same in the synchronous API."""
+        self._limiter = limiter
+
+    async def _run(self, function: Callable[[], _Result]) -> _Result:
+        return await trio.to_thread.run_sync(function, limiter=self._limiter)
+
+    async def deploy(
+        self,
+        name: str,
+        module: bytes,
+        *,
+        limits: FunctionLimits | None = None,
+        env: Mapping[str, str] | None = None,
+        replace: bool = False,
+    ) -> FunctionInfo:
+        """See :meth:`Functions.deploy`."""
+        check = trio.from_thread.check_cancelled
+        return await self._run(lambda: self.sync._deploy(name, module, limits, env, replace, check))
+
+    async def invoke(
+        self,
+        name: str,
+        payload: bytes = b"",
+        *,
+        args: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - the same meaning as in the synchronous API
+    ) -> bytes:
+        """See :meth:`Functions.invoke`."""
+        check = trio.from_thread.check_cancelled
+        return await self._run(lambda: self.sync._invoke(name, payload, args, env, timeout, check))
+
+    async def list(self) -> list[FunctionInfo]:
+        """See :meth:`Functions.list`."""
+        return await self._run(lambda: self.sync._list(trio.from_thread.check_cancelled))
+
+    async def describe(self, name: str) -> FunctionInfo:
+        """See :meth:`Functions.describe`."""
+        return await self._run(lambda: self.sync._describe(name, trio.from_thread.check_cancelled))
+
+    async def logs(self, name: str, *, after: int = 0) -> Sequence[FunctionLog]:
+        """See :meth:`Functions.logs`."""
+        return await self._run(lambda: self.sync._logs(name, after, trio.from_thread.check_cancelled))
+
+    async def remove(self, name: str) -> None:
+        """See :meth:`Functions.remove`."""
+        await self._run(lambda: self.sync._remove(name, trio.from_thread.check_cancelled))
+
+    async def limits(self, name: str, limits: FunctionLimits) -> FunctionInfo:
+        """See :meth:`Functions.limits`."""
+        return await self._run(lambda: self.sync._limits(name, limits, trio.from_thread.check_cancelled))
+
+    async def usage(self) -> FunctionUsage:
+        """See :meth:`Functions.usage`."""
+        return await self._run(lambda: self.sync._usage(trio.from_thread.check_cancelled))
