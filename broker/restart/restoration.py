@@ -101,6 +101,8 @@ class Restoration:
         self._dropped: list[int] = []
         self._held_until: dict[tuple[int, int], tuple[int, bool]] = {}
         """Of slots that nobody holds: the last generation that somebody had, and whether it has ended."""
+        self._unheld: dict[int, list[int]] = {}
+        """Slots that nobody held, by the enclave's serial; whoever ends from now on gives its own back."""
         self._ended: list[int] = []
         self._ending: set[int] = set()
         """Enclaves whose destruction the last broker had begun."""
@@ -118,6 +120,9 @@ class Restoration:
         self._service.lifecycle.emptied = self._found.emptied
         for number, client in self._found.clients.items():
             self._place_client(number, client)
+        for enclave in self._enclaves.values():
+            slots = enclave.slots.slots.items()
+            self._unheld[enclave.serial] = [i for i, slot in slots if slot.state is SlotState.ARMING]
 
     def _place_enclave(self, record: EnclaveRecord) -> None:
         service, descriptors = self._service, self._found.descriptors
@@ -318,7 +323,7 @@ class Restoration:
 
     async def _recover_slots(self, enclave: Enclave) -> None:
         reclaimer = self._service.reclaimer
-        waiting = [index for index, slot in enclave.slots.slots.items() if slot.state is SlotState.ARMING]
+        waiting = self._unheld[enclave.serial]
         if enclave.warden is None:
             for index in waiting:
                 if index in enclave.used:

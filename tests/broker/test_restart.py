@@ -242,6 +242,38 @@ def test_a_process_that_ends_while_it_is_suspended_gives_its_slots_back(
     assert client.ok("stats")["stats"]["resumption"]["ended"] == 1
 
 
+END_EARLY = """
+import os, select, signal, trio
+from teemate.broker.restart.restoration import Restoration
+place, recover = Restoration.place, Restoration.recover
+def end_all(self):
+    place(self)
+    for client in self._service.clients.values():
+        os.kill(client.identity.pid, signal.SIGKILL)
+        select.select([client.pidfd], [], [])
+async def after_that(self):
+    while self._service.clients:
+        await trio.lowlevel.checkpoint()
+    await recover(self)
+Restoration.place, Restoration.recover = end_all, after_that
+"""
+"""A broker that finds clients from before sees them end before it has looked at slots that nobody held."""
+
+
+def test_a_process_that_ends_while_the_next_broker_starts_gives_each_slot_back_once(
+    broker: Broker, vault_policy: Policy, connect: Connect, holder: Holder, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(END_EARLY)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    kept = broker(vault_policy(), keeper=True, environment={"PYTHONPATH": path})
+    process, _ = holder(kept)
+    kept.kill_worker()
+    process.wait()
+    client = connect(kept)
+    take_all(client)
+    assert client.ok("stats")["stats"]["resumption"]["ended"] == 1
+
+
 def test_who_does_not_resume_in_time_is_revoked_and_its_slots_are_withheld_until_it_ends(
     broker: Broker, vault_policy: Policy, connect: Connect, holder: Holder
 ) -> None:
