@@ -1,10 +1,11 @@
 """The threads of a process and their requests to the broker.
 
 Whoever waits for an answer reads (``_link.py``), one thread at a time, and hands what belongs to
-others to them; so a cold attach waits for no thread of ours.  Once a slot is in use a listener reads
-instead (:meth:`Connection.listen`), since the broker's events (``revoked``) want an answer
+others to them; so an attach waits for no thread of ours.  Once a slot is in use a listener reads
+while nobody waits (:meth:`Connection.listen`), since the broker's events (``revoked``) want an answer
 even when nobody asks anything, and since a broker that is restarted wants its clients back
-while all of their threads are inside.
+while all of their threads are inside.  The listener waits in an epoll of its own; who asks takes the socket
+out of that for the while, which is a system call and no switch of threads.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import _thread
 import contextlib
 import os
+import select
 import signal
 import socket
 import time
@@ -47,6 +49,16 @@ class Connection(Link):
     In a child of fork() everything raises :class:`NotAttached`: the socket is the parent's, and so
     is the token.
     """
+
+    def __init__(self, path: str, client: str = "") -> None:
+        super().__init__(path, client)
+        self._asking = 0
+        """Threads that wait for an answer."""
+        self._watch: select.epoll | None = None
+        """What the listener waits in, while there is one."""
+        self._kicks = -1
+        self._heard = False
+        """Whether the socket is in there."""
 
     def close(self, check: Check | None = None) -> None:
         """Close the socket; every grant of this connection ends.
@@ -104,14 +116,18 @@ class Connection(Link):
 
         """
         request = Request(next(self._numbers), op, args, fds=fds, wait=wait, session=session)
-        self._send(request)
+        self._begin_asking()  # before the answer can be there: else the listener would be woken for it
         try:
-            if meanwhile is not None:
-                meanwhile()
-            answer = self._await(request, check)
-        except BaseException:
-            self._disown(request, undo)
-            raise
+            self._send(request)
+            try:
+                if meanwhile is not None:
+                    meanwhile()
+                answer = self._await(request, check)
+            except BaseException:
+                self._disown(request, undo)
+                raise
+        finally:
+            self._end_asking()
         if isinstance(answer, Error):
             raise answer
         return answer
@@ -121,8 +137,12 @@ class Connection(Link):
 
         While it is away this does not wait: it hears of it when it is back.
         """
-        with contextlib.suppress(ConnectionLost, EnclaveLost, _AwayError):
-            self._await(self._give_back(op, args, session), self._check_here)
+        self._begin_asking()
+        try:
+            with contextlib.suppress(ConnectionLost, EnclaveLost, _AwayError):
+                self._await(self._give_back(op, args, session), self._check_here)
+        finally:
+            self._end_asking()
 
     def post(self, op: str, args: Mapping[str, object], session: int) -> None:
         """Give something back without waiting for the answer; a lost connection is no error."""
@@ -151,6 +171,44 @@ class Connection(Link):
         request = Request(next(self._numbers), op, args, session=session, undo=no_undo)
         self._send(request)
         return request
+
+    # ---- who asks, and the listener -----------------------------------------------------
+
+    def _begin_asking(self) -> None:
+        """Read for oneself from now on; the listener hears nothing meanwhile."""
+        self.check_process()
+        with self._lock:
+            self._asking += 1
+            if self._asking == 1:
+                self._socket_goes()
+
+    def _end_asking(self) -> None:
+        with self._lock:
+            self._asking -= 1
+            if not self._asking:
+                self._socket_is_here()
+                if self._absence is not None or self._lost is not None:
+                    self._kick()
+
+    def _kick(self) -> None:
+        """Have the listener look what there is to do.  Under the lock."""
+        if self._watch is not None:
+            os.eventfd_write(self._kicks, 1)
+
+    def _socket_is_here(self) -> None:
+        """Let the listener hear the socket, unless somebody asks.  Under the lock."""
+        if self._watch is not None and self._socket is not None and not self._asking and not self._heard:
+            self._watch.register(self._socket, select.EPOLLIN)
+            self._heard = True
+
+    def _socket_goes(self) -> None:
+        """Let the listener hear the socket no more.  Under the lock.
+
+        Closing it would not do when a child of fork has the same file open.
+        """
+        if self._watch is not None and self._socket is not None and self._heard:
+            self._watch.unregister(self._socket)
+        self._heard = False
 
     # ---- waiting for an answer --------------------------------------------------------
 
@@ -209,6 +267,8 @@ class Connection(Link):
     def _end(self, error: Error, *, forgotten: bool = False) -> None:
         super()._end(error, forgotten=forgotten)
         self.listen()  # who waits to be needed sees that this is the end
+        with self._lock:
+            self._kick()
 
     def _listener(self, needed: _thread.LockType) -> None:
         # Signals are for the program's own threads.
@@ -218,15 +278,50 @@ class Connection(Link):
             - {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP},
         )
         needed.acquire()
-        with self._lock:
-            while self._reading:
-                self._wake.wait()
-            self._reading = True
         try:
-            while self._lost is None:
-                self._read(None)
+            self._open_watch()
+            try:
+                while self._lost is None:
+                    self._listen_once()
+            finally:
+                self._close_watch()
         except Exception as error:  # a listener that died silently would hang everybody
             self._end(InternalError(f"reading the broker's messages failed: {error!r}"))
             raise
+
+    def _open_watch(self) -> None:
+        watch = select.epoll()
+        try:
+            self._kicks = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            watch.register(self._kicks, select.EPOLLIN)
+        except BaseException:
+            watch.close()
+            raise
+        with self._lock:
+            self._watch = watch
+            self._socket_is_here()
+            self._kick()  # what happened until now
+
+    def _close_watch(self) -> None:
+        with self._lock:
+            watch, self._watch, self._heard = self._watch, None, False
+            assert watch is not None
+            watch.close()
+            os.close(self._kicks)
+
+    def _listen_once(self) -> None:
+        """Wait for something to do that nobody else does; take a packet, or get back to the broker."""
+        assert self._watch is not None
+        self._watch.poll()
+        with self._lock:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._kicks)
+            if self._reading or self._asking or self._lost is not None:
+                return  # who reads, or asks, tells when it has done
+            self._reading = True
+        try:
+            self._read(0.0)
+            while self._absence is not None:  # who asks meanwhile waits for this thread
+                self._read(None)
         finally:
             self._stop_reading()

@@ -330,6 +330,7 @@ class Link:
             self._poll.register(sock.fileno(), select.POLLIN)
             self._greeted = True
             absence.dialled = True
+            self._socket_is_here()
 
     def _welcome(self, ok: dict[str, Any]) -> None:
         """The broker has greeted us; after an absence, everything without an answer is sent again."""
@@ -394,5 +395,12 @@ class Link:
 
     def _drop_socket(self) -> None:
         if self._socket is not None:
+            self._socket_goes()
             self._socket.close()
             self._socket = None
+
+    def _socket_is_here(self) -> None:
+        """There is another socket.  Under the lock."""
+
+    def _socket_goes(self) -> None:
+        """The socket is about to be closed.  Under the lock."""
