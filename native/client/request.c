@@ -102,7 +102,6 @@ static int await_locked(struct teemate_broker *broker, struct request *request, 
 {
     int code;
 
-    broker->asking++;
     while (!request->answered) {
         uint64_t until;
 
@@ -135,9 +134,6 @@ static int await_locked(struct teemate_broker *broker, struct request *request, 
         pthread_mutex_lock(&broker->lock);
         link_stop_reading_locked(broker);
     }
-    broker->asking--;
-    if (broker->asking == 0 && broker->watched && broker->muted)
-        listener_mute_locked(broker, false);
     if (request != NULL) {
         code = request->answered ? request->code : error_copy(error, &broker->lost);
         free(request);
@@ -163,6 +159,10 @@ static int request_run(struct teemate_broker *broker, struct request *request, v
     }
     request->error = error;
     pthread_mutex_lock(&broker->lock);
+    broker->asking++;
+    /* Before the answer can be there: else the listener would be woken for it as well, and hand it over. */
+    if (broker->watched && !broker->muted && !broker->reading)
+        listener_mute_locked(broker, true);
     code = link_send_locked(broker, request, error);
     if (code != 0) {
         free(request);
@@ -174,6 +174,9 @@ static int request_run(struct teemate_broker *broker, struct request *request, v
         }
         code = await_locked(broker, request, stays_if_away, error);
     }
+    broker->asking--;
+    if (broker->asking == 0 && broker->watched && broker->muted)
+        listener_mute_locked(broker, false);
     pthread_mutex_unlock(&broker->lock);
     return code;
 }
