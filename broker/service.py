@@ -13,6 +13,7 @@ from structlog.typing import FilteringBoundLogger
 
 from teemate import errors
 from teemate._backend import choose_backend
+from teemate.broker.connections.attendant import Attendant
 from teemate.broker.connections.cgroups import find_tree
 from teemate.broker.connections.disposal import Disposal
 from teemate.broker.connections.door import DoorStatistics
@@ -79,7 +80,7 @@ class Service:
         self.policy = policy
         self.log = log
         found = found or Found()
-        self.state = State(store, found.snapshot)
+        self.state = State(store, found.snapshot, found.cells)
         self.choice = choose_backend(policy.broker.backend)
         self.backend = self.choice.backend
         demand_backends(policy)
@@ -103,6 +104,7 @@ class Service:
         self.reloading = Reloading(self)
         self.looking = Looking(self)
         self.monitoring = Monitoring()
+        self.attendant = Attendant(self)
         self.clients: dict[int, Client] = {}
         self.enclaves: dict[str, Enclave] = {}
         self.grants: dict[int, Grant] = {}
@@ -235,6 +237,7 @@ class Service:
             "disposal": asdict(self.disposal.statistics()),
             "users": users_page.entries,
             "granting": asdict(self.granting.statistics()),
+            "attendant": asdict(self.attendant.statistics()),
             "refused": self.ledger.statistics().refused,
             "enclaves": enclaves_page.entries,
             "state": asdict(self.state.statistics()),
@@ -259,6 +262,7 @@ class Service:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.processes.run)
                 await nursery.start(self.reclaimer.run)
+                await nursery.start(self.attendant.run)
                 nursery.start_soon(self.state.run)
                 nursery.start_soon(self.resumption.run)
                 nursery.start_soon(self.monitoring.run)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import trio
 
@@ -68,6 +68,10 @@ class Client:
         """That page, once somebody has looked; it goes with the connection."""
         self.slot_seconds = 0.0
         """How long it has had slots that are back by now."""
+        self.recorded = False
+        """Whether there is a record of it."""
+        self.shelves: tuple[int, list[Any]] = (-1, [])
+        """What it may be given ahead, and when that was found out (attendant.py)."""
         self.unwritten = False
         """Whether something was taken from it that its record does not say yet."""
 

@@ -61,6 +61,8 @@ class Connection:
         self.outbox = Outbox(client, sock, self._start_soon, self.close)
         self._nursery: trio.Nursery | None = None
         self._unstarted: list[tuple[Any, ...]] = []
+        self.passed_on = 0
+        """Messages in a row that were none for the attendant."""
         self._waiting = 0
         self._turn: Turn | None = None
         """The user's turn while it is ours: who resumes may belong to another account afterwards."""
@@ -163,6 +165,8 @@ class Connection:
                     self._rest()
                     await trio.sleep(delay)
                 packet = await self._next_packet()
+                if packet is None:
+                    continue
                 if not packet.data:
                     self.client.dispose(packet.fds)
                     return
@@ -180,9 +184,9 @@ class Connection:
         finally:
             self._rest()
 
-    async def _next_packet(self) -> wire.Packet:
-        """Receive a message, in this connection's turn."""
-        account = self.client.account
+    async def _next_packet(self) -> wire.Packet | None:
+        """Receive a message, in this connection's turn; None: the attendant has answered it."""
+        account, attendant = self.client.account, self.client.service.attendant
         while True:
             if account.exhausted(Resource.DESCRIPTORS_RECEIVED):
                 self._rest()
@@ -194,7 +198,15 @@ class Connection:
                 return self._receive()
             except BlockingIOError:
                 self._rest()
-                await trio.lowlevel.wait_readable(self._sock)
+                answered = await attendant.attend(self)
+                if answered:
+                    return None
+                if answered is None:
+                    await trio.lowlevel.wait_readable(self._sock)
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor."""
+        return self._sock.fileno()
 
     def _rest(self) -> None:
         """Nothing is read until later: let others of this user do so, and send what was held back."""
@@ -246,6 +258,10 @@ class Connection:
             raise
         waits = False
         client = self.client
+        if method.stops:
+            client.service.attendant.call_all_in()
+        else:
+            client.service.attendant.settle()
         client.asking = request.id
         if len(client.tokens) > 1 and request.operation != "hello":
             client.service.resumption.first_request(client)

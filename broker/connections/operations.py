@@ -57,6 +57,8 @@ class Method(Generic[T]):
     fds: int = 0
     changes: bool = False
     """Whether it may be done once only: asked again with the same id, it is answered as before."""
+    stops: bool = False
+    """Whether nothing may be given ahead (attendant.py) while it begins."""
 
     def run(self, client: Client, untrusted_args: dict[str, object], fds: tuple[int, ...]) -> Result:
         """Check who asks and what for, then start the handler.
@@ -93,6 +95,7 @@ def method(
     administrators: bool = False,
     fds: int = 0,
     changes: bool = False,
+    stops: bool = False,
 ) -> Callable[
     [Callable[[Client, T, tuple[int, ...]], Result]], Callable[[Client, T, tuple[int, ...]], Result]
 ]:
@@ -101,7 +104,7 @@ def method(
     def declare(
         handler: Callable[[Client, T, tuple[int, ...]], Result],
     ) -> Callable[[Client, T, tuple[int, ...]], Result]:
-        declared = Method(operation, parse, handler, administrators, fds, changes)
+        declared = Method(operation, parse, handler, administrators, fds, changes, stops)
         _METHODS.known[operation] = declared  # type: ignore[assignment]
         return handler
 
@@ -177,37 +180,37 @@ def detach(client: Client, args: Detach, _fds: tuple[int, ...]) -> Result:
     return client.service.granting.detach(client, args)
 
 
-@method("create", Create.parse, changes=True, fds=1)
+@method("create", Create.parse, changes=True, fds=1, stops=True)
 def create(client: Client, args: Create, fds: tuple[int, ...]) -> Result:
     """Build an enclave from the image that came along."""
     return client.service.administration.create(client, args, fds[0])
 
 
-@method("destroy", Destroy.parse, changes=True)
+@method("destroy", Destroy.parse, changes=True, stops=True)
 def destroy(client: Client, args: Destroy, _fds: tuple[int, ...]) -> Result:
     """End an enclave; its owner may, and administrators."""
     return client.service.destruction.destroy(client, args)
 
 
-@method("drain", Drain.parse, changes=True)
+@method("drain", Drain.parse, changes=True, stops=True)
 def drain(client: Client, args: Drain, _fds: tuple[int, ...]) -> Result:
     """No new grants, and wait for the old ones; the enclave's owner may, and administrators."""
     return client.service.lifecycle.drain(client, args)
 
 
-@method("undrain", Undrain.parse, changes=True)
+@method("undrain", Undrain.parse, changes=True, stops=True)
 def undrain(client: Client, args: Undrain, _fds: tuple[int, ...]) -> Result:
     """Take drained enclaves into use again; the enclave's owner may, and administrators."""
     return client.service.lifecycle.undrain(client, args)
 
 
-@method("upgrade", Upgrade.parse, changes=True, fds=1)
+@method("upgrade", Upgrade.parse, changes=True, fds=1, stops=True)
 def upgrade(client: Client, args: Upgrade, fds: tuple[int, ...]) -> Result:
     """Replace an enclave by one from another image; its owner may, and administrators."""
     return client.service.upgrades.upgrade(client, args, fds[0])
 
 
-@method("revoke", Revoke.parse, changes=True, administrators=True)
+@method("revoke", Revoke.parse, changes=True, administrators=True, stops=True)
 def revoke(client: Client, args: Revoke, _fds: tuple[int, ...]) -> Result:
     """Take grants back."""
     return client.service.revocation.revoke(client, args)
@@ -237,7 +240,7 @@ def monitor(client: Client, args: Monitor, _fds: tuple[int, ...]) -> Result:
     return client.service.monitoring.begin(client, args)
 
 
-@method("reload", Nothing.parse, administrators=True)
+@method("reload", Nothing.parse, administrators=True, stops=True)
 def reload(client: Client, _args: Nothing, _fds: tuple[int, ...]) -> Result:
     """Take the policy's file as it is now into use."""
     return client.service.reloading.reload_for_client()

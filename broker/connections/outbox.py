@@ -147,6 +147,11 @@ class Outbox:
         while len(self._unread) > most:
             self._unread.popleft().release()
 
+    def note_sent(self, descriptors: int) -> None:
+        """Another thread sent a message with so many descriptors."""
+        self.settle_descriptors()
+        self._unread.append(self._client.account.owe(Resource.DESCRIPTORS_SENT, descriptors))
+
     def everything_was_read(self) -> bool:
         """Whether the client has received all that was sent to it."""
         return not self._queue and not self.closed and not self._unread_bytes()

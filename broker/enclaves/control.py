@@ -120,6 +120,10 @@ class ControlKey:
         """Return the key itself: only the first message to a warden may carry it."""
         return self._key
 
+    def mac_key(self) -> bytes:
+        """Return what MACs are made with: for the attendant, which binds slots to who gets them."""
+        return self._mac_key
+
     def new_slot_key(self, generation: int) -> SlotKey:
         """Draw a slot key for `generation`."""
         return SlotKey(generation, secrets.token_bytes(16))

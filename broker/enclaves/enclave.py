@@ -13,7 +13,7 @@ import struct
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import trio
 
@@ -28,6 +28,7 @@ from teemate.broker.telemetry.durations import WAIT_BOUNDS, Durations, DurationS
 from teemate.broker.wardens.warden import Geometry, Warden, WardenStatistics
 
 __all__ = [
+    "AttachInfo",
     "Built",
     "Enclave",
     "EnclaveState",
@@ -228,6 +229,13 @@ def _describe(enclave: Any) -> Built:
     )
 
 
+class AttachInfo(NamedTuple):
+    """The pairs of ``enclave-info``, encoded, and how many they are; slots and clients are not among them."""
+
+    data: bytes
+    pairs: int
+
+
 class EnclaveState(enum.Enum):
     """As on the wire."""
 
@@ -272,6 +280,10 @@ class Enclave:
     ) -> None:
         self.on_change: Callable[[Enclave], None] = lambda _enclave: None
         """Called when something has changed that has to outlive the broker."""
+        self.on_unready: Callable[[], None] = lambda: None
+        """Called before it is not ready any more: nobody gets in after that."""
+        self.on_armed: Callable[[], None] = lambda: None
+        """Called when a slot got free."""
         self.policy = policy
         self.generation = generation
         self.serial = 0
@@ -359,6 +371,8 @@ class Enclave:
 
     @state.setter
     def state(self, state: EnclaveState) -> None:
+        if state is not EnclaveState.READY:
+            self.on_unready()
         self._state = state
         self.on_change(self)
 
@@ -393,8 +407,29 @@ class Enclave:
             info["reason"] = self.reason
         return info
 
+    def attach_parts(self) -> tuple[AttachInfo, bytes]:
+        """Return what all replies to `attach` have in common, while it is ready: see :meth:`info`."""
+        pairs = self.fixed_info | {"state": EnclaveState.READY.value}
+        assert len(pairs) < 24  # then a map's head is one byte
+        rest = {"segments": self.segments, "arena": self.arena_address}
+        return AttachInfo(wire.encode_part(pairs)[1:], len(pairs)), wire.encode_part(rest)[1:]
+
+    @property
+    def arena_address(self) -> int:
+        """Where everybody maps the arena."""
+        return self.built.base + self.built.size + PAGE
+
+    def counts(self) -> tuple[int, ...]:
+        """Return the numbers of :meth:`info`: ``slot-counts`` in their order, and the clients."""
+        slots = self.slots.statistics()
+        return (
+            slots.total, slots.free, slots.assigned + slots.arming, slots.withheld, slots.quarantined,
+            slots.waiting, sum(self.clients_by_uid.values()),
+        )  # fmt: skip
+
     def close(self) -> None:
         """Close the descriptors; clients that mapped the enclave keep it alive until they end."""
+        self.on_unready()
         os.close(self.built.fd)
         os.close(self.built.arena)
         if self.source is not None:

@@ -173,6 +173,7 @@ class Generations:
 
     def retire(self, old: Enclave) -> None:
         """Take an enclave down when nobody holds anything of it; its name has a newer generation."""
+        old.on_unready()
         old.retired = True
         old.on_change(old)
         self.retired.add(old)

@@ -21,12 +21,16 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from teemate.broker.connections.turns import Rounds, Turn
 from teemate.errors import LimitReached
 
+if TYPE_CHECKING:
+    from teemate.broker.connections.attendant import Seat
+
 __all__ = [
+    "GIVEN_AHEAD",
     "Account",
     "AccountStatistics",
     "Charge",
@@ -72,6 +76,10 @@ class Resource(enum.Enum):
     PAGES = "pages"
     DESCRIPTORS_RECEIVED = "descriptors_received"
     DESCRIPTORS_SENT = "descriptors_sent"
+
+
+GIVEN_AHEAD = {Resource.GRANTS: 1, Resource.SLOTS: 1, Resource.DESCRIPTORS_SENT: 2}
+"""What one seat (attendant.py) may have taken that is not charged yet."""
 
 
 @final
@@ -167,7 +175,7 @@ class AccountStatistics:
 class Account:
     """What the processes of one uid hold together."""
 
-    __slots__ = ("__weakref__", "_ledger", "bucket", "refused", "turn", "uid", "used")
+    __slots__ = ("__weakref__", "_ledger", "bucket", "refused", "seats", "turn", "uid", "used")
 
     def __init__(self, ledger: Ledger, uid: int) -> None:
         limits = ledger.limits
@@ -177,6 +185,8 @@ class Account:
         self.refused = 0
         self.bucket = TokenBucket(limits.requests_per_second, limits.burst, ledger.clock)
         self.turn = Turn(ledger.rounds)
+        self.seats: dict[Seat, None] = {}
+        """Of its connections, those that can be given something at any moment, the oldest first."""
 
     def charge(self, resource: Resource, amount: int = 1) -> Charge:
         """Take `amount` of `resource`; the caller releases the charge.
@@ -188,6 +198,8 @@ class Account:
 
         """
         limit = self._ledger.bounds[resource]
+        if self.seats and self._may_reach(resource, amount, limit):
+            self._ledger.call_in(self)
         used = self.used[resource]
         if used + amount > limit:
             self.refused += 1
@@ -203,6 +215,13 @@ class Account:
                 },
             )
         return self.owe(resource, amount)
+
+    def _may_reach(self, resource: Resource, amount: int, limit: int) -> bool:
+        """Whether nothing is left for those who are seated."""
+        used = self.used[resource] + amount
+        if resource is Resource.REQUESTS:  # those are answered at once, but not beside so many
+            return used >= limit
+        return used + GIVEN_AHEAD.get(resource, 0) * len(self.seats) > limit
 
     def owe(self, resource: Resource, amount: int = 1) -> Charge:
         """Take what is there already, or was before a restart, also beyond the limit."""
@@ -252,6 +271,8 @@ class Ledger:
         }
         self.rounds = Rounds()
         """For whoever runs the scheduler to add to it."""
+        self.call_in: Callable[[Account], None] = lambda _account: None
+        """Takes the seats of a user away, and charges what was given to them."""
         self.refused: dict[Resource, int] = dict.fromkeys(Resource, 0)
         self._accounts: dict[int, Account] = {}
         self._known: weakref.WeakValueDictionary[int, Account] = weakref.WeakValueDictionary()

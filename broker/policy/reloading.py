@@ -102,6 +102,7 @@ class Reloading:
     def _adopt(self, policy: Policy) -> None:
         service = self._service
         old = service.policy
+        service.attendant.start_anew()
         waiting = [name for name in _FIXED if getattr(policy.broker, name) != getattr(old.broker, name)]
         fixed = {name: getattr(old.broker, name) for name in _FIXED}
         service.policy = replace(policy, broker=replace(policy.broker, **fixed))

@@ -181,6 +181,8 @@ class BrokerSettings:
     cgroup_hierarchy: str = "auto"
     trust_pid: bool = False
     resume_grace: float = 30.0
+    ahead: int = 8
+    """Grants of each enclave that are ready before anybody asks for them; 0: none."""
     state_directory: Path | None = None
     """Where enclaves with `storage` have their files."""
 
@@ -236,6 +238,7 @@ def _broker(table: Table, base: Path) -> BrokerSettings:
         cgroup_hierarchy=table.text("cgroup_hierarchy", "auto"),
         trust_pid=table.flag("trust_pid", False),
         resume_grace=table.number("resume_grace", 30.0, 1.0, 3600.0),
+        ahead=table.whole("ahead", 8, 0, 64),
         state_directory=(base / state_directory).absolute() if state_directory else None,
     )
     table.finish()

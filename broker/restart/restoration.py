@@ -23,6 +23,7 @@ from teemate.broker.enclaves.enclave import Enclave, EnclaveState
 from teemate.broker.enclaves.source import ImageSource
 from teemate.broker.policy.limits import Resource
 from teemate.broker.policy.rules import EnclavePolicy
+from teemate.broker.restart.cells import Cells
 from teemate.broker.restart.records import (
     ClientRecord,
     EnclaveRecord,
@@ -34,7 +35,15 @@ from teemate.broker.restart.records import (
 )
 from teemate.broker.restart.service_manager import Inherited
 from teemate.broker.restart.snapshot import DamagedSnapshotError, Snapshot
-from teemate.broker.restart.state import COUNTERS, EMPTIED, SNAPSHOT, arena_name, enclave_name, image_name
+from teemate.broker.restart.state import (
+    AHEAD,
+    COUNTERS,
+    EMPTIED,
+    SNAPSHOT,
+    arena_name,
+    enclave_name,
+    image_name,
+)
 from teemate.broker.slots.grants import Grant
 from teemate.broker.slots.table import SlotState
 from teemate.broker.wardens.warden import EnclaveBrokenError, EnclaveGoneError, WardenError
@@ -51,6 +60,7 @@ class Found:
     """What the last broker left; `descriptors` are owned by whoever takes them out."""
 
     snapshot: Snapshot | None = None
+    cells: Cells | None = None
     descriptors: dict[str, int] = field(default_factory=dict)
     enclaves: list[EnclaveRecord] = field(default_factory=list)
     clients: dict[int, ClientRecord] = field(default_factory=dict)
@@ -76,6 +86,10 @@ def read_found(kept: list[Inherited]) -> Found:
             )
         return found
     found.snapshot = Snapshot.open(snapshots[0])
+    cells = found.descriptors.pop(AHEAD, None)  # a broker that gave nothing ahead has left none
+    if cells is not None:
+        found.cells = Cells.open(cells)
+        found.cells.take_up(found.snapshot)
     for (kind, number), content in found.snapshot.contents.items():
         if kind == "enclave":
             found.enclaves.append(read_enclave(number, content))

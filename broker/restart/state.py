@@ -16,6 +16,7 @@ import trio
 
 from teemate import errors
 from teemate.broker.connections.identity import start_time
+from teemate.broker.restart.cells import Cells
 from teemate.broker.restart.descriptor_store import DescriptorStore
 from teemate.broker.restart.kept import LISTENER
 from teemate.broker.restart.records import client_content, enclave_content, stored_content
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from teemate.broker.enclaves.source import ImageSource
 
 __all__ = [
+    "AHEAD",
     "COUNTERS",
     "EMPTIED",
     "SNAPSHOT",
@@ -40,6 +42,8 @@ __all__ = [
 
 SNAPSHOT = "snapshot"
 """The snapshot's name in the store."""
+AHEAD = "ahead"
+"""The name there of what was given ahead of the snapshot (cells.py)."""
 COUNTERS = Name("counters", 0)
 EMPTIED = Name("emptied", 0)
 _BLOCK = 1024
@@ -76,9 +80,12 @@ class StateStatistics:
 class State:
     """The store and the snapshot of one broker; without a store nothing is written anywhere."""
 
-    def __init__(self, store: DescriptorStore | None, snapshot: Snapshot | None) -> None:
+    def __init__(
+        self, store: DescriptorStore | None, snapshot: Snapshot | None, cells: Cells | None = None
+    ) -> None:
         self._store = store
         self._snapshot = snapshot
+        self.cells = cells or Cells.create(kept=store is not None)
         self._numbers = {"client": 0, "grant": 0, "enclave": 0, "start": 0}
         self._reserved = dict(self._numbers)
         self._changed: set[Enclave] = set()
@@ -98,6 +105,9 @@ class State:
         if self._store is not None and self._snapshot is None:
             self._snapshot = Snapshot.create()
             await self._store.put(SNAPSHOT, self._snapshot.fd)
+            await self._store.confirm()
+        if self._store is not None and AHEAD not in self._store:
+            await self._store.put(AHEAD, self.cells.fd)
             await self._store.confirm()
         self._numbers["start"] += 1
         self._reserved["start"] = self._numbers["start"]
@@ -122,6 +132,7 @@ class State:
         name = Name("client", client.number)
         if client.left and not client.returning and not any(grant.charges for grant in client.withheld):
             self._snapshot.erase(name)
+            client.recorded = False
             return
         if client.started is None:
             if client.left:
@@ -131,6 +142,15 @@ class State:
             if client.started is None:
                 return  # its end is news that comes anyway, and ends what it holds
         self._snapshot.write(name, client_content(client, client.started))
+        client.recorded = True
+
+    def has_written(self, client: Client) -> bool:
+        """Whether the client has a record, written now if need be; True if nothing is kept."""
+        if self._snapshot is None:
+            return True
+        if not client.recorded:
+            self.write_client(client)
+        return client.recorded
 
     def write_changed(self, client: Client) -> None:
         """Write the client's record if something was taken from it that is not written yet."""
@@ -284,6 +304,7 @@ class State:
         if self._snapshot is not None:
             self._snapshot.close()
             self._snapshot = None
+        self.cells.close()
 
     def statistics(self) -> StateStatistics:
         """What is kept at this moment."""

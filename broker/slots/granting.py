@@ -71,6 +71,9 @@ class Granting:
         policy = enclave.policy
         uid = client.identity.uid
         first = not any(grant.enclave is enclave for grant in client.grants.values())
+        seats = len(client.account.seats)
+        if first and seats and enclave.clients_by_uid.get(uid, 0) + seats >= policy.clients_per_uid:
+            self._service.attendant.call_in(client.account)
         if first and enclave.clients_by_uid.get(uid, 0) >= policy.clients_per_uid:
             held = [self._service.grants[number] for number in enclave.grants]
             where = grants_text(grant for grant in held if grant.client.identity.uid == uid)
@@ -94,14 +97,36 @@ class Granting:
             charge.release()
             raise
         # From here on the grant counts, so that two attaches cannot both pass the limits above.
+        self._list(grant, first=first)
+        if ticket.slots is not None:
+            return self._attached(grant, ticket.slots, asked)
+        return self._attach_later(grant, ticket, args.wait, asked)
+
+    def _list(self, grant: Grant, *, first: bool) -> None:
+        client, enclave = grant.client, grant.enclave
         client.grants[grant.number] = grant
         self._service.grants[grant.number] = grant
         enclave.grants.add(grant.number)
         if first:
+            uid = client.identity.uid
             enclave.clients_by_uid[uid] = enclave.clients_by_uid.get(uid, 0) + 1
-        if ticket.slots is not None:
-            return self._attached(grant, ticket.slots, asked)
-        return self._attach_later(grant, ticket, args.wait, asked)
+
+    def given(
+        self, client: Client, enclave: Enclave, number: int, index: int, request: int, seconds: float
+    ) -> None:
+        """Have as a grant what the attendant gave to a client that held nothing."""
+        account = client.account
+        grant = Grant(number, client, enclave, account.owe(Resource.GRANTS))
+        grant.charges[index] = account.owe(Resource.SLOTS)
+        enclave.slots.take_ahead(index, client.identity.uid, number)
+        self._list(grant, first=True)
+        enclave.attaches += 1
+        grant.handed_out = True
+        client.requests += 1
+        outcome: dict[str, object] = {"grant": number, "slots": (index,)}
+        self._service.state.answered(client, request, "attach", outcome)
+        self._attaches.observe(seconds)
+        self._handed_out(grant, (index,))
 
     async def _attach_when(
         self,
@@ -140,6 +165,7 @@ class Granting:
         outcome: dict[str, object] = {"grant": grant.number, "slots": slots}
 
         def sent() -> None:
+            self._service.attendant.count(enclave)
             self._attaches.observe(time.monotonic() - asked)
             self._handed_out(grant, slots)
 
@@ -157,7 +183,7 @@ class Granting:
             "grant": grant.number,
             "enclave": enclave.info(),
             "segments": enclave.segments,
-            "arena": enclave.built.base + enclave.built.size + 4096,
+            "arena": enclave.arena_address,
             "slots": self._hand_out(grant, slots),
         }
 
@@ -449,6 +475,9 @@ class Granting:
                 del enclave.clients_by_uid[uid]
         grant.charge.release()
         grant.settle()
+        self._service.attendant.count(enclave)
+        if client.connection is not None:
+            client.connection.passed_on = 0
         enclave.changed.unpark_all()
         self._service.audit.ended(
             client.identity, client=client.number, enclave=enclave.name, grant=grant.number, why=why

@@ -113,7 +113,7 @@ class Looking:
         answer: dict[str, object] = {"slots": slots, "waiting": waiting}
         for index in sorted(index for index in enclave.slots.slots if index >= args.first):
             slot = enclave.slots.slots[index]
-            entry: dict[str, object] = {"slot": index, "state": slot.state.value}
+            entry: dict[str, object] = {"slot": index, "state": slot.state.shown}
             grant = grants.get(slot.grant) if slot.grant is not None else None
             if slot.reason and slot.state in (SlotState.WITHHELD, SlotState.QUARANTINED):
                 entry["reason"] = slot.reason

@@ -242,6 +242,7 @@ class Reclaimer:
                 raise UnrepairableError(f"the enclave answered {reply.status} when asked to take a new key")
             enclave.slot_keys[index] = key
         self.serve(enclave.slots.armed(index))
+        enclave.on_armed()
 
     # -- the queue -------------------------------------------------------------------
 

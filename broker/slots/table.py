@@ -1,7 +1,8 @@
 """Which slot of an enclave is whose: the table alone, without any input or output.
 
-Life of a slot: ``arming`` (the warden scrubs it and gives it a new key) → ``free`` → ``assigned``
-→ ``arming`` again, or ``withheld`` while its former holder may still stand at its AEP, or
+Life of a slot: ``arming`` (the warden scrubs it and gives it a new key) → ``free`` → ``assigned``, maybe by
+way of ``ahead`` (the attendant may give it to somebody at any moment: attendant.py) → ``arming`` again, or
+``withheld`` while its former holder may still stand at its AEP, or
 ``quarantined`` for good.
 
 Who asks for more than is free waits in a queue: first come, first served inside a uid.  Between
@@ -43,9 +44,16 @@ class SlotState(enum.Enum):
 
     ARMING = "arming"
     FREE = "free"
+    AHEAD = "ahead"
+    """Free as well, for all who look; nobody waits for slots while there are such ones."""
     ASSIGNED = "assigned"
     WITHHELD = "withheld"
     QUARANTINED = "quarantined"
+
+    @property
+    def shown(self) -> str:
+        """As everybody but the attendant has it."""
+        return "free" if self is SlotState.AHEAD else str(self.value)
 
 
 _HELD = frozenset({SlotState.ASSIGNED, SlotState.WITHHELD})
@@ -105,6 +113,10 @@ class SlotTable:
 
     def __init__(self, indices: Iterable[int], clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self.call_in: Callable[[], None] = lambda: None
+        """Called when slots that are ahead are wanted here: afterwards there are none."""
+        self.on_move: Callable[[], None] = lambda: None
+        """Called when a slot has changed."""
         self._held_seconds = 0.0  # of the slots in use, less their clocks at their assignment
         self.slots = {index: Slot(index) for index in indices}
         self._counts = dict.fromkeys(SlotState, 0)
@@ -137,6 +149,8 @@ class SlotTable:
         :meth:`serve_waiting` is to be called then: a new user makes the shares of the others smaller.
         """
         ticket = Ticket(uid, grant, count)
+        if count > len(self._free) and self._counts[SlotState.AHEAD]:
+            self.call_in()
         queue = self._queues.get(uid)
         if not count or (queue is None and count <= len(self._free) and self._may_overtake(ticket)):
             self._serve(ticket)
@@ -197,6 +211,8 @@ class SlotTable:
 
     def quarantine(self, index: int, reason: str) -> None:
         """Never hand this slot out again."""
+        if self.slots[index].state is SlotState.AHEAD:
+            self.call_in()
         if self.slots[index].state is SlotState.FREE:
             self._free.remove(index)
         self._move(
@@ -205,6 +221,32 @@ class SlotTable:
             *(state for state in SlotState if state is not SlotState.QUARANTINED),
         )
         self.slots[index].reason = reason
+
+    # -- ahead of any request ------------------------------------------------------
+
+    def put_ahead(self) -> int | None:
+        """Let the attendant have a free slot; None when there is none, or somebody waits for slots."""
+        if not self._free or self._queues:
+            return None
+        index = self._free.pop()  # those that are free for longest are for who asks here
+        self._move(index, SlotState.AHEAD, SlotState.FREE)
+        return index
+
+    def take_ahead(self, index: int, uid: int, grant: int) -> None:
+        """The attendant gave it to `grant`."""
+        self._move(index, SlotState.ASSIGNED, SlotState.AHEAD)
+        self.slots[index].grant = grant
+        self._count_for(self.slots[index], uid)
+
+    def put_back(self, index: int) -> None:
+        """The attendant did not give it to anybody, and will not."""
+        self._move(index, SlotState.FREE, SlotState.AHEAD)
+        self._free.append(index)
+
+    @property
+    def ahead(self) -> int:
+        """Slots that the attendant has."""
+        return self._counts[SlotState.AHEAD]
 
     def _move(self, index: int, new: SlotState, *expected: SlotState) -> None:
         slot = self.slots[index]
@@ -219,6 +261,7 @@ class SlotTable:
             slot.grant = None
         if new in (SlotState.FREE, SlotState.QUARANTINED):
             self._count_for(slot, None)
+        self.on_move()
 
     def _keep_time(self, slot: Slot, new: SlotState) -> None:
         was_held, is_held = slot.state in _HELD, new in _HELD
@@ -301,7 +344,7 @@ class SlotTable:
         return SlotStatistics(
             total=len(self.slots),
             arming=counts[SlotState.ARMING],
-            free=counts[SlotState.FREE],
+            free=counts[SlotState.FREE] + counts[SlotState.AHEAD],
             assigned=counts[SlotState.ASSIGNED],
             withheld=counts[SlotState.WITHHELD],
             quarantined=counts[SlotState.QUARANTINED],

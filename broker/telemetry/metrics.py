@@ -89,6 +89,7 @@ def _pages(enclave: Enclave) -> _Pages:
 
 def read(service: Service) -> Reading:
     """Read every part's statistics; waits for nothing."""
+    service.attendant.settle()
     return Reading(
         backend=service.backend,
         started_at=service.started_at,

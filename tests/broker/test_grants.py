@@ -181,9 +181,10 @@ def test_an_acknowledgement_that_comes_later_brings_a_withheld_slot_back(
     vault_broker: RunningBroker, connect: Connect
 ) -> None:
     client = connect(vault_broker)
-    grant = client.ok("attach", enclave="vault", slots=1)["grant"]
-    client.ok("slots.release", grant=grant, slots=[2])
-    client.ok("slots.release", grant=grant, slots=[2], clean=True)
+    attached = client.ok("attach", enclave="vault", slots=1)
+    grant, slots = attached["grant"], [attached["slots"][0]["slot"]]
+    client.ok("slots.release", grant=grant, slots=slots)
+    client.ok("slots.release", grant=grant, slots=slots, clean=True)
     client.ok("slots.acquire", grant=grant, count=12, wait=20)
 
 
@@ -192,7 +193,7 @@ def test_slots_that_are_waited_for_or_withheld_count_against_slots_per_client(
 ) -> None:
     running = broker(vault_policy("slots_per_client = 12"))
     other, client = connect(running), connect(running)
-    other.ok("attach", enclave="vault", slots=8)
+    others = other.ok("attach", enclave="vault", slots=8)["grant"]
     first = client.post("attach", enclave="vault", slots=8, wait=20)
     error = client.fails("attach", "busy", enclave="vault", slots=5)
     assert error["detail"] == {
@@ -202,7 +203,7 @@ def test_slots_that_are_waited_for_or_withheld_count_against_slots_per_client(
         "asked": 5,
         "setting": SETTING,
     }
-    other.ok("detach", grant=1, clean=True)
+    other.ok("detach", grant=others, clean=True)
     grant = client.reply(first)["ok"]["grant"]
     client.ok("detach", grant=grant)
     assert counts(client)["withheld"] == 8

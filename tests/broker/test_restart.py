@@ -66,6 +66,10 @@ def holder() -> Iterator[Holder]:
         yield start
 
 
+OWN = 3
+"""Descriptors that the store has of the broker itself: its socket, the snapshot, what was given ahead."""
+
+
 def stored(client: RawClient) -> int:
     number: int = client.ok("stats")["stats"]["state"]["stored"]
     return number
@@ -328,7 +332,7 @@ def test_an_enclave_that_was_made_and_not_answered_is_answered_and_not_made_agai
         other = connect(kept)
         other.fails("create", "busy", (image.fileno(),), **args)
     assert len(client.ok("enclaves")["enclaves"]) == 1
-    assert stored(client) == 2 + 3
+    assert stored(client) == OWN + 3
 
 
 def test_an_enclave_that_a_client_had_made_keeps_its_policy_and_can_be_built_again(
@@ -348,7 +352,7 @@ def test_an_enclave_that_a_client_had_made_keeps_its_policy_and_can_be_built_aga
     (users,) = client.ok("stats")["stats"]["users"]
     assert users["used"]["pages"] == made["pages"]
     client.ok("destroy", enclave="mine")
-    assert stored(client) == 2
+    assert stored(client) == OWN
     (users,) = client.ok("stats")["stats"]["users"]
     assert users["used"]["pages"] == 0
 
@@ -390,10 +394,10 @@ def test_a_broker_killed_while_it_makes_or_destroys_neither_leaks_nor_loses_an_e
     with images.vault.sgxs.open("rb") as image:
         for _ in range(2):
             repeat("create", (image.fileno(),), **args)
-            assert stored(client) == 2 + 3
+            assert stored(client) == OWN + 3
             assert repeat("destroy", (), enclave="mine") == {"revoked": 0}
             assert client.ok("enclaves")["enclaves"] == []
-            assert stored(client) == 2
+            assert stored(client) == OWN
 
 
     def nothing_is_left() -> bool:
@@ -451,7 +455,7 @@ def test_a_state_that_the_broker_does_not_understand_is_refused_and_kept_until_i
     assert reason in str(refused["reason"])
     assert "--discard-state" in str(refused["advice"])
     (held,) = await_log(kept, "keeper: no worker runs")
-    assert held["kept"] == 5
+    assert held["kept"] == OWN + 3
     assert f"kill -USR1 {kept.pid}" in str(held["advice"])
     os.kill(kept.pid, signal.SIGHUP)  # a restart alone changes nothing
     await_log(kept, "keeper: no worker runs", 2)
@@ -461,7 +465,7 @@ def test_a_state_that_the_broker_does_not_understand_is_refused_and_kept_until_i
     assert counts(client) == {
         "total": 12, "free": 12, "used": 0, "withheld": 0, "quarantined": 0, "waiting": 0
     }  # fmt: skip
-    assert stored(client) == 5
+    assert stored(client) == OWN + 3
 
 
 def test_two_clients_never_have_one_slot_after_restarts_under_load(
@@ -497,20 +501,20 @@ def test_a_host_that_was_emptied_stays_empty_and_its_enclaves_come_back_when_ask
     with images.vault.sgxs.open("rb") as image:
         sigstruct = images.vault.sigstruct.read_bytes()
         made = client.ok("create", (image.fileno(),), name="mine", sigstruct=sigstruct)
-    assert stored(client) == 2 + 2 * 3
+    assert stored(client) == OWN + 2 * 3
     told = client.ok("drain", all=True)["enclaves"]
     assert [enclave["emptied"] for enclave in told] == [True, True]
-    assert stored(client) == 2 + 2  # what they are built from
+    assert stored(client) == OWN + 2  # what they are built from
     for _ in range(2):
         kept.kill_worker()
         client.reconnect()
         await_log(kept, "ready")
         assert client.ok("enclaves")["enclaves"] == []
         client.fails("attach", "draining", enclave="vault")
-        assert stored(client) == 4
+        assert stored(client) == OWN + 2
     assert sorted(client.ok("undrain", all=True)["enclaves"]) == ["mine", "vault"]
     client.ok("attach", enclave="vault")
-    assert stored(client) == 2 + 2 * 3
+    assert stored(client) == OWN + 2 * 3
     kept.kill_worker()
     client.reconnect()
     infos = {info["name"]: info for info in client.ok("enclaves")["enclaves"]}

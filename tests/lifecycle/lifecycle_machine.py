@@ -437,7 +437,8 @@ class Lifecycle(RuleBasedStateMachine):
                 allowed = index in world.warden.troubled or slot.reason.startswith("revoked")
                 assert allowed, f"slot {index} is in quarantine for nothing: {slot.reason}"
                 continue
-            assert slot.state is SlotState.FREE, f"slot {index} ended {slot.state.value}: it is lost"
+            free = slot.state in (SlotState.FREE, SlotState.AHEAD)
+            assert free, f"slot {index} ended {slot.state.value}: it is lost"
             assert (inside.state, inside.cssa, inside.runner) == (SlotWord.ARMED, 0, None)
             assert not inside.dirty
             assert inside.key == enclave.slot_keys[index].key

@@ -25,6 +25,7 @@ from modelled_process import ModelledProcess, Reply
 from modelled_world import ENCLAVE, World, _close_at_once, _enclave_policy, _policy
 
 from teemate import wire
+from teemate.broker._door import ffi, lib
 from teemate.broker.connections.outbox import Outbox
 from teemate.broker.enclaves.administration import Administration
 from teemate.broker.enclaves.enclave import Enclave, EnclaveState
@@ -179,6 +180,7 @@ class MortalWorld(World):
         """Seconds that the first request to the next broker's warden takes."""
         self._points = _MANY
         self._over = False
+        self._attendant_lives = ffi.callback("int(void)", self.alive)
         super().__init__(slots, kill=kill)
 
     def _new_warden(self, *_: object, **__: object) -> _MortalWarden:
@@ -265,6 +267,7 @@ class MortalWorld(World):
             self._stop = keeping.cancel_scope
             keeping.start_soon(service.run)
             await service.running.wait()
+            lib.attendant_mortal(service.attendant._native, self._attendant_lives)
             if not self.lives:
                 await self._add_enclave()
             if ENCLAVE in service.enclaves:

@@ -24,6 +24,7 @@ from modelled_enclave import ModelledEnclave, ModelledWarden
 from modelled_process import Held, ModelledProcess
 
 from teemate import wire
+from teemate.broker.connections.attendant import Attendant
 from teemate.broker.connections.identity import Identity, Peer
 from teemate.broker.enclaves.enclave import Enclave, EnclaveState
 from teemate.broker.policy.limits import Charge
@@ -81,6 +82,8 @@ class World:
         self.records: list[dict[str, Any]] = []
         self.revoking: dict[int, set[Held]] = {}
         """What revocations that were asked for take back, by the tag of the request."""
+        self.given = 0
+        """Most attaches that one broker answered without Python."""
         self.clock = trio.testing.MockClock()
         self._started = threading.Event()
         self._failure: BaseException | None = None
@@ -103,6 +106,7 @@ class World:
     def _model_the_host(self, enter: Callable[[Any], object]) -> None:
         """Put what is modelled in the place of what the kernel would do, until :meth:`close`."""
         enter(mock.patch("teemate.broker.server.identify", self._identify))
+        enter(mock.patch.object(Attendant, "threaded", False))
         enter(mock.patch.object(signal, "pidfd_send_signal", self._send_signal))
 
     # -- the loop ------------------------------------------------------------------------
@@ -148,6 +152,9 @@ class World:
         async def run() -> T:
             result = function()
             await trio.testing.wait_all_tasks_blocked()
+            while self.service.attendant.step():  # its thread, in a step of its own
+                await trio.testing.wait_all_tasks_blocked()
+            self.given = max(self.given, self.service.attendant.statistics().given)
             return result
 
         try:

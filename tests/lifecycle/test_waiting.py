@@ -80,5 +80,5 @@ def test_a_grant_that_waits_for_its_slots_gets_no_others_meanwhile(
     world.step(waiting.end)
     world.pass_time(1)
     table = world.broker_enclave.slots.slots.values()
-    assert [slot.state for slot in table] == [SlotState.FREE] * SLOTS
+    assert all(slot.state in (SlotState.FREE, SlotState.AHEAD) for slot in table)
     assert charged_slots(service) == 0

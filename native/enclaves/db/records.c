@@ -346,3 +346,101 @@ int records_cut(struct record_file *file, uint64_t count)
     known->cut = 0;
     return 0;
 }
+
+/* ---- the head -------------------------------------------------------------------- */
+
+struct head {
+    uint8_t key[16];
+};
+#define HEAD_SEALED (sizeof(struct head) + TM_SEAL_OVERHEAD)
+
+static void head_binding(const struct record_file *file, uint8_t text[80])
+{
+    static const char label[] = "teemate database 1";
+
+    memset(text, 0, 80);
+    memcpy(text, label, sizeof(label));
+    memcpy(text + 24, file->database->name, strlen(file->database->name));
+}
+
+/* An empty database in WAL mode, as SQLite would make it; it never has a rollback journal. */
+static void first_page(uint8_t page[PAGE_SIZE])
+{
+    static const uint8_t head[] = {
+        'S', 'Q', 'L', 'i', 't', 'e', ' ', 'f', 'o', 'r', 'm', 'a', 't', ' ', '3', 0,
+        0x10, 0, 2, 2, 0, 64, 32, 32, /* page size, WAL, nothing reserved, fractions */
+        0, 0, 0, 1, 0, 0, 0, 1,       /* change counter, pages */
+    };
+
+    memset(page, 0, PAGE_SIZE);
+    memcpy(page, head, sizeof(head));
+    page[95] = 1; /* version-valid-for: the change counter */
+    page[96] = (uint8_t)(SQLITE_VERSION_NUMBER >> 24);
+    page[97] = (uint8_t)(SQLITE_VERSION_NUMBER >> 16);
+    page[98] = (uint8_t)(SQLITE_VERSION_NUMBER >> 8);
+    page[99] = (uint8_t)SQLITE_VERSION_NUMBER;
+    page[100] = 13; /* a leaf of a table, with no cells */
+    page[105] = 0x10;
+}
+
+/* The first page, then the head: without a head there is nothing yet.  A log is another database's of that name. */
+static int make(struct record_file *file, const char *log)
+{
+    uint8_t binding[80], sealed[HEAD_SEALED];
+    struct head head;
+    uint8_t *page;
+    int status = tm_file_delete(log);
+
+    if (!status || status == -TM_ENOENT)
+        status = tm_file_truncate(file->handle, 0);
+
+    page = status ? NULL : sqlite3_malloc(PAGE_SIZE);
+    if (!page)
+        return status ? status : RECORD_MEMORY;
+    tm_random(head.key, sizeof(head.key));
+    head_binding(file, binding);
+    status = tm_seal(SGX_KEYPOLICY_MRSIGNER, binding, sizeof(binding), &head, sizeof(head), sealed);
+    memcpy(file->database->key, head.key, sizeof(head.key));
+    first_page(page);
+    if (!status)
+        status = records_write(file, 0, page, 1);
+    if (!status)
+        status = tm_file_sync(file->handle);
+    if (!status) {
+        int64_t done = tm_file_write(file->handle, 0, sealed, sizeof(sealed));
+
+        status = done < 0 ? (int)done : tm_file_sync(file->handle);
+    }
+    sqlite3_free(page);
+    tm_wipe(&head, sizeof(head));
+    return status;
+}
+
+int record_open_database(struct record_file *file, const char *log, bool create)
+{
+    static const uint8_t nothing[HEAD_SEALED];
+    uint8_t binding[80], sealed[HEAD_SEALED] = {0};
+    struct head head;
+    int64_t got = tm_file_read(file->handle, 0, sealed, sizeof(sealed));
+    int status;
+
+    if (got < 0)
+        return (int)got;
+    /* Its making was cut short, or it is new: nobody was told that there is something in it. */
+    if (!memcmp(sealed, nothing, sizeof(sealed))) {
+        if (!create)
+            return -TM_ENOENT;
+        return make(file, log);
+    }
+    head_binding(file, binding);
+    status = tm_unseal(binding, sizeof(binding), sealed, sizeof(sealed), &head);
+    if (status)
+        return RECORD_TAMPERED;
+    memcpy(file->database->key, head.key, sizeof(head.key));
+    tm_wipe(&head, sizeof(head));
+    got = records_counted(file);
+    if (got < 0)
+        return (int)got;
+    file->database->files[FILE_MAIN].records = (uint64_t)got;
+    return 0;
+}

@@ -1,0 +1,177 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "plain.h"
+
+#include <math.h>
+#include <string.h>
+
+#define MAX_ID 9007199254740991ull /* as in broker/requests.py */
+#define MAX_NAME 64u
+
+/* ---- reading ------------------------------------------------------------------------ */
+
+struct reader {
+    const uint8_t *at, *end;
+};
+
+/* A head of RFC 8949, section 3, in its shortest form. */
+static bool head(struct reader *reader, unsigned int major, uint64_t *value)
+{
+    static const uint64_t least[] = {24, 0x100, 0x10000, 0x100000000ull};
+    unsigned int info, width;
+
+    if (reader->at == reader->end || *reader->at >> 5 != major)
+        return false;
+    info = *reader->at++ & 31;
+    if (info < 24) {
+        *value = info;
+        return true;
+    }
+    if (info > 27)
+        return false;
+    width = 1u << (info - 24);
+    if ((size_t)(reader->end - reader->at) < width)
+        return false;
+    *value = 0;
+    for (unsigned int i = 0; i < width; i++)
+        *value = *value << 8 | *reader->at++;
+    return *value >= least[info - 24];
+}
+
+static bool text(struct reader *reader, const char *expected)
+{
+    size_t size = strlen(expected);
+    uint64_t length;
+
+    if (!head(reader, 3, &length) || length != size || (size_t)(reader->end - reader->at) < size ||
+        memcmp(reader->at, expected, size) != 0)
+        return false;
+    reader->at += size;
+    return true;
+}
+
+/* A time that broker/requests.py would take: finite, and not negative. */
+static bool seconds(struct reader *reader)
+{
+    uint64_t bits = 0;
+    double value;
+
+    if (reader->at == reader->end)
+        return false;
+    if (*reader->at != 0xfb) /* what is no double of 64 bits */
+        return head(reader, 0, &bits) && bits <= MAX_ID;
+    if (reader->end - reader->at < 9)
+        return false;
+    for (int i = 1; i <= 8; i++)
+        bits = bits << 8 | reader->at[i];
+    reader->at += 9;
+    memcpy(&value, &bits, sizeof(value));
+    return isfinite(value) && value >= 0;
+}
+
+bool plain_parse(const uint8_t *untrusted, size_t size, struct plain_request *request)
+{
+    struct reader reader = {untrusted, untrusted + size};
+    uint64_t pairs, args, length, slots = 1;
+
+    if (!head(&reader, 5, &pairs) || pairs != 3)
+        return false;
+    if (!text(&reader, "id") || !head(&reader, 0, &request->id) || request->id > MAX_ID)
+        return false;
+    if (!text(&reader, "op") || !text(&reader, "attach") || !text(&reader, "args"))
+        return false;
+    if (!head(&reader, 5, &args) || args < 1 || args > 3)
+        return false;
+    if (!text(&reader, "enclave") || !head(&reader, 3, &length) || length < 1 || length > MAX_NAME ||
+        (size_t)(reader.end - reader.at) < length)
+        return false;
+    request->name = reader.at;
+    request->name_size = (size_t)length;
+    reader.at += length;
+    if (args > 1 && (!text(&reader, "slots") || !head(&reader, 0, &slots)))
+        return false;
+    if (args > 2 && (!text(&reader, "wait") || !seconds(&reader)))
+        return false;
+    return slots == 1 && reader.at == reader.end;
+}
+
+/* ---- writing ------------------------------------------------------------------------ */
+
+struct writer {
+    uint8_t *at, *end;
+    bool full;
+};
+
+static void put(struct writer *writer, const void *data, size_t size)
+{
+    if ((size_t)(writer->end - writer->at) < size) {
+        writer->full = true;
+        return;
+    }
+    memcpy(writer->at, data, size);
+    writer->at += size;
+}
+
+static void put_head(struct writer *writer, unsigned int major, uint64_t value)
+{
+    unsigned int width = value < 24 ? 0 : value < 0x100 ? 1 : value < 0x10000 ? 2 : value < 0x100000000ull ? 4 : 8;
+    unsigned int info = width == 0 ? (unsigned int)value : 23u + (unsigned int)__builtin_ctz(width) + 1;
+    uint8_t bytes[9] = {(uint8_t)(major << 5 | info)};
+
+    for (unsigned int i = 0; i < width; i++)
+        bytes[1 + i] = (uint8_t)(value >> 8 * (width - 1 - i));
+    put(writer, bytes, 1 + width);
+}
+
+static void put_text(struct writer *writer, const char *key)
+{
+    put_head(writer, 3, strlen(key));
+    put(writer, key, strlen(key));
+}
+
+static void put_uint(struct writer *writer, const char *key, uint64_t value)
+{
+    put_text(writer, key);
+    put_head(writer, 0, value);
+}
+
+static void put_bytes(struct writer *writer, const char *key, const uint8_t *bytes, size_t size)
+{
+    put_text(writer, key);
+    put_head(writer, 2, size);
+    put(writer, bytes, size);
+}
+
+/* The order of everything is that of broker/granting.py and broker/enclaves.py. */
+size_t plain_reply(const struct plain_text *common, const struct plain_counts *counts, uint64_t id,
+                   const struct plain_slot *slot, uint8_t *out, size_t room)
+{
+    struct writer writer = {out, out + room, false};
+
+    put_head(&writer, 5, 2);
+    put_uint(&writer, "id", id);
+    put_text(&writer, "ok");
+    put_head(&writer, 5, 5);
+    put_uint(&writer, "grant", slot->grant);
+    put_text(&writer, "enclave");
+    put_head(&writer, 5, common->info_pairs + 2);
+    put(&writer, common->info, common->info_size);
+    put_text(&writer, "slots");
+    put_head(&writer, 5, 6);
+    put_uint(&writer, "total", counts->total);
+    put_uint(&writer, "free", counts->free);
+    put_uint(&writer, "used", counts->used);
+    put_uint(&writer, "withheld", counts->withheld);
+    put_uint(&writer, "quarantined", counts->quarantined);
+    put_uint(&writer, "waiting", counts->waiting);
+    put_uint(&writer, "clients", counts->clients);
+    put(&writer, common->rest, common->rest_size);
+    put_text(&writer, "slots");
+    put_head(&writer, 4, 1);
+    put_head(&writer, 5, 5);
+    put_uint(&writer, "slot", slot->slot);
+    put_uint(&writer, "tcs", slot->tcs);
+    put_uint(&writer, "generation", slot->generation);
+    put_bytes(&writer, "key", slot->key, sizeof(slot->key));
+    put_bytes(&writer, "bind", slot->bind, sizeof(slot->bind));
+    return writer.full ? 0 : (size_t)(writer.at - out);
+}
