@@ -22,6 +22,7 @@ import click
 __all__ = ["install"]
 
 _PROGRAM = "/usr/bin/teemate-broker"
+_GATEWAY = "/usr/bin/teemate-gateway"
 _IMAGES = "/usr/lib/teemate/images"
 """What the shipped files have in place of where things are here."""
 _PROTECTED = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")  # noqa: S108 - named, not used
@@ -41,6 +42,8 @@ def _wanted(prefix: str, systemd: int) -> Iterator[_File]:
     lib, share = f"{prefix}/lib", f"{prefix}/share"
     yield _File("systemd/teemate-broker.service", f"{lib}/systemd/system/teemate-broker.service")
     yield _File("systemd/teemate-broker.socket", f"{lib}/systemd/system/teemate-broker.socket")
+    yield _File("systemd/teemate-gateway.service", f"{lib}/systemd/system/teemate-gateway.service")
+    yield _File("systemd/teemate-gateway.socket", f"{lib}/systemd/system/teemate-gateway.socket")
     if systemd >= 254:
         yield _File("systemd/254.conf", f"{lib}/systemd/system/teemate-broker.service.d/254.conf")
     yield _File("systemd/sysusers.conf", f"{lib}/sysusers.d/teemate.conf")
@@ -51,13 +54,20 @@ def _wanted(prefix: str, systemd: int) -> Iterator[_File]:
     yield _File("systemd/broker.toml.example", f"{share}/teemate/broker.toml.example")
     yield _File("man/teemate.1", f"{share}/man/man1/teemate.1")
     yield _File("man/teemate-broker.8", f"{share}/man/man8/teemate-broker.8")
+    yield _File("man/teemate-gateway.8", f"{share}/man/man8/teemate-gateway.8")
     yield _File("man/teemate.toml.5", f"{share}/man/man5/teemate.toml.5")
 
 
 def _content(source: str, program: str) -> bytes:
     package = files("teemate")
     text = (package / source).read_text("utf-8")
-    return text.replace(_PROGRAM, program).replace(_IMAGES, str(package / "images")).encode()
+    gateway = str(Path(program).with_name("teemate-gateway"))
+    return (
+        text.replace(_PROGRAM, program)
+        .replace(_GATEWAY, gateway)
+        .replace(_IMAGES, str(package / "images"))
+        .encode()
+    )
 
 
 def _program() -> str:

@@ -2,7 +2,7 @@
 
 Figures, each compared with its like in the same run:
 
-_run      the benchmarks by name; their modules are _floor, _attach, _call, _memory, _scale and _churn
+_run      the benchmarks by name; their modules are _floor, _attach, _call, _memory, _scale, _churn and _db
 _rows     a figure, what it is compared with, and the targets
 _setting  images, brokers and programs for a benchmark
 _measured the programs that are measured, and how they take turns

@@ -43,12 +43,15 @@ class BenchBroker:
         slots_per_client: int = 4,
         copies: int = 1,
         resume_grace: float = 60.0,
+        storage: bool = False,
     ) -> None:
         """Have room for `programs`; `command` starts something else than our keeper.
 
-        Of `copies` enclaves from the image the first has the image's name.
+        Of `copies` enclaves from the image the first has the image's name.  With `storage` their files are
+        below :attr:`state`.
         """
         self.socket = str(folder / "broker.sock")
+        self.state = folder / "state"
         self._folder = folder
         self._log = folder / "broker.log"
         self._command = command or _KEPT
@@ -65,6 +68,7 @@ sigstruct = "{image.sigstruct}"
 slots_per_client = {slots_per_client}
 clients_per_uid = {4 * programs + 32}
 wait = 120.0
+storage = {str(storage).lower()}
 
 [[enclave.attach]]
 uid = {uid}
@@ -76,6 +80,7 @@ uid = {uid}
 [broker]
 backend = "{backend}"
 resume_grace = {resume_grace}
+state_directory = "{self.state}"
 
 [administrators]
 uids = [{uid}]

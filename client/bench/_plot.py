@@ -131,6 +131,32 @@ def _draw_container(axes: Any, report: Report) -> None:
     _say(axes, f"A container's first reply takes {attached:.0f} ms attaching, {built:.0f} ms building")
 
 
+def _draw_db(axes: Any, report: Report) -> None:
+    lines = report.result.series
+    half = len(lines) // 2
+    colours = (_SHARED, _OTHER, _QUIET)
+    figure = axes.figure
+    figure.set_size_inches(10.5, 4.4)
+    grid = figure.add_gridspec(1, 2)
+    axes.set_subplotspec(grid[0])
+    _lines(axes, lines[half:], colours, "MiB")
+    axes.set_ylim(bottom=0)
+    second = figure.add_subplot(grid[1])
+    _lines(second, lines[:half], colours, "ms")
+    second.set_yscale("log")
+    _plain_numbers(second.yaxis)
+    for one, label in (
+        (axes, "all memory, enclaves included (MiB)"),
+        (second, "open, to the first answer (ms)"),
+    ):
+        _whole_ticks(one, lines[0])
+        one.set_xlabel("processes with one database")
+        one.set_ylabel(label)
+    rows = {row.figure: row.value for row in report.result.rows}
+    less, sooner = (rows[f"db_{what}_ratio"] for what in ("memory", "open_first_query"))
+    _say(axes, f"8 processes in one enclave: 1/{less:.1f} of the memory, and ready {sooner:.0f} times sooner")
+
+
 def _draw_floor(axes: Any, report: Report) -> None:
     names = {
         "floor_getppid": "one system call (getppid)",
@@ -171,6 +197,7 @@ _PICTURES: dict[str, Callable[[Any, Report], None]] = {
     "call": _draw_call,
     "churn": _draw_churn,
     "container": _draw_container,
+    "db": _draw_db,
     "floor": _draw_floor,
     "memory": _draw_memory,
     "scale": _draw_scale,

@@ -13,6 +13,7 @@ from teemate.bench._attach import bench_attach
 from teemate.bench._call import bench_call
 from teemate.bench._churn import bench_churn
 from teemate.bench._container import bench_container
+from teemate.bench._db import bench_db
 from teemate.bench._floor import bench_floor, hash_rate
 from teemate.bench._measured import Listener
 from teemate.bench._memory import bench_memory
@@ -29,11 +30,13 @@ _SINGLE: dict[str, Callable[[Setting], Result]] = {
     "memory": bench_memory,
     "scale": bench_scale,
     "churn": bench_churn,
+    "db": bench_db,
     "container": bench_container,
 }
 BENCHES = (*_SINGLE, "all")
 _QUICK = ("attach", "call", "memory", "scale")
-"""What has the figures with targets, besides `hash_rate`."""
+"""What has the figures with targets, besides `hash_rate`; the database's would take as long again."""
+_ALL = (*_QUICK, "churn", "db", "floor")
 
 
 class Report(NamedTuple):
@@ -71,7 +74,7 @@ def run_bench(
 def _everything(setting: Setting) -> Result:
     """Run all; a floor that several measured is told as it was where it was first compared with."""
     rows: dict[str, Row] = {}
-    for name in _QUICK if setting.quick else ("attach", "call", "memory", "scale", "churn", "floor"):
+    for name in _QUICK if setting.quick else _ALL:
         for row in _SINGLE[name](setting).rows:
             rows.setdefault(row.figure, row)
     if setting.quick:

@@ -6,14 +6,17 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from teemate._backend import choose_backend
 from teemate.bench._broker import UNKEPT, BenchBroker
 from teemate.bench._measured import Listener, Measured
 from teemate.demo._prepare import ENCLAVE, DemoImage, prepare_image
 from teemate.errors import Unsupported
-from teemate.image import shipped
+from teemate.image import generate_key, shipped
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
 __all__ = ["C_SUBJECT", "FLOOR", "HEAP", "MIB", "Setting"]
 
@@ -55,6 +58,7 @@ class Setting:
         self._folder = folder
         self._command = command
         self._images: dict[tuple[int, int], DemoImage] = {}
+        self._signer: RSAPrivateKey | None = None
 
     def times(self, full: int, quick: int) -> int:
         """Return how often something is to be repeated."""
@@ -71,13 +75,29 @@ class Setting:
             self._images[key] = prepare_image(self.new_folder("image"), heap=heap, clients=slots)
         return self._images[key]
 
+    def database_image(self, *, heap: int, slots: int) -> DemoImage:
+        """Lay the database enclave out; all have one signer, and so can open each other's databases."""
+        if self._signer is None:
+            self._signer = generate_key()
+        folder = self.new_folder("database")
+        return prepare_image(folder, heap=heap, clients=slots, name="db", key=self._signer)
+
     def broker(
-        self, image: DemoImage, *, clients: int = 64, slots_per_client: int = 4, copies: int = 1
+        self,
+        image: DemoImage,
+        *,
+        clients: int = 64,
+        slots_per_client: int = 4,
+        copies: int = 1,
+        storage: bool = False,
     ) -> BenchBroker:
-        """Return a broker that shares `copies` enclaves from `image`, to be entered."""
+        """Return a broker that shares `copies` enclaves from `image`, to be entered.
+
+        With `storage` they may have files.
+        """
         return BenchBroker(
             self.new_folder("broker"), image, backend=self.backend, programs=clients, command=self._command,
-            slots_per_client=slots_per_client, copies=copies,
+            slots_per_client=slots_per_client, copies=copies, storage=storage,
         )  # fmt: skip
 
     def sharer(self, broker: BenchBroker, *options: str) -> Measured:

@@ -13,6 +13,7 @@ import click
 
 from ._complete import enclaves as known_enclaves
 from ._socket import socket_option
+from .db_whole import COMMANDS
 
 __all__ = ["db"]
 
@@ -31,6 +32,10 @@ def db() -> None:
     """Work with a database in an enclave."""
 
 
+for _whole in COMMANDS:
+    db.add_command(_whole)
+
+
 @db.command()
 @click.argument("enclave", shell_complete=known_enclaves)
 @click.argument("database", default=":memory:")
@@ -44,7 +49,7 @@ def shell(enclave: str, database: str, readonly: bool, timeout: float, path: str
     the history is not written to a file.  Otherwise columns are separated by tabs, and the first error is
     the end, with status 1.
     """
-    from .. import connect
+    from .. import connect, errors
     from .. import db as database_module
 
     with connect(path, client="teemate db") as broker, broker.attach(enclave) as attached:
@@ -53,6 +58,8 @@ def shell(enclave: str, database: str, readonly: bool, timeout: float, path: str
                 attached, database, timeout=timeout, isolation_level=None, readonly=readonly
             )
         except database_module.Error as error:
+            if isinstance(error, errors.Error):
+                raise
             raise click.ClickException(shown_text(str(error))) from None
         with contextlib.closing(connection):
             _converse(connection)
@@ -70,7 +77,7 @@ def _converse(connection: Any) -> None:
         try:
             with _interrupting(connection) as check:
                 if text.startswith("."):
-                    if not _command(connection, text, check):
+                    if not _dot_command(connection, text, check):
                         return
                 else:
                     # Closed at once: what is half read would keep its lock until the next statement.
@@ -153,7 +160,7 @@ def _rows(cursor: Any, check: Callable[[], None]) -> Iterator[Any]:
         check()
 
 
-def _command(connection: Any, text: str, check: Callable[[], None]) -> bool:
+def _dot_command(connection: Any, text: str, check: Callable[[], None]) -> bool:
     """Do what `text` says; false when it is to leave."""
     tables = "FROM sqlite_schema WHERE name NOT LIKE 'sqlite~_%' ESCAPE '~'"
     if text == ".tables":

@@ -18,7 +18,7 @@ Each connection takes a slot and has SQLite's own memory in it.  Statements, par
 pass through this process; pages, caches and temporary tables stay in the enclave.
 
 What of sqlite3 is not here calls back into the program (functions, collations, authorizers, progress
-handlers), or reads the database as a file (backup, serialize, extensions): such methods raise
+handlers), or reads the database as bytes (serialize, extensions): such methods raise
 :class:`NotSupportedError`, ``create_function`` not before a statement uses the function.  Rows are
 fetched ahead, in batches: a statement may have read further than the program has when its transaction ends.
 """
@@ -28,15 +28,19 @@ from __future__ import annotations
 from teemate.db._blob import Blob
 from teemate.db._codes import NUMBERS
 from teemate.db._connection import Connection, connect
+from teemate.db._copying import delete, import_file
 from teemate.db._cursor import Cursor
 from teemate.db._errors import (
     DatabaseError,
+    DatabaseExists,
     DatabaseTampered,
     DataError,
+    Denied,
     Error,
     IntegrityError,
     InterfaceError,
     InternalError,
+    LimitReached,
     NotSupportedError,
     OperationalError,
     ProgrammingError,
@@ -61,27 +65,35 @@ from teemate.db._types import (
     register_adapter,
     register_converter,
 )
+from teemate.db._wire import Access, Description, Grantee, Right
 
 __all__ = [
     "PARSE_COLNAMES",
     "PARSE_DECLTYPES",
+    "Access",
     "Binary",
     "Blob",
     "Connection",
     "Cursor",
     "DataError",
     "DatabaseError",
+    "DatabaseExists",
     "DatabaseTampered",
     "Date",
     "DateFromTicks",
+    "Denied",
+    "Description",
     "Error",
+    "Grantee",
     "IntegrityError",
     "InterfaceError",
     "InternalError",
+    "LimitReached",
     "NotSupportedError",
     "OperationalError",
     "PrepareProtocol",
     "ProgrammingError",
+    "Right",
     "Row",
     "Time",
     "TimeFromTicks",
@@ -94,6 +106,8 @@ __all__ = [
     "complete_statement",
     "connect",
     "converters",
+    "delete",
+    "import_file",
     "paramstyle",
     "register_adapter",
     "register_converter",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,18 +19,16 @@ from teemate.db._blob import Blob
 from teemate.db._codes import NUMBERS
 from teemate.db._cursor import Cursor, Parameters
 from teemate.db._errors import ROOM, error_of
+from teemate.db._opening import LEVELS, answered, isolation, named
 from teemate.db._statement import Statement, statement_of
+from teemate.db._whole import Whole
 from teemate.db._wire import (
-    CREATE,
-    DB_FAILED,
-    MEMORY,
-    READONLY,
     UNCACHED,
+    Access,
     Batch,
     Failure,
     Opened,
     decode,
-    decode_failure,
     encode_end,
     encode_execute,
     encode_fetch,
@@ -44,15 +41,12 @@ from teemate.db._wire import (
 __all__ = ["Connection", "connect"]
 
 REPLY = 65536
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}", re.ASCII)
-_LEVELS = {"": 1, "DEFERRED": 1, "IMMEDIATE": 2, "EXCLUSIVE": 3}
-_CANTOPEN = 14
 _SQL_LENGTH = NUMBERS["SQLITE_LIMIT_SQL_LENGTH"]
 _VARIABLES = NUMBERS["SQLITE_LIMIT_VARIABLE_NUMBER"]
 _LIMITS = {_SQL_LENGTH: 1_000_000_000, _VARIABLES: 32766}
 
 
-class Connection:
+class Connection(Whole):
     """A database that is open in a slot of an enclave: what :func:`connect` returns.
 
     It holds the slot until :meth:`close`, or until nobody has it any more.  Leaving it as a context
@@ -77,7 +71,6 @@ class Connection:
     row_factory: Callable[..., Any] | None = None
     text_factory: Any = str
     _ready = False
-    _slot: Any = None
     _life = 0
 
     def __init__(
@@ -100,7 +93,7 @@ class Connection:
         self._ready = False
         if self._slot is not None:
             self._leave()
-        self._level = _level(isolation_level)
+        self._level = isolation(isolation_level)
         self._detect_types = detect_types
         self._check_thread = check_same_thread
         self._thread = threading.get_ident()
@@ -114,7 +107,7 @@ class Connection:
         self.row_factory = None
         self.text_factory = str
         self._life += 1
-        name, flags = _named(database, readonly=readonly, create=create)
+        name, flags = named(database, readonly=readonly, create=create)
         request = encode_open(
             name,
             flags | (UNCACHED if uncached else 0),
@@ -126,9 +119,11 @@ class Connection:
         self._held = contextlib.ExitStack()
         with contextlib.ExitStack() as held:
             slot = held.enter_context(slot_of(enclave) if isinstance(enclave, str) else enclave.slot())
-            self._opened = Opened.parse(_opening(lambda: slot.call("db_open", request), database))
+            reply = answered(lambda: slot.call("db_open", request), f"open {database!r}")
+            self._opened = Opened.parse(reply)
             self._held = held.pop_all()
         self._slot = slot
+        self._has_file = bool(name)
         self._ready = True
 
     def __del__(self) -> None:
@@ -230,9 +225,15 @@ class Connection:
     @isolation_level.setter
     def isolation_level(self, level: str | None) -> None:
         self._check()
-        self._level = _level(level)
+        self._level = isolation(level)
         if level is None:
             self.commit()
+
+    @property
+    def access(self) -> Access:
+        """How it is open: READ where only that was granted or asked for, OWNER for who has made it."""
+        self._check()
+        return self._opened.access
 
     # ---- what sqlite3 has besides -------------------------------------------------------------
 
@@ -293,7 +294,7 @@ class Connection:
             "is read by nobody else"
         )
 
-    backup = create_aggregate = create_collation = _unsupported
+    create_aggregate = create_collation = _unsupported
     create_window_function = deserialize = enable_load_extension = iterdump = load_extension = _unsupported
     serialize = set_authorizer = set_progress_handler = _unsupported
 
@@ -334,7 +335,7 @@ class Connection:
 
     def _begin_for(self, statement: Statement) -> int:
         """Return the enum db_begin for `statement`."""
-        return _LEVELS[self._level] if statement.changes and self._level is not None else 0
+        return LEVELS[self._level] if statement.changes and self._level is not None else 0
 
     def _forget(self, life: int, cursor: int) -> None:
         """Have the enclave end `cursor` with the next call; what a destructor may do."""
@@ -456,37 +457,3 @@ def connect(
 
     """
     return factory(enclave, database, timeout, detect_types, isolation_level, check_same_thread, **options)
-
-
-def _level(level: str | None) -> str | None:
-    if level is not None and not isinstance(level, str):
-        raise TypeError(f"isolation_level must be str or None, not {type(level).__name__}")
-    if level is not None and level.upper() not in _LEVELS:
-        raise ValueError("isolation_level string must be '', 'DEFERRED', 'IMMEDIATE', or 'EXCLUSIVE'")
-    return None if level is None else level.upper()
-
-
-def _named(database: Any, *, readonly: bool, create: bool) -> tuple[bytes, int]:
-    name = os.fsdecode(database)
-    if name in (":memory:", ""):
-        return b"", MEMORY
-    if not _NAME.fullmatch(name) or name.endswith(("-wal", "-journal")):
-        raise _cannot_open(
-            f"{name!r} is no name of a database: 1 to 48 of A-Z a-z 0-9 . _ -, beginning with a letter or "
-            "digit, and not ending in -wal or -journal"
-        )
-    return name.encode(), READONLY if readonly else CREATE if create else 0
-
-
-def _cannot_open(why: str) -> _errors.Error:
-    return error_of(_CANTOPEN, f"unable to open database file: {why}")
-
-
-def _opening(call: Callable[[], bytes], database: object) -> bytes:
-    try:
-        return call()
-    except teemate_errors.CallFailed as error:
-        if error.status != DB_FAILED:
-            raise _errors.OperationalError(f"cannot open {database!r}: {error}") from error
-        failure = decode_failure(error.reply)
-        raise error_of(failure.code, failure.message) from None

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from teemate import errors
 from teemate.db._codes import NAMES
 
 __all__ = [
     "DataError",
     "DatabaseError",
+    "DatabaseExists",
     "DatabaseTampered",
+    "Denied",
     "Error",
     "IntegrityError",
     "InterfaceError",
     "InternalError",
+    "LimitReached",
     "NotSupportedError",
     "OperationalError",
     "ProgrammingError",
@@ -75,18 +79,49 @@ class DatabaseTampered(DatabaseError):  # noqa: N818
     """
 
 
+class Denied(OperationalError, errors.Denied):  # noqa: N818
+    """The caller has no right to do this with the database: its owner can grant it.
+
+    Also a :class:`teemate.Denied`.
+    """
+
+
+class DatabaseExists(OperationalError):  # noqa: N818
+    """There is a database of that name: take another one, or delete it."""
+
+
+class LimitReached(OperationalError, errors.LimitReached):  # noqa: N818
+    """A limit was met, which ``detail`` names with the setting that raises it.
+
+    Also a :class:`teemate.LimitReached`.
+    """
+
+
 TAMPERED, PARAMETERS, STATEMENTS, CURSOR, CURSORS, ROOM, TIME, REQUEST, STORAGE = range(-1, -10, -1)
+DENIED, EXISTS, RIGHTS, COPYING = range(-10, -14, -1)
 _OWN: dict[int, tuple[type[Error], str]] = {
     TAMPERED: (DatabaseTampered, ""),
     PARAMETERS: (ProgrammingError, ""),
     STATEMENTS: (ProgrammingError, "You can only execute one statement at a time."),
     CURSOR: (InterfaceError, ""),
-    CURSORS: (OperationalError, ""),
     ROOM: (DataError, ""),
-    TIME: (OperationalError, ""),
     REQUEST: (InternalError, ""),
     STORAGE: (OperationalError, ""),
+    DENIED: (Denied, ""),
+    EXISTS: (DatabaseExists, ""),
+    COPYING: (ProgrammingError, ""),
 }
+_NOMEM = 7
+_LIMITS: dict[int, tuple[str, dict[str, object]]] = {
+    CURSORS: ("or connect with more `cursors`", {"limit": "cursors", "setting": "connect(cursors=)"}),
+    TIME: (
+        "connect with a longer `statement_timeout`",
+        {"limit": "statement_timeout", "setting": "connect(statement_timeout=)"},
+    ),
+    RIGHTS: ("", {"limit": "grants of a database", "setting": "none"}),
+    _NOMEM: ("connect with more `memory`", {"limit": "memory", "setting": "connect(memory=)"}),
+}
+"""What to do about a limit, and `detail`."""
 _BY_NAME: dict[str, type[Error]] = {
     "INTERNAL NOTFOUND": InternalError,
     "ERROR PERM ABORT BUSY LOCKED NOMEM READONLY INTERRUPT IOERR FULL CANTOPEN PROTOCOL EMPTY SCHEMA": (
@@ -97,17 +132,20 @@ _BY_NAME: dict[str, type[Error]] = {
     "MISUSE RANGE": InterfaceError,
 }
 _CLASSES = {f"SQLITE_{name}": kind for names, kind in _BY_NAME.items() for name in names.split()}
-_NOMEM = 7
 
 
 def error_of(code: int, message: str) -> Error:
     """Return the exception for SQLite's `code`, or for one of enum db_own_code."""
-    if code < 0:
+    limit = _LIMITS.get(code if code < 0 else code & 0xFF)
+    if limit is not None:
+        remedy, detail = limit
+        error: Error = LimitReached(f"{message}: {remedy}" if remedy else message, detail)
+    elif code < 0:
         kind, text = _OWN.get(code, (InternalError, ""))
         return kind(text or message)
-    error = _CLASSES.get(NAMES.get(code & 0xFF, ""), DatabaseError)(
-        f"{message}: connect with more `memory`" if code & 0xFF == _NOMEM else message
-    )
-    error.sqlite_errorcode = code
-    error.sqlite_errorname = NAMES.get(code, NAMES.get(code & 0xFF, "unknown"))
+    else:
+        error = _CLASSES.get(NAMES.get(code & 0xFF, ""), DatabaseError)(message)
+    if code >= 0:
+        error.sqlite_errorcode = code
+        error.sqlite_errorname = NAMES.get(code, NAMES.get(code & 0xFF, "unknown"))
     return error

@@ -6,6 +6,7 @@ them, and texts stay UTF-8 until it is known what the program wants them as.
 
 from __future__ import annotations
 
+import enum
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,20 +18,31 @@ __all__ = [
     "CREATE",
     "DB_FAILED",
     "MEMORY",
+    "PAGE",
+    "PAGES",
     "READONLY",
     "REPLY_MIN",
     "UNCACHED",
+    "Access",
     "Batch",
+    "CopyKind",
+    "Description",
     "Failure",
+    "Grantee",
     "Opened",
+    "Right",
     "Stored",
     "Text",
     "decode",
+    "decode_copying",
     "decode_failure",
+    "encode_copied",
+    "encode_copy",
     "encode_end",
     "encode_execute",
     "encode_fetch",
     "encode_open",
+    "encode_pages",
     "encode_run",
     "encode_script",
     "encode_set",
@@ -41,6 +53,10 @@ READONLY, CREATE, MEMORY, UNCACHED = 1, 2, 4, 8
 DB_FAILED: Final = 1
 """The status of an ECALL whose answer is a struct db_error."""
 REPLY_MIN: Final = 1024
+PAGE: Final = 4096
+"""Bytes of a page."""
+PAGES: Final = 64
+"""Pages that one call of db_pages moves at most."""
 _EXECUTE, _FETCH, _END, _SCRIPT = 1, 2, 3, 4
 _NAMED, _DESCRIBE = 1, 2
 _MORE, _TRANSACTION, _READS, _CHANGES = 1, 2, 4, 8
@@ -48,15 +64,45 @@ _NULL, _INTEGER, _REAL, _TEXT, _BLOB = range(5)
 _ROWS, _ERROR_KIND = 1, 2
 
 _OPEN = struct.Struct("<IIIIQII")
-_OPENED = struct.Struct("<QII")
+_OPENED = struct.Struct("<QIIII")
 _RUN = struct.Struct("<IIQ")
 _OPERATION = struct.Struct("<BBBBHHIIIII")
 _RESULT = struct.Struct("<BBHIIIIIqq")
 _ERROR = struct.Struct("<BBHiiIII")
+_RIGHT = struct.Struct("<IBBH")
+_DESCRIPTION = struct.Struct("<IIIIQ")
+_COPY = struct.Struct("<IIQ")
+_PAGES = struct.Struct("<II")
+_COPYING = struct.Struct("<QQ")
+_COPIED = struct.Struct("<IIQ")
 _INTEGER_FIELD = struct.Struct("<q")
 _REAL_FIELD = struct.Struct("<d")
 _LENGTH = struct.Struct("<H")
 _NO_NAME = 0xFFFF
+
+
+class Access(enum.IntEnum):
+    """What somebody may do with a database."""
+
+    NONE = 0
+    READ = 1
+    WRITE = 2
+    OWNER = 3
+
+
+class Grantee(enum.IntEnum):
+    """Whom a right is granted to."""
+
+    UID = 1
+    GID = 2
+
+
+class CopyKind(enum.IntEnum):
+    """Where pages go: out of the enclave, to a new database in it, or in from outside."""
+
+    OUT = 1
+    TO = 2
+    IN = 3
 
 
 class Text(bytes):
@@ -76,13 +122,16 @@ class Opened:
     connection: int
     slot: int
     sqlite_version: int
+    access: Access
+    """How it is open: not more than its owner has granted, nor than what was asked for."""
 
     @classmethod
     def parse(cls, reply: bytes) -> Opened:
         """Decode a struct db_opened."""
         if len(reply) != _OPENED.size:
             raise ProtocolError(f"db_opened has {_OPENED.size} bytes, this one {len(reply)}")
-        return cls(*_OPENED.unpack(reply))
+        connection, slot, version, access, _ = _OPENED.unpack(reply)
+        return cls(connection, slot, version, Access(access))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +147,49 @@ class Failure:
     """Which set of parameters; for ROOM the cursor to fetch from."""
     needed: int
     transaction: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Right:
+    """What one user or group was granted."""
+
+    grantee: Grantee
+    id: int
+    """A uid, or a gid."""
+    access: Access
+
+    def encode(self) -> bytes:
+        """Encode a struct db_right; NONE takes it back."""
+        return _RIGHT.pack(self.id, self.grantee, self.access, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """Whose a database is, and who may use it."""
+
+    owner: int
+    """The uid that has made it."""
+    access: Access
+    """What this client may do."""
+    rights: tuple[Right, ...]
+    """What others were granted; only its owner is told."""
+    size: int
+    """Bytes, what is in the log not counted."""
+
+    @classmethod
+    def parse(cls, reply: bytes) -> Description:
+        """Decode a struct db_description and its rights."""
+        try:
+            owner, access, count, _, pages = _DESCRIPTION.unpack_from(reply)
+            rights = tuple(
+                Right(Grantee(grantee), number, Access(granted))
+                for number, grantee, granted, _ in _RIGHT.iter_unpack(reply[_DESCRIPTION.size :])
+            )
+        except (struct.error, ValueError) as error:
+            raise ProtocolError(f"the database enclave's description is none: {error}") from None
+        if len(rights) != count:
+            raise ProtocolError(f"{count} rights were announced, and {len(rights)} came")
+        return cls(owner, Access(access), rights, pages * PAGE)
 
 
 class Batch:
@@ -271,6 +363,21 @@ def encode_run(operations: Sequence[bytes], interrupt: int) -> bytes:
     return _RUN.pack(len(operations), 0, interrupt) + b"".join(operations)
 
 
+def encode_copy(kind: CopyKind, name: bytes = b"", pages: int = 0) -> bytes:
+    """Encode what db_copy is asked; `pages` when they come from outside."""
+    return _COPY.pack(kind, len(name), pages) + name
+
+
+def encode_pages(count: int, pages: bytes = b"") -> bytes:
+    """Encode what db_pages is asked: the next `count` pages; `pages` when they come from outside."""
+    return _PAGES.pack(count, 0) + pages
+
+
+def encode_copied(*, keep: bool, interrupt: int = 0) -> bytes:
+    """Encode that a copy is to be kept, or given up; `interrupt` as for :func:`encode_run`."""
+    return _COPIED.pack(keep, 0, interrupt)
+
+
 # ---- answers ---------------------------------------------------------------------------------
 
 
@@ -285,6 +392,14 @@ def decode_failure(data: bytes, at: int = 0) -> Failure:
     at += _ERROR.size
     message = data[at : at + length].decode(errors="replace")
     return Failure(code, message, offset, set_, needed, bool(flags & _TRANSACTION))
+
+
+def decode_copying(reply: bytes) -> tuple[int, int, bytes]:
+    """Decode a struct db_copying: pages that are done, pages in all, and what came with it."""
+    if len(reply) < _COPYING.size:
+        raise ProtocolError("the database enclave's answer about a copy is too short")
+    done, pages = _COPYING.unpack_from(reply)
+    return done, pages, reply[_COPYING.size :]
 
 
 def decode(reply: bytes) -> tuple[list[Batch], Failure | None]:

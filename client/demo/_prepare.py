@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
@@ -24,6 +24,9 @@ from teemate.image import (
     sign_with_key,
 )
 from teemate.image.layout import FLAG_TIME
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
 __all__ = ["ENCLAVE", "DemoImage", "prepare_image", "run_broker"]
 
@@ -45,12 +48,20 @@ class DemoImage(NamedTuple):
     """Bytes of ELRANGE."""
 
 
-def prepare_image(folder: Path, *, heap: int, clients: int, elf: Path | None = None) -> DemoImage:
-    """Lay the vault's ELF out with `heap` bytes and a slot for each client; needs no compiler.
+def prepare_image(
+    folder: Path,
+    *,
+    heap: int,
+    clients: int,
+    elf: Path | None = None,
+    name: str = ENCLAVE,
+    key: RSAPrivateKey | None = None,
+) -> DemoImage:
+    """Lay the shipped ELF `name` out with `heap` bytes and a slot for each client; needs no compiler.
 
-    `elf` is another one than that which is shipped.
+    `elf` is another one than that which is shipped; `key` signs, or one that is made now.
     """
-    source = shipped(ENCLAVE)
+    source = shipped(name)
     header = inspect(source.sgxs).header
     if header is None:
         raise InternalError(f"{source.sgxs} is no image of the SDK: install TeeMate anew")
@@ -64,9 +75,11 @@ def prepare_image(folder: Path, *, heap: int, clients: int, elf: Path | None = N
         debug=header.debug,
         time=bool(header.flags & FLAG_TIME),
     )
-    built = layout_image(elf or source.elf, folder / "vault.sgxs", options)
-    sigstruct = folder / "vault.sig"
-    signed = sign_with_key(SigParams(debug_allowed=header.debug).unsigned(built.mrenclave), generate_key())
+    built = layout_image(elf or source.elf, folder / f"{name}.sgxs", options)
+    sigstruct = folder / f"{name}.sig"
+    signed = sign_with_key(
+        SigParams(debug_allowed=header.debug).unsigned(built.mrenclave), key or generate_key()
+    )
     sigstruct.write_bytes(signed.to_bytes())
     info = inspect(built.sgxs)
     return DemoImage(built.sgxs, sigstruct, info.mrenclave, info.pages, info.measured, info.size)

@@ -19,7 +19,6 @@ __all__ = ["Answer", "Refused", "of_error", "problem"]
 RETRY_AFTER = 1
 """Seconds after which a slot may well be free: functions are short."""
 
-# By code: status, and which facts of the error's detail a client may see.
 _STATUS: dict[str, int] = {
     "not-found": 404,
     "denied": 403,
@@ -35,10 +34,12 @@ _STATUS: dict[str, int] = {
     "function-failed": 422,
     "function-trapped": 422,
     "function-limit": 422,
-    "module-invalid": 422,
+    "function-argument": 400,
+    "function-crashed": 502,
+    "enclave-fault": 502,
 }
-_TOLD = ("limit", "exit_code", "stderr", "trap")
-# What the broker says of its own policy and state is for its log.
+_TOLD = ("limit", "maximum", "exit_code")
+# What the broker says of its policy is for the log, what a function logs for its owner (`teemate fn logs`).
 _OPAQUE = {
     403: "the gateway may not use the enclave: its log says more",
     500: "the gateway failed: its log says more",
@@ -78,8 +79,14 @@ def problem(status: int, code: str, detail: str, **facts: object) -> Answer:
 
 def of_error(error: Error) -> Answer:
     """What an invocation raised."""
-    status = _STATUS.get(error.code, 502 if error.code == "enclave-fault" else 500)
-    if error.code == "function-limit" and error.detail.get("limit") == "time":
-        status = 504
-    facts = {name: error.detail[name] for name in _TOLD if name in error.detail} if status == 422 else {}
-    return problem(status, error.code, _OPAQUE.get(status, error.message), **facts)
+    status = _STATUS.get(error.code, 500)
+    if error.code == "function-limit":
+        # Time is the deadline's; the heap is full of others', and may not be soon.
+        status = {"time": 504, "heap": 503}.get(str(error.detail.get("limit")), status)
+    facts = {}
+    message = _OPAQUE.get(status, error.message)
+    if error.code.startswith("function-"):
+        facts = {name: error.detail[name] for name in _TOLD if name in error.detail}
+    if error.code == "function-failed":
+        message = f"the function ended with exit code {facts.get('exit_code')}"
+    return problem(status, error.code, message, **facts)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from contextlib import AsyncExitStack
 from typing import Any, Protocol, final
 from urllib.parse import parse_qsl
 
@@ -16,7 +16,14 @@ from structlog.typing import FilteringBoundLogger
 from ..errors import Error
 from .admission import Admission, FunctionBusyError, QueueFullError
 from .answers import Answer, Refused, of_error, problem
-from .openapi import MAX_ARGUMENT_BYTES, MAX_ARGUMENTS, NAME_PATTERN, TIMEOUT_HEADER, openapi_json
+from .openapi import (
+    MAX_ARGUMENT_BYTES,
+    MAX_ARGUMENTS,
+    NAME_PATTERN,
+    TIMEOUT_HEADER,
+    TIMEOUT_PATTERN,
+    openapi_json,
+)
 from .settings import Settings
 
 __all__ = ["Functions", "Gateway"]
@@ -28,11 +35,15 @@ Send = Callable[[Message], Awaitable[None]]
 PIECE = 64 << 10
 """Bytes of a result that are handed on at once: more only when the client has taken these."""
 HEALTH_SECONDS = 2.0
+LATE_SECONDS = 3.0
+"""By how much an invocation may miss its deadline before its call is given up, which costs its slot a repair:
+the enclave ends it by itself, by a coarse clock."""
 LEFTOVER_SECONDS = 1.0
 """For how long, and up to twice `max_body`, a client that is refused is listened to: many read their answer
 when they have sent all, or never."""
 
 _NAME = re.compile(NAME_PATTERN)
+_TIMEOUT = re.compile(TIMEOUT_PATTERN.encode())
 _LOOPBACK = (b"localhost", b"127.0.0.1", b"::1")
 
 
@@ -160,7 +171,9 @@ class Gateway:
 
     async def _invoke(self, name: str, scope: Mapping[str, Any], body: _Body, began: float) -> Answer:
         arguments = _arguments(scope["query_string"])
-        deadline = began + self._timeout(scope)
+        told, seconds = self._timeout(scope)
+        deadline = began + seconds
+        late = 504 if told else 408  # a deadline of the client's, or too slow for us
         length = _header(scope, b"content-length")
         if length is not None and int(length) > self._settings.max_body:  # h11 takes digits alone
             raise Refused(_too_large(self._settings.max_body))
@@ -168,7 +181,7 @@ class Gateway:
             raise Refused(problem(503, "draining", "this gateway is stopping"))
         try:
             with self.admission.place(name):
-                payload = await _until(deadline, body.read, 408, "the body was not whole by the deadline")
+                payload = await _until(deadline, body.read, late, "the body was not whole by the deadline")
                 return await self._run(name, payload, arguments, deadline, body)
         except FunctionBusyError:
             raise Refused(
@@ -190,7 +203,13 @@ class Gateway:
         answer: Answer | None = None
 
         async def run() -> Answer:
-            async with self.admission.slot():
+            async with AsyncExitStack() as held:
+                await _until(
+                    deadline,
+                    lambda: held.enter_async_context(self.admission.slot()),
+                    504,
+                    "no slot was free by the deadline",
+                )
                 left = deadline - trio.current_time()
                 try:
                     result = await self._functions.invoke(
@@ -211,7 +230,7 @@ class Gateway:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch)
             try:
-                answer = await _until(deadline, run, 504, "the function was not done by the deadline")
+                answer = await _until(deadline + LATE_SECONDS, run, 504, "the function is not done in time")
             except Refused as refused:  # not through the nursery, which would wrap it
                 answer = refused.answer
             nursery.cancel_scope.cancel()
@@ -219,16 +238,16 @@ class Gateway:
             raise _Gone
         return answer
 
-    def _timeout(self, scope: Mapping[str, Any]) -> float:
+    def _timeout(self, scope: Mapping[str, Any]) -> tuple[bool, float]:
+        """Whether the request names its deadline, and what it is."""
         told = _header(scope, TIMEOUT_HEADER.lower().encode())
         if told is None:
-            return self._settings.timeout
-        seconds = float(told) if re.fullmatch(rb"[0-9]{1,9}(\.[0-9]{1,9})?", told) else math.nan
-        if not seconds > 0:
+            return False, self._settings.timeout
+        if not _TIMEOUT.fullmatch(told):
             raise Refused(
                 problem(400, "protocol-error", f"{TIMEOUT_HEADER} is seconds, more than 0, such as 2.5")
             )
-        return min(seconds, self._settings.max_timeout)
+        return True, min(float(told), self._settings.max_timeout)
 
 
 @final

@@ -8,10 +8,19 @@ from typing import Any
 
 from .settings import Settings
 
-__all__ = ["MAX_ARGUMENTS", "MAX_ARGUMENT_BYTES", "NAME_PATTERN", "TIMEOUT_HEADER", "openapi_json"]
+__all__ = [
+    "MAX_ARGUMENTS",
+    "MAX_ARGUMENT_BYTES",
+    "NAME_PATTERN",
+    "TIMEOUT_HEADER",
+    "TIMEOUT_PATTERN",
+    "openapi_json",
+]
 
 NAME_PATTERN = "[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 TIMEOUT_HEADER = "TeeMate-Timeout"
+TIMEOUT_PATTERN = "([1-9][0-9]{0,8}(\\.[0-9]{1,9})?|0\\.0{0,8}[1-9][0-9]{0,8})"
+"""Seconds, more than 0."""
 MAX_ARGUMENTS = 64
 MAX_ARGUMENT_BYTES = 4096
 
@@ -43,14 +52,14 @@ _FAILURES = {
     403: "The gateway may not use the enclave, or a browser asked.",
     404: "There is no such function.",
     405: "That method is not for this path.",
-    408: "The body was not whole by the deadline.",
+    408: "The body was not whole in time.",
     413: "The body is larger than this gateway takes.",
     422: "The function ended with an exit code, trapped, or met one of its limits.",
     429: "The function has as many requests under way as it may have.",
     500: "The gateway failed.",
     502: "The enclave failed.",
     503: "All slots are taken and the queue is full, or the enclave is not to be had.",
-    504: "The function was not done by the deadline.",
+    504: "The deadline has passed.",
 }
 
 
@@ -104,7 +113,7 @@ def openapi_json(settings: Settings) -> bytes:
                 "description": f"Deadline in seconds, {settings.max_timeout:g} at most.",
                 "schema": {
                     "type": "string",
-                    "pattern": "^[0-9]{1,9}(\\.[0-9]{1,9})?$",
+                    "pattern": f"^{TIMEOUT_PATTERN}$",
                     "default": f"{settings.timeout:g}",
                 },
             },

@@ -17,6 +17,7 @@ import pytest
 from backends import BACKEND
 from click.testing import CliRunner
 
+import teemate
 from teemate.bench._plot import _PICTURES, draw
 from teemate.bench._rows import TARGETS, Result, Row, Sample, Target, compared, plain
 from teemate.bench._run import BENCHES, Report, run_bench
@@ -26,7 +27,9 @@ from teemate.errors import Unsupported
 
 KEYS = ["figure", "value", "unit", "p99", "n", "relative_to", "ratio", "target", "met"]
 OF_CHURN = {figure for figure in TARGETS if figure.startswith("churn")}
+OF_DB = {figure for figure in TARGETS if figure.startswith("db_")}
 AT_1024 = "attach_at_1024"
+IMAGES = Path(teemate.__file__).parent / "images"
 FROM_C = {"warm_attach_c", "cold_attach_c"}
 
 
@@ -62,7 +65,7 @@ def test_every_figure_with_a_target_is_measured(everything: Report) -> None:
     figures = set(by_figure(everything))
     missing = set() if C_SUBJECT.is_file() else FROM_C
     # Of a tiny crowd the figure has the crowd's number.
-    assert set(TARGETS) - OF_CHURN - missing - {AT_1024} <= figures
+    assert set(TARGETS) - OF_CHURN - OF_DB - missing - {AT_1024} <= figures
     assert any(figure.startswith("attach_at_") for figure in figures)
 
 
@@ -165,6 +168,28 @@ def test_what_a_broker_keeps_of_clients_that_have_left_is_found() -> None:
     assert figures["churn_slots_left"].value == 1
     for what in ("fds", "bytes", "slots"):
         assert figures[f"churn_{what}_left"].met is False
+
+
+@pytest.mark.skipif(not C_SUBJECT.is_file(), reason="the C library was not built: libcbor is missing")
+def test_a_database_is_opened_and_worked_with_in_all_ways(tmp_path: Path) -> None:
+    if not (IMAGES / "db.sgxs").exists():
+        pytest.skip("the database enclave was not built: SQLite's source was not to be had (build log)")
+    report = tiny("db", scale=0.005)
+    figures = by_figure(report)
+    ways = {"shared", "private", "plain"} if "db_open_plain_1" in figures else {"shared", "private"}
+    for way in ways:
+        for count in (1, 8):
+            assert figures[f"db_open_{way}_{count}"].value > 0
+            assert figures[f"db_memory_{way}_{count}"].value > 0
+    for kind in ("point", "batch", "range", "insert", "inserts"):
+        for count in (1, 2):
+            assert figures[f"db_rate_{kind}_{count}"].value > 0
+    measured = OF_DB if "plain" in ways else {"db_open_first_query_ratio", "db_memory_ratio"}
+    assert measured <= set(figures)
+    assert {row.relative_to for row in report.result.rows} - {None} <= set(figures)
+    if importlib.util.find_spec("matplotlib"):
+        draw(report, tmp_path / "db.svg")
+        assert (tmp_path / "db.svg").stat().st_size > 1000
 
 
 # ---- on the command line ---------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ BUSY, INTERRUPTED, CONSTRAINT = 5, 9, 19
 MAX_REPLY = 65536
 
 _OPEN = struct.Struct("<IIIIQII")
-_OPENED = struct.Struct("<QII")
+_OPENED = struct.Struct("<QIIII")
 _RUN = struct.Struct("<IIQ")
 _OPERATION = struct.Struct("<BBBBHHIIIII")
 _ROWS = struct.Struct("<BBHIIIIIqq")
@@ -183,7 +183,7 @@ class Connection:
             if failed.status != 1:
                 raise
             raise error(failed.reply) from failed
-        self.number, self.index, self.version = _OPENED.unpack(reply)
+        self.number, self.index, self.version, self.access, _ = _OPENED.unpack(reply)
 
     def run(self, *operations: bytes, max_reply: int = MAX_REPLY, interrupt: int = 0) -> list[Result]:
         """Do operations; raises the error of the first that fails."""

@@ -1,4 +1,4 @@
-"""Without freshness, without forgetting locks, without syncs: what the other tests guard does not hold."""
+"""Without freshness, forgetting locks, syncs, rights: what the other tests guard does not hold."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from images import Images
 from test_database_files import fill
 from test_power_cut import MARK, SYNC, File, look, recorded
 from test_tampering import ask
+from users import needs_root, slots_of
 
 import teemate
 
-HOLES = ("DB_TEST_NO_FRESHNESS", "DB_TEST_KEEP_LOCKS", "DB_TEST_NO_SYNC")
+HOLES = ("DB_TEST_NO_FRESHNESS", "DB_TEST_KEEP_LOCKS", "DB_TEST_NO_SYNC", "DB_TEST_NO_RIGHTS")
 
 
 @pytest.fixture(scope="module")
 def altered_image(images: Images, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The database image without any of the three."""
+    """The database image without any of the four."""
     return altered_database(images, tmp_path_factory.mktemp("altered"), *HOLES)
 
 
@@ -87,3 +88,12 @@ def test_without_syncs_a_power_cut_loses_what_was_committed(altered_image: Path,
         except (SqlError, AssertionError):
             found.append(-1)
     assert found != [found[0]] * 6
+
+
+@needs_root
+def test_without_rights_a_database_is_everybodys(altered: Callable[[], teemate.Enclave]) -> None:
+    with slots_of([(4001, 4001), (4002, 4002)]), altered() as enclave:
+        with enclave.slot() as one, enclave.slot() as other:
+            db = Connection(one, "accounts")
+            fill(db, 3)
+            assert Connection(other, "accounts").sql("SELECT count(*) FROM t") == [(3,)]

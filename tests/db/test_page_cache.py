@@ -120,7 +120,7 @@ def test_a_database_that_is_made_anew_has_nothing_of_the_deleted_one(connect: Co
 def narrow(images: Images, tmp_path: Path, storage: Path) -> Iterator[teemate.Enclave]:
     """The database enclave with a small heap."""
     output = tmp_path / "narrow.sgxs"
-    options = layout_options("db", heap="12M", slots=3)
+    options = layout_options("db", heap="8M", slots=3)
     built = layout_image(database_image().with_suffix(".elf"), output, options)
     signature = sign_with_key(SigParams().unsigned(built.mrenclave), images.key)
     output.with_suffix(".sig").write_bytes(signature.to_bytes())

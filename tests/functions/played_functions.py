@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,10 @@ from teemate.gateway.settings import Settings
 
 
 class PlayedFunctions:
-    """``echo`` gives its payload back, ``wait`` runs until told to end, any other raises `error`."""
+    """``echo`` gives its payload back, ``wait`` runs until told to end, any other raises `error`.
+
+    ``deaf`` runs on when its time is over.
+    """
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, bytes, list[str], float | None]] = []
@@ -36,8 +40,13 @@ class PlayedFunctions:
         self.calls.append((name, payload, list(args), timeout))
         self.inside += 1
         try:
-            if name.startswith("wait"):
+            if name == "deaf":
                 await self.end.wait()
+            elif name == "wait":
+                with trio.move_on_after(math.inf if timeout is None else timeout) as scope:
+                    await self.end.wait()
+                if scope.cancelled_caught:
+                    raise teemate.CallTimeout("it took longer than its timeout")
             elif name != "echo":
                 raise self.error
             return payload

@@ -11,6 +11,7 @@ import trio.testing
 from played_functions import Client, Response
 
 import teemate
+from teemate.gateway.app import LATE_SECONDS
 from teemate.gateway.settings import GatewayError, Settings, parse_listen
 
 
@@ -114,13 +115,36 @@ async def test_a_function_that_is_not_done_by_the_deadline_is_ended(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     client = Client(timeout=5, max_timeout=20)
-    for told, seconds in ((None, 5.0), ("2.5", 2.5), ("1000", 20.0)):
+    for name, told, seconds in (
+        ("wait", None, 5.0),
+        ("wait", "2.5", 2.5),
+        ("wait", "1000", 20.0),
+        ("deaf", "2", 2 + LATE_SECONDS),
+    ):
         began = trio.current_time()
-        response = await client.request("POST", "/fn/wait", headers={"TeeMate-Timeout": told} if told else {})
+        headers = {"TeeMate-Timeout": told} if told else {}
+        response = await client.request("POST", f"/fn/{name}", headers=headers)
         assert response.status == 504
         assert trio.current_time() - began == pytest.approx(seconds)
         assert client.functions.inside == 0
     assert client.gateway.admission.statistics().running == 0
+
+
+async def test_a_request_that_gets_no_slot_by_its_deadline_never_runs(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    client = Client(slots=1)
+    late = Response()
+    async with trio.open_nursery() as nursery:
+
+        async def run() -> None:
+            await client.request("POST", "/fn/deaf", headers={"TeeMate-Timeout": "9"})
+
+        nursery.start_soon(run)
+        await trio.testing.wait_all_tasks_blocked()
+        await client.request("POST", "/fn/echo", headers={"TeeMate-Timeout": "3"}, response=late)
+        assert (late.status, client.functions.inside) == (504, 1)
+    assert [call[0] for call in client.functions.calls] == ["deaf"]
 
 
 async def test_a_body_that_does_not_come_costs_its_sender_the_deadline_and_nobody_a_slot(
@@ -137,6 +161,10 @@ async def test_a_body_that_does_not_come_costs_its_sender_the_deadline_and_nobod
         await trio.testing.wait_all_tasks_blocked(0.01)
         assert client.gateway.admission.statistics().waiting == 1
         assert (await client.request("POST", "/fn/echo", b"quick")).body == b"quick"
+        await client.request(
+            "POST", "/fn/echo", None, headers={"TeeMate-Timeout": "2"}, response=(own := Response())
+        )
+    assert own.status == 504
     assert slow.status == 408
     assert slow.headers["connection"] == "close"
 

@@ -53,8 +53,12 @@ def units(root: Path) -> Path:
 
 def test_units_of_an_installation_are_verified_by_systemd(tmp_path: Path) -> None:
     analyze = need("systemd-analyze")
-    install(tmp_path, "--systemd-version", "252")
-    files = [str(units(tmp_path) / f"teemate-broker.{kind}") for kind in ("service", "socket")]
+    (tmp_path / "bin").mkdir()
+    for name in ("teemate-broker", "teemate-gateway"):
+        (tmp_path / "bin" / name).symlink_to("/bin/true")
+    install(tmp_path, "--systemd-version", "252", program=str(tmp_path / "bin/teemate-broker"))
+    names = [f"teemate-{what}.{kind}" for what in ("broker", "gateway") for kind in ("service", "socket")]
+    files = [str(units(tmp_path) / name) for name in names]
     done = lint([analyze, "verify", "--man=no", *files], tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -172,7 +176,9 @@ def test_an_installation_that_the_service_could_not_see_is_refused(tmp_path: Pat
     assert not tree(tmp_path)
 
 
-@pytest.mark.parametrize("page", ["man1/teemate.1", "man8/teemate-broker.8", "man5/teemate.toml.5"])
+@pytest.mark.parametrize(
+    "page", ["man1/teemate.1", "man8/teemate-broker.8", "man8/teemate-gateway.8", "man5/teemate.toml.5"]
+)
 def test_man_pages_are_without_complaint(tmp_path: Path, page: str) -> None:
     mandoc = need("mandoc")
     install(tmp_path)
@@ -193,6 +199,7 @@ def test_the_page_of_the_policy_has_every_key_that_the_example_has(tmp_path: Pat
 def test_pages_name_every_command_and_option(tmp_path: Path) -> None:
     from teemate.broker.main import main
     from teemate.cli.main import COMMANDS
+    from teemate.gateway.main import main as gateway_command
 
     install(tmp_path)
     pages = tmp_path / "usr/local/share/man"
@@ -207,6 +214,9 @@ def test_pages_name_every_command_and_option(tmp_path: Path) -> None:
         for option in parameter.opts
     }
     assert {option for option in options - {"--version"} if option not in broker} == set()
+    gateway = (pages / "man8/teemate-gateway.8").read_text().replace("Fl -", "--")
+    options = {option for parameter in gateway_command.params for option in parameter.opts}
+    assert {option for option in options - {"--version"} if option not in gateway} == set()
 
 
 def test_the_catalog_explains_every_message_id_and_no_other(tmp_path: Path) -> None:

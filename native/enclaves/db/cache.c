@@ -4,7 +4,9 @@
 #include "lock.h"
 
 #define SLOTS_MOST 128u
+#ifndef CHUNK_FRAMES
 #define CHUNK_FRAMES 64u
+#endif
 #define CHUNKS_MOST 4095u  /* 1 GiB */
 #define BUCKET_HINTS 16u   /* a cache line */
 #define BUCKET_FRAMES 8u   /* that a bucket has hints of on average, when the cache is full */
@@ -347,8 +349,12 @@ void cache_drop(uint64_t owner)
         struct frame *frame = frame_at(number);
         uint64_t state = frame->state;
 
-        if (state & VALID && frame->owner == owner)
-            swap(frame, state, state & ~VALID);
+        uint64_t claimed;
+
+        if (state & VALID && frame->owner == owner && claim(frame, number, state, &claimed)) {
+            forget(hash_of(owner, frame->place), number);
+            cache_slot_reset(self());
+        }
     }
 }
 

@@ -23,8 +23,10 @@
 #include "thread.h"
 #include "tmsdk.h"
 
-#define CACHE_SLOT_SHARE (2u << 20) /* of the heap that stays a slot's */
+#define CACHE_SLOT_SHARE (1u << 20) /* of the heap that stays a slot's: DB_MEMORY_MIN */
+#ifndef CACHE_RECORD_MOST /* tests make it small */
 #define CACHE_RECORD_MOST 4120u
+#endif
 
 struct cache_key {
     uint64_t owner; /* not 0 */

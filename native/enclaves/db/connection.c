@@ -2,9 +2,9 @@
 #include "connection.h"
 
 #include "cache.h"
+#include "copy.h"
+#include "head.h"
 #include "reply.h"
-#include "shared.h"
-#include "vfs.h"
 
 /* How many of SQLite's instructions pass between two looks at what may end a statement: some 20 microseconds. */
 #define PROGRESS_STEPS 2000
@@ -180,6 +180,7 @@ void connection_end_cursor(struct connection *self, struct cursor *cursor)
 static void close(struct connection *self)
 {
     running[tm_caller().slot].number = 0;
+    copy_end(self);
     for (uint32_t i = 0; self->cursors && i < self->cursor_limit; i++)
         if (self->cursors[i].number)
             connection_end_cursor(self, &self->cursors[i]);
@@ -189,7 +190,7 @@ static void close(struct connection *self)
     local_close();
 }
 
-static bool name_is_right(const char *name, uint32_t length)
+bool connection_name_is_right(const char *name, uint32_t length)
 {
     static const char *const taken[] = {"-wal", "-journal"};
 
@@ -211,14 +212,12 @@ static bool name_is_right(const char *name, uint32_t length)
     return true;
 }
 
-static int limits(struct connection *self, const struct db_open *request)
+int connection_set_up(struct connection *self, sqlite3 *db)
 {
-    sqlite3 *db = self->db;
     int on = 1;
     char pragma[64];
 
     sqlite3_extended_result_codes(db, 1);
-    sqlite3_busy_timeout(db, request->busy_ms < 86400000 ? (int)request->busy_ms : 86400000);
     sqlite3_progress_handler(db, PROGRESS_STEPS, progress, self);
     sqlite3_set_authorizer(db, authorize, self);
     sqlite3_db_config(db, SQLITE_DBCONFIG_DEFENSIVE, 1, &on);
@@ -226,6 +225,24 @@ static int limits(struct connection *self, const struct db_open *request)
     /* A few pages of its own, for what a statement goes through again and again: the others are in the shared cache. */
     sqlite3_snprintf(sizeof(pragma), pragma, "PRAGMA cache_size=-%d", (int)(local_self()->memory.limit >> 15));
     return sqlite3_exec(db, pragma, NULL, NULL, NULL);
+}
+
+int connection_allowed(struct connection *self)
+{
+    uint64_t head;
+
+    if (self->copy)
+        return DB_E_COPYING;
+    if (!self->database || (head = self->database->head) == self->head)
+        return 0;
+    if (head_access(self->database) >= (self->readonly ? DB_ACCESS_READ : self->granted)) {
+        self->head = head;
+        return 0;
+    }
+    /* It was taken back, and with it what is not committed. */
+    if (!sqlite3_get_autocommit(self->db))
+        sqlite3_exec(self->db, "ROLLBACK", NULL, NULL, NULL);
+    return DB_E_DENIED;
 }
 
 static int open(struct connection *self, const struct db_open *request, const char *name)
@@ -240,7 +257,12 @@ static int open(struct connection *self, const struct db_open *request, const ch
         flags = SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE | SQLITE_OPEN_MEMORY;
     code = sqlite3_open_v2(memory ? ":memory:" : name, &self->db, flags, NULL);
     if (!code)
-        code = limits(self, request);
+        code = connection_set_up(self, self->db);
+    if (!code)
+        sqlite3_busy_timeout(self->db, request->busy_ms < 86400000 ? (int)request->busy_ms : 86400000);
+    self->readonly = request->flags & DB_OPEN_READONLY;
+    if (memory)
+        self->granted = DB_ACCESS_OWNER;
     /* Opening reads nothing: whether it is a database, and ours, is seen here. */
     if (!code && !memory)
         code = sqlite3_exec(self->db, "SELECT 1 FROM sqlite_schema LIMIT 1", NULL, NULL, NULL);
@@ -264,7 +286,7 @@ TM_ECALL(db_open)
         request.cursors > DB_CURSORS_MAX || (request.memory && request.memory < DB_MEMORY_MIN))
         return TM_E_ARGUMENT;
     if (request.flags & DB_OPEN_MEMORY ? request.name_length != 0
-                                       : !name_is_right((const char *)rq->in + sizeof(request), request.name_length))
+                                       : !connection_name_is_right((const char *)rq->in + sizeof(request), request.name_length))
         return TM_E_ARGUMENT;
     memcpy(name, rq->in + sizeof(request), request.name_length);
     if (tm_reply_room(rq) < DB_REPLY_MIN) {
@@ -304,7 +326,10 @@ TM_ECALL(db_open)
     }
     memcpy(running[caller.slot].principal, caller.identity.principal, sizeof(running->principal));
     running[caller.slot].number = self->number;
-    opened = (struct db_opened){.connection = self->number, .slot = caller.slot, .sqlite_version = SQLITE_VERSION_NUMBER};
+    opened = (struct db_opened){.connection = self->number,
+                                .slot = caller.slot,
+                                .sqlite_version = SQLITE_VERSION_NUMBER,
+                                .access = self->readonly ? DB_ACCESS_READ : self->granted};
     return tm_reply(rq, &opened, sizeof(opened));
 }
 
@@ -313,26 +338,6 @@ TM_ECALL(db_close)
     if (connection_self())
         close(connection_self());
     return 0;
-}
-
-TM_ECALL(db_delete)
-{
-    char name[DB_NAME_MAX + 1] = {0};
-    struct reply reply = {0};
-    int code, status;
-
-    if (!name_is_right((const char *)rq->in, (uint32_t)rq->in_len))
-        return TM_E_ARGUMENT;
-    if (!connection_self())
-        return TM_E_STATE; /* SQLite's memory is the connection's */
-    memcpy(name, rq->in, rq->in_len);
-    code = vfs_delete_database(name);
-    if (!code)
-        return 0;
-    reply_error(&reply, connection_self(), code, -1, 0);
-    status = tm_reply(rq, reply.start, reply.length);
-    reply_close(&reply);
-    return status ? status : DB_FAILED;
 }
 
 TM_ECALL(db_interrupt)

@@ -29,9 +29,17 @@ struct cursor {
 
 struct file; /* file.h */
 
+struct copy; /* copy.c */
+struct database;
+
 struct connection {
     sqlite3 *db;
     struct file *log; /* the -wal of its database, while it is open */
+    struct database *database; /* that is open; NULL: one in memory */
+    enum db_access granted;    /* what the caller may do with it */
+    bool readonly;             /* the caller asked for no more than to read */
+    uint64_t head;             /* of the database's heads, the one that was looked at */
+    struct copy *copy;         /* that is under way */
     uint64_t number; /* of all connections of the enclave */
     uint64_t uses;
     uint64_t statement_ns;
@@ -45,6 +53,8 @@ struct connection {
     bool tampered;   /* a file of it is not what the enclave wrote */
     bool no_storage; /* the enclave has none */
     bool uncached;   /* what it reads is what the host has now */
+    bool denied;     /* the caller may not have the database */
+    const char *said; /* what is wrong with it, where SQLite has only a code; or NULL */
 };
 
 static inline struct connection *connection_self(void)
@@ -63,6 +73,12 @@ struct cursor *connection_cursor(struct connection *self, uint32_t number);
 /* NULL when there are as many as there may be. */
 struct cursor *connection_add_cursor(struct connection *self, struct statement *statement);
 void connection_end_cursor(struct connection *self, struct cursor *cursor);
+/* 1 to DB_NAME_MAX of what may be in a name; not one that SQLite's own files would have. */
+bool connection_name_is_right(const char *name, uint32_t length);
+/* SQLite's limits and hooks, for a database of this connection. */
+int connection_set_up(struct connection *self, sqlite3 *db);
+/* May the caller still have what was opened?  0, DB_E_DENIED, DB_E_COPYING: nothing is done for it any more, or just now. */
+int connection_allowed(struct connection *self);
 /* From now on a statement runs for a caller. */
 void connection_begin(struct connection *self, const volatile uint32_t *interrupt);
 

@@ -15,6 +15,11 @@
  *   db_interrupt  struct db_interrupt                    -> nothing
  *   db_statistics nothing                                -> struct db_statistics
  *   db_cache      nothing; without a connection too      -> struct db_cache
+ *   db_describe   nothing: the database that is open     -> struct db_description, rights
+ *   db_grant      struct db_right                        -> nothing, or struct db_error with DB_FAILED
+ *   db_copy       struct db_copy, name                   -> struct db_copying
+ *   db_pages      struct db_pages, pages                 -> struct db_copying, pages
+ *   db_copied     struct db_copied                       -> nothing, or struct db_error with DB_FAILED
  *
  * A slot whose holder is gone, however, is as one that said db_close: its transaction
  * is rolled back and its locks are free when the slot is repaired.
@@ -65,8 +70,10 @@ struct db_opened {
     uint64_t connection; /* for db_interrupt */
     uint32_t slot;
     uint32_t sqlite_version; /* 3054000 */
+    uint32_t access; /* enum db_access: how it is open, which may be less than what was asked for */
+    uint32_t reserved;
 };
-_Static_assert(sizeof(struct db_opened) == 16, "db_opened");
+_Static_assert(sizeof(struct db_opened) == 24, "db_opened");
 
 #define DB_FAILED 1 /* status */
 
@@ -173,6 +180,10 @@ enum db_own_code {
     DB_E_TIME = -7,       /* the statement took longer than statement_ms */
     DB_E_REQUEST = -8,    /* the operation is none: a length or number in it cannot be */
     DB_E_STORAGE = -9,    /* the enclave has no storage: databases in memory only */
+    DB_E_DENIED = -10,    /* the caller has no right to it: its owner has granted none, or to read only */
+    DB_E_EXISTS = -11,    /* there is a database of that name */
+    DB_E_RIGHTS = -12,    /* it has as many grants as there may be */
+    DB_E_COPYING = -13,   /* a copy is under way on this connection, or none is */
 };
 
 /* Bytes that the reply needs whatever happens: smaller ones are TM_E_SPACE. */
@@ -205,5 +216,81 @@ struct db_cache {
     uint64_t hits, fills; /* pages that were found in it, and that were put there, since the enclave began */
 };
 _Static_assert(sizeof(struct db_cache) == 32, "db_cache");
+
+/* ---- rights ----------------------------------------------------------------- */
+
+/*
+ * A database is its maker's, by uid, and the owner's alone until others are granted something.  Rights lie in the
+ * file's sealed head; they go by the uid and the first gid that the slot was bound with (struct tm_identity).
+ */
+enum db_access { DB_ACCESS_NONE = 0, DB_ACCESS_READ = 1, DB_ACCESS_WRITE = 2, DB_ACCESS_OWNER = 3 };
+enum db_grantee { DB_GRANT_UID = 1, DB_GRANT_GID = 2 };
+
+#define DB_RIGHTS_MAX 128u
+
+/* db_grant: DB_ACCESS_READ, DB_ACCESS_WRITE, or DB_ACCESS_NONE to take it back.  The owner's to ask. */
+struct db_right {
+    uint32_t id;
+    uint8_t grantee; /* enum db_grantee */
+    uint8_t access;  /* enum db_access */
+    uint16_t reserved; /* 0 */
+};
+_Static_assert(sizeof(struct db_right) == 8, "db_right");
+
+/* Followed by `count` struct db_right, which only the owner is told: others have 0 here. */
+struct db_description {
+    uint32_t owner;  /* uid */
+    uint32_t access; /* enum db_access: the caller's */
+    uint32_t count;
+    uint32_t reserved;
+    uint64_t pages;  /* of DB_PAGE bytes, those in the log not counted */
+};
+_Static_assert(sizeof(struct db_description) == 24, "db_description");
+
+/* ---- copies ------------------------------------------------------------------ */
+
+/*
+ * A database goes in, out, or into another one of this enclave, page by page, from a slot with a connection.  While a copy
+ * is under way the connection does nothing else (DB_E_COPYING).
+ *
+ *   DB_COPY_OUT   pages of the open database, as it was when db_copy was called: the owner's to ask
+ *   DB_COPY_TO    the same into the new database `name`, sealed; the owner's to ask
+ *   DB_COPY_IN    `pages` pages from outside make the new database `name`, whatever is open here
+ *
+ * Pages are those of a file of SQLite that nobody writes to: in order, the first one's head says that there is no log.
+ * A new database is there, its caller's, when db_copied has returned, and not before: until then its name is taken, and whoever
+ * opens it waits.  What is no sound database (PRAGMA integrity_check) does not become one.
+ */
+#define DB_PAGE 4096u
+#define DB_PAGES_MAX 64u /* in one db_pages */
+
+enum db_copy_kind { DB_COPY_OUT = 1, DB_COPY_TO = 2, DB_COPY_IN = 3 };
+
+struct db_copy {
+    uint32_t kind; /* enum db_copy_kind */
+    uint32_t name_length; /* 0 with DB_COPY_OUT */
+    uint64_t pages; /* DB_COPY_IN; else 0 */
+};
+_Static_assert(sizeof(struct db_copy) == 16, "db_copy");
+
+/* Followed by DB_COPY_IN's pages. */
+struct db_pages {
+    uint32_t count; /* 1 to DB_PAGES_MAX; no more than are left */
+    uint32_t reserved; /* 0 */
+};
+_Static_assert(sizeof(struct db_pages) == 8, "db_pages");
+
+/* Followed by DB_COPY_OUT's pages. */
+struct db_copying {
+    uint64_t done, pages; /* pages so far, and in all */
+};
+_Static_assert(sizeof(struct db_copying) == 16, "db_copying");
+
+struct db_copied {
+    uint32_t keep; /* 1: all pages are there; 0: give it up, nothing is left of it */
+    uint32_t reserved; /* 0 */
+    uint64_t interrupt; /* as in struct db_run */
+};
+_Static_assert(sizeof(struct db_copied) == 16, "db_copied");
 
 #endif

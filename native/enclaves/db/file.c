@@ -19,6 +19,10 @@ int file_code(int status, int otherwise)
         return SQLITE_IOERR_DATA;
     case RECORD_MEMORY:
         return SQLITE_IOERR_NOMEM;
+    case RECORD_DENIED:
+        if (connection)
+            connection->denied = true;
+        return SQLITE_CANTOPEN;
     case -TM_ENOSPC:
     case -TM_EDQUOT:
     case -TM_EFBIG:
@@ -41,10 +45,13 @@ static int file_close(sqlite3_file *base)
     int code = batch_flush(file);
 
     sqlite3_free(file->batch);
-    if (file->records.kind == FILE_MAIN)
-        database_drop(file->records.database, ~0ull);
-    else if (connection_self())
+    if (file->records.kind == FILE_MAIN) {
+        database_drop(file->records.database, ~HOLDS_SETUP); /* that is a copy's, which goes on */
+        if (connection_self())
+            connection_self()->database = NULL;
+    } else if (connection_self()) {
         connection_self()->log = NULL;
+    }
     tm_file_close(file->records.handle);
     base->pMethods = NULL;
     return code;
@@ -115,6 +122,8 @@ static int file_write(sqlite3_file *base, const void *data, int length, sqlite3_
     uint32_t size = record_size(file->records.kind, record);
     int code;
 
+    if (file->readonly)
+        return SQLITE_READONLY;
     if (length < 0 || inside + (uint32_t)length > size)
         return SQLITE_IOERR_WRITE;
     if ((uint32_t)length == size) {
@@ -133,7 +142,7 @@ static int file_truncate(sqlite3_file *base, sqlite3_int64 size)
     struct file *file = file_of(base);
     uint32_t inside;
     uint64_t count = locate(file, (uint64_t)size, &inside) + (size && file->records.kind == FILE_WAL && size < LOG_HEAD);
-    int code = batch_flush(file);
+    int code = file->readonly ? SQLITE_READONLY : batch_flush(file);
 
     return code ? code : file_code(records_cut(&file->records, size ? count : 0), SQLITE_IOERR_TRUNCATE);
 }

@@ -14,7 +14,7 @@
 struct file {
     sqlite3_file base;
     struct record_file records;
-    bool open;
+    bool readonly; /* its user may read only: the database, and so its log */
     uint8_t *batch; /* BATCH frames */
     uint64_t batch_first; /* record */
     uint32_t batch_count;

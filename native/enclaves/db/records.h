@@ -2,8 +2,7 @@
 /*
  * A database's files as the host has them: records of authenticated ciphertext, AES-128-GCM.
  *
- *   main file   4096 bytes: a sealed head (who may know the key, and the key); then per page of 4096 bytes
- *               nonce 12 | ciphertext 4096 | tag 16
+ *   main file   4096 bytes: the head (head.h); then per page of 4096 bytes nonce 12 | ciphertext 4096 | tag 16
  *   -wal        the same of the log's head of 32 bytes; then per frame of 24 + 4096 bytes
  *
  * Every record is bound to the database (its key is its own), the file and the record's number.  Nonces
@@ -26,7 +25,8 @@
 #define RECORD_EXTRA 28u
 
 /* A failure of the host's, as SQLite's code; what is not what the enclave wrote. */
-enum record_status { RECORD_OK = 0, RECORD_END = 1, RECORD_TAMPERED = -1001, RECORD_MEMORY = -1002, RECORD_TORN = -1003 };
+enum record_status { RECORD_OK = 0, RECORD_END = 1, RECORD_TAMPERED = -1001, RECORD_MEMORY = -1002, RECORD_TORN = -1003,
+                     RECORD_DENIED = -1004 };
 
 struct record_file {
     struct database *database;
@@ -49,8 +49,5 @@ bool record_cached(const struct record_file *file, uint64_t record, uint32_t off
 /* `count` records of one size, one after the other: at most BATCH. */
 int records_write(struct record_file *file, uint64_t first, const uint8_t *data, uint32_t count);
 int records_cut(struct record_file *file, uint64_t count);
-
-/* The key of a database that has a file; makes key and first page when it has none and `create`.  `log`: its -wal. */
-int record_open_database(struct record_file *file, const char *log, bool create);
 
 #endif

@@ -45,6 +45,14 @@ static const char *own_message(int code)
         return "not even one row fits: ask for a longer reply";
     case DB_E_TIME:
         return "the statement took longer than it may";
+    case DB_E_DENIED:
+        return "the caller has no right to do this with the database: its owner can grant it";
+    case DB_E_EXISTS:
+        return "there is a database of that name";
+    case DB_E_RIGHTS:
+        return "the database has 128 grants, and there may not be more: take some back, or grant to a group";
+    case DB_E_COPYING:
+        return "a copy of the database is under way on this connection, or there is none to go on with";
     default:
         return "the operation is none: a length or number in it cannot be";
     }
@@ -59,6 +67,11 @@ static bool is_of_files(int code)
                         primary == SQLITE_NOTADB || primary == SQLITE_FULL);
 }
 
+static bool is_refused_write(int code)
+{
+    return code > 0 && (code & 0xff) == SQLITE_READONLY;
+}
+
 void reply_error(struct reply *reply, struct connection *connection, int code, int offset, uint32_t set)
 {
     sqlite3 *db = connection->db;
@@ -70,10 +83,14 @@ void reply_error(struct reply *reply, struct connection *connection, int code, i
         error.code = DB_E_TAMPERED;
     if (connection->no_storage && is_of_files(code))
         error.code = DB_E_STORAGE;
+    if ((connection->denied && is_of_files(code)) || (is_refused_write(code) && connection->granted == DB_ACCESS_READ))
+        error.code = DB_E_DENIED;
     if ((code & 0xff) == SQLITE_INTERRUPT && connection->late)
         error.code = DB_E_TIME;
     if (error.code < 0)
         text = own_message(error.code);
+    else if (connection->said)
+        text = connection->said;
     else if (db && sqlite3_extended_errcode(db) == code)
         text = sqlite3_errmsg(db);
     else

@@ -446,7 +446,7 @@ TM_ECALL(db_run)
     struct reply reply = {.most = tm_reply_room(rq)};
     struct db_run head;
     const uint8_t *start = take(&input, sizeof(head));
-    int status;
+    int code, status;
 
     if (!start)
         return TM_E_ARGUMENT;
@@ -470,6 +470,10 @@ TM_ECALL(db_run)
         connection_begin(self, (const volatile uint32_t *)head.interrupt);
         if (!read_operation(&input, &task)) {
             reply_error(&reply, self, DB_E_REQUEST, -1, 0);
+            break;
+        }
+        if ((code = connection_allowed(self))) {
+            reply_error(&reply, self, code, -1, 0);
             break;
         }
         if (!operate(&task))

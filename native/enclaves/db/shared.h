@@ -49,6 +49,12 @@ struct known_file {
     uint64_t *tags[CHUNKS_MOST]; /* 0: nothing is known */
 };
 
+/* Who may use a database (head.h). */
+struct rights {
+    uint32_t owner, count;
+    struct db_right list[DB_RIGHTS_MAX];
+};
+
 struct database {
     struct database *next;
     union {
@@ -58,6 +64,8 @@ struct database {
     struct tm_mutex mutex; /* for what is added: chunks of tags, regions */
     _Atomic uint32_t ready; /* the key is there */
     uint8_t key[16];
+    _Atomic uint64_t head;   /* number of the head that counts */
+    struct rights rights[2]; /* of it, at its number modulo 2; the other one's is about to be written */
     _Atomic uint64_t words[SLOTS_MOST];
     void *regions[REGIONS_MOST];
     struct known_file files[FILE_KINDS];

@@ -111,3 +111,28 @@ int sqlite3mc_initialize(const char *unused)
 void sqlite3mc_shutdown(void)
 {
 }
+
+/* ---- what needs the pager ------------------------------------------------------ */
+
+uint32_t pages_count(sqlite3 *db)
+{
+    return sqlite3BtreeLastPage(db->aDb[0].pBt);
+}
+
+int pages_read(sqlite3 *db, uint32_t number, void *page, uint32_t size)
+{
+    Pager *pager = sqlite3BtreePager(db->aDb[0].pBt);
+    DbPage *held;
+    int code;
+
+    if (number == PENDING_BYTE / size + 1) {
+        memset(page, 0, size);
+        return SQLITE_OK;
+    }
+    code = sqlite3PagerGet(pager, number, &held, 0);
+    if (code)
+        return code;
+    memcpy(page, sqlite3PagerGetData(held), size);
+    sqlite3PagerUnref(held);
+    return SQLITE_OK;
+}

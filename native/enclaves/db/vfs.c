@@ -3,6 +3,7 @@
 
 #include "file.h"
 #include "files.h"
+#include "head.h"
 #include "lock.h"
 
 #define SETUP_PATIENCE 500u /* rounds of 10 ms that another slot may take to open a database for the first time */
@@ -27,39 +28,86 @@ static void log_name(const char *name, char log[DB_NAME_MAX + 8])
     memcpy(log + length, SUFFIX, sizeof(SUFFIX));
 }
 
-/* The first connection of this life: key, sizes.  One slot at a time. */
+/* An empty database, its maker's, in WAL mode, as SQLite would make it; it never has a rollback journal. */
+static int make(struct record_file *file, const char *log)
+{
+    static const uint8_t head[] = {
+        'S', 'Q', 'L', 'i', 't', 'e', ' ', 'f', 'o', 'r', 'm', 'a', 't', ' ', '3', 0,
+        0x10, 0, 2, 2, 0, 64, 32, 32, /* page size, WAL, nothing reserved, fractions */
+        0, 0, 0, 1, 0, 0, 0, 1,       /* change counter, pages */
+    };
+    uint8_t *page = sqlite3_malloc(PAGE_SIZE);
+    int status = page ? head_begin(file, log) : RECORD_MEMORY;
+
+    if (!status) {
+        memset(page, 0, PAGE_SIZE);
+        memcpy(page, head, sizeof(head));
+        page[95] = 1; /* version-valid-for: the change counter */
+        page[96] = (uint8_t)(SQLITE_VERSION_NUMBER >> 24);
+        page[97] = (uint8_t)(SQLITE_VERSION_NUMBER >> 16);
+        page[98] = (uint8_t)(SQLITE_VERSION_NUMBER >> 8);
+        page[99] = (uint8_t)SQLITE_VERSION_NUMBER;
+        page[100] = 13; /* a leaf of a table, with no cells */
+        page[105] = 0x10;
+        status = records_write(file, 0, page, 1);
+    }
+    if (!status)
+        status = head_finish(file);
+    sqlite3_free(page);
+    return status;
+}
+
+/* The first connection of this life: key, rights, sizes. */
+static int learn(struct record_file *file, bool create)
+{
+    struct database *database = file->database;
+    struct record_file log = {database, FILE_WAL, 0};
+    char name[DB_NAME_MAX + 8];
+    int64_t pages, frames = 0;
+    int status = head_read(file);
+
+    log_name(database->name, name);
+    if (status == -TM_ENOENT && create)
+        status = make(file, name);
+    if (status)
+        return status;
+    pages = records_counted(file);
+    status = tm_file_open(name, TM_FILE_READ_ONLY, &log.handle);
+    if (!status) {
+        frames = records_counted(&log);
+        tm_file_close(log.handle);
+    }
+    if (pages < 0 || frames < 0 || (status && status != -TM_ENOENT))
+        return pages < 0 ? (int)pages : frames < 0 ? (int)frames : status;
+    database->files[FILE_MAIN].records = (uint64_t)pages;
+    database->files[FILE_WAL].records = (uint64_t)frames;
+    return 0;
+}
+
+/* One slot at a time. */
 static int set_up(struct file *file, bool create)
 {
     struct database *database = file->records.database;
-    struct record_file log = {database, FILE_WAL, 0};
-    char name[DB_NAME_MAX + 8];
-    int64_t count = 0;
-    int status;
+    int status = 0;
 
     for (uint32_t rounds = 0; !database_hold(database, HOLDS_SETUP, HOLDS_SETUP); rounds++) {
         if (rounds == SETUP_PATIENCE)
             return SQLITE_BUSY;
         sleep(NULL, 10000);
     }
-    status = 0;
     if (!database->ready) {
-        log_name(database->name, name);
-        status = record_open_database(&file->records, name, create);
-        if (!status) {
-            status = tm_file_open(name, TM_FILE_READ_ONLY, &log.handle);
-            if (!status) {
-                count = records_counted(&log);
-                tm_file_close(log.handle);
-            }
-            status = status == -TM_ENOENT ? 0 : count < 0 ? (int)count : status;
-        }
-        if (!status) {
-            database->files[FILE_WAL].records = (uint64_t)count;
+        status = learn(&file->records, create);
+        if (!status)
             database->ready = 1;
-        }
     }
     database_drop(database, HOLDS_SETUP);
     return file_code(status, SQLITE_CANTOPEN);
+}
+
+/* Its key is known: it was opened in this life of the enclave, or the running slot is just making it. */
+static bool is_set_up(const struct database *database)
+{
+    return database->ready || database_holds(database) & HOLDS_SETUP;
 }
 
 /*
@@ -88,6 +136,30 @@ static int come_in(const char *name, struct database **result)
     return SQLITE_BUSY;
 }
 
+/*
+ * May the caller have it?  Who may read only gets a file that the SDK does not write to, and SQLite is told that it is
+ * one, whatever the caller has asked for.
+ */
+static int admit(struct file *file, const char *name, int *flags)
+{
+    struct connection *connection = connection_self();
+    enum db_access access = head_access(file->records.database);
+    int status = 0;
+
+    if (access == DB_ACCESS_NONE)
+        return file_code(RECORD_DENIED, SQLITE_CANTOPEN);
+    connection->granted = access;
+    connection->database = file->records.database;
+    connection->head = file->records.database->head;
+    if (access == DB_ACCESS_READ && *flags & SQLITE_OPEN_READWRITE) {
+        *flags = (*flags & ~(SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE)) | SQLITE_OPEN_READONLY;
+        tm_file_close(file->records.handle);
+        status = tm_file_open(name, TM_FILE_READ_ONLY, &file->records.handle);
+    }
+    file->readonly = *flags & SQLITE_OPEN_READONLY;
+    return file_code(status, SQLITE_CANTOPEN);
+}
+
 static int vfs_open(sqlite3_vfs *vfs, sqlite3_filename name, sqlite3_file *base, int flags, int *out)
 {
     struct file *file = file_of(base);
@@ -110,25 +182,30 @@ static int vfs_open(sqlite3_vfs *vfs, sqlite3_filename name, sqlite3_file *base,
         return code;
     file->records = (struct record_file){database, main ? FILE_MAIN : FILE_WAL, 0};
     /* A file that was there is not made again: it was taken away. */
-    if (main && database->ready)
+    if (main && is_set_up(database))
         create = false;
     status = tm_file_open(name, flags & SQLITE_OPEN_READONLY ? TM_FILE_READ_ONLY : create ? TM_FILE_CREATE : 0,
                           &file->records.handle);
     if (status == -TM_ENOENT && database->ready && main)
         status = RECORD_TAMPERED;
     code = file_code(status, SQLITE_CANTOPEN);
-    if (!code && main && !database->ready) {
-        code = set_up(file, create);
+    if (!code && main) {
+        if (!is_set_up(database))
+            code = set_up(file, create);
+        if (!code)
+            code = admit(file, name, &flags);
         if (code)
             tm_file_close(file->records.handle);
     }
     if (code) {
         if (main)
-            database_drop(database, ~0ull);
+            database_drop(database, ~HOLDS_SETUP);
         return code;
     }
-    if (!main && connection_self())
+    if (!main) {
+        file->readonly = file_of(sqlite3_database_file_object(name))->readonly;
         connection_self()->log = file;
+    }
     base->pMethods = &file_methods;
     if (out)
         *out = flags;
@@ -221,27 +298,7 @@ int sqlite3_os_end(void)
     return SQLITE_OK;
 }
 
-/* What is known goes first: a death in between leaves a database that is opened as one of an earlier life. */
-int vfs_delete_database(const char *name)
+void vfs_log_name(const char *name, char log[DB_NAME_MAX + 8])
 {
-    struct database *database;
-    char log[DB_NAME_MAX + 8];
-    int status;
-
-    if (database_find(name, &database))
-        return SQLITE_NOMEM;
-    if (database_holds(database) & HOLDS_OPEN || !database_hold(database, HOLDS_SETUP, HOLDS_SETUP | HOLDS_OPEN))
-        return SQLITE_BUSY;
-    if (!database_is(database, name)) {
-        database_drop(database, HOLDS_SETUP);
-        return SQLITE_BUSY; /* somebody has deleted it just now, and the struct is another's */
-    }
-    database_wipe(database);
-    cache_drop((uint64_t)database);
     log_name(name, log);
-    status = tm_file_delete(name);
-    if (!status)
-        status = tm_file_delete(log);
-    database_drop(database, HOLDS_SETUP);
-    return status == 0 || status == -TM_ENOENT ? SQLITE_OK : file_code(status, SQLITE_IOERR_DELETE);
 }

@@ -5,7 +5,9 @@
 
 #include "sqlite3.h"
 
-/* Delete a database that nobody has open: 0, SQLITE_BUSY, SQLITE_CANTOPEN (there is none), SQLITE_IOERR_DELETE. */
-int vfs_delete_database(const char *name);
+#include "shared.h"
+
+/* The file of its log. */
+void vfs_log_name(const char *name, char log[DB_NAME_MAX + 8]);
 
 #endif

@@ -1,0 +1,147 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "head.h"
+
+#include "files.h"
+
+struct head {
+    uint8_t key[16];
+    uint64_t number;
+    struct rights rights;
+};
+#define PLACE 2048u
+#define SEALED (sizeof(struct head) + TM_SEAL_OVERHEAD)
+_Static_assert(SEALED <= PLACE && 2 * PLACE == HEAD_SIZE, "two heads before the pages");
+
+static void bind(const struct database *database, uint8_t text[80])
+{
+    static const char label[] = "teemate database 2";
+
+    memset(text, 0, 80);
+    memcpy(text, label, sizeof(label));
+    memcpy(text + 24, database->name, strlen(database->name));
+}
+
+static int write(struct record_file *file, uint64_t number, const struct rights *rights)
+{
+    struct database *database = file->database;
+    uint8_t binding[80], sealed[SEALED];
+    struct head head = {.number = number, .rights = *rights};
+    int64_t done;
+    int status;
+
+    memcpy(head.key, database->key, sizeof(head.key));
+    bind(database, binding);
+    status = tm_seal(SGX_KEYPOLICY_MRSIGNER, binding, sizeof(binding), &head, sizeof(head), sealed);
+    tm_wipe(&head, sizeof(head));
+    if (status)
+        return RECORD_MEMORY;
+    done = tm_file_write(file->handle, number % 2 * PLACE, sealed, sizeof(sealed));
+    return done < 0 ? (int)done : tm_file_sync(file->handle);
+}
+
+/* Into the place that nobody reads, then the number: readers have the old rights or the new ones. */
+static void adopt(struct database *database, uint64_t number, const struct rights *rights)
+{
+    database->rights[number % 2] = *rights;
+    database->head = number;
+}
+
+int head_read(struct record_file *file)
+{
+    static const uint8_t nothing[SEALED];
+    struct database *database = file->database;
+    uint8_t binding[80], sealed[SEALED];
+    struct head head, best = {.number = 0};
+    bool any = false, found = false;
+
+    bind(database, binding);
+    for (uint64_t place = 0; place < 2; place++) {
+        int64_t got;
+
+        memset(sealed, 0, sizeof(sealed));
+        got = tm_file_read(file->handle, place * PLACE, sealed, sizeof(sealed));
+        if (got < 0)
+            return (int)got;
+        if (!memcmp(sealed, nothing, sizeof(sealed)))
+            continue;
+        any = true;
+        if (tm_unseal(binding, sizeof(binding), sealed, sizeof(sealed), &head) || head.number % 2 != place)
+            continue;
+        if (!found || head.number > best.number)
+            best = head;
+        found = true;
+    }
+    if (found) {
+        memcpy(database->key, best.key, sizeof(best.key));
+        adopt(database, best.number, &best.rights);
+    }
+    tm_wipe(&head, sizeof(head));
+    tm_wipe(&best, sizeof(best));
+    return found ? 0 : any ? RECORD_TAMPERED : -TM_ENOENT;
+}
+
+int head_begin(struct record_file *file, const char *log)
+{
+    struct rights rights = {.owner = tm_caller().identity.uid};
+    int status = tm_file_delete(log);
+
+    if (!status || status == -TM_ENOENT)
+        status = tm_file_truncate(file->handle, 0);
+    if (status)
+        return status;
+    cache_drop((uint64_t)file->database);
+    database_wipe(file->database); /* what an earlier making that was cut short had written */
+    tm_random(file->database->key, sizeof(file->database->key));
+    adopt(file->database, 0, &rights);
+    return 0;
+}
+
+int head_finish(struct record_file *file)
+{
+    int status = tm_file_sync(file->handle);
+
+    return status ? status : write(file, 0, &file->database->rights[0]);
+}
+
+int head_change(struct record_file *file, const struct rights *rights)
+{
+    uint64_t number = file->database->head + 1;
+    int status = write(file, number, rights);
+
+    if (!status)
+        adopt(file->database, number, rights);
+    return status;
+}
+
+void head_rights(const struct database *database, struct rights *rights)
+{
+    uint64_t number;
+
+    do {
+        number = database->head;
+        *rights = database->rights[number % 2];
+    } while (database->head != number);
+}
+
+enum db_access head_access(const struct database *database)
+{
+    struct tm_identity identity = tm_caller().identity;
+    enum db_access access = DB_ACCESS_NONE;
+    struct rights rights;
+
+#ifdef DB_TEST_NO_RIGHTS
+    /* Test build: everybody is the owner. */
+    return DB_ACCESS_OWNER;
+#endif
+    head_rights(database, &rights);
+    if (rights.owner == identity.uid)
+        return DB_ACCESS_OWNER;
+    for (uint32_t i = 0; i < rights.count && i < DB_RIGHTS_MAX; i++) {
+        const struct db_right *right = &rights.list[i];
+        uint32_t id = right->grantee == DB_GRANT_UID ? identity.uid : identity.gid;
+
+        if (right->id == id && right->access > access)
+            access = right->access;
+    }
+    return access;
+}

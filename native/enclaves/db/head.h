@@ -1,0 +1,37 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The head of a database's file: its key, and who may use it.
+ *
+ * There are two places for it, of 2048 bytes each; head number n lies in place n modulo 2, so that a change which power cuts
+ * short leaves the last one.  Of two that are right the higher number counts.  Heads are sealed under the database's
+ * name.  In one life of the enclave its memory says what the rights are; across lives the host can bring an older head
+ * back, and with it rights that were taken away since.
+ */
+#ifndef DB_HEAD_H
+#define DB_HEAD_H
+
+#include "records.h"
+
+/*
+ * What the file has: key and rights into the database.  0; -TM_ENOENT: its making was cut short, or never began;
+ * RECORD_TAMPERED; another negative tm_errno.
+ */
+int head_read(struct record_file *file);
+
+/*
+ * An empty file with a new key, which is no database before head_finish().  A log is another database's of that name.
+ * For who holds HOLDS_SETUP, while nobody has it open.
+ */
+int head_begin(struct record_file *file, const char *log);
+/* All its pages are written: from here on it is the caller's database. */
+int head_finish(struct record_file *file);
+
+/* Other rights from now on: for who holds HOLDS_SETUP.  0, a negative tm_errno. */
+int head_change(struct record_file *file, const struct rights *rights);
+
+/* What the running slot's identity may do with it, as it is open now or about to be. */
+enum db_access head_access(const struct database *database);
+/* A consistent copy of the rights. */
+void head_rights(const struct database *database, struct rights *rights);
+
+#endif

@@ -1,0 +1,187 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "manage.h"
+
+#include "file.h"
+#include "files.h"
+#include "head.h"
+#include "reply.h"
+#include "vfs.h"
+
+#define CHANGE_ROUNDS 500u /* of 10 ms that another slot may take to open the database, or to change its rights */
+
+int manage_claim(const char *name, struct database **result)
+{
+    struct database *database;
+
+    if (database_find(name, &database))
+        return SQLITE_NOMEM;
+    if (database_holds(database) & (HOLDS_OPEN | HOLDS_SETUP) ||
+        !database_hold(database, HOLDS_SETUP, HOLDS_SETUP | HOLDS_OPEN))
+        return SQLITE_BUSY;
+    if (!database_is(database, name)) {
+        database_drop(database, HOLDS_SETUP);
+        return SQLITE_BUSY; /* somebody has deleted it just now, and the struct is another's */
+    }
+    *result = database;
+    return SQLITE_OK;
+}
+
+static int answer(struct tm_request *rq, int code)
+{
+    struct reply reply = {0};
+    int status;
+
+    if (!code)
+        return 0;
+    reply_error(&reply, connection_self(), code, -1, 0);
+    status = tm_reply(rq, reply.start, reply.length);
+    reply_close(&reply);
+    return status ? status : DB_FAILED;
+}
+
+/* ---- deleting ------------------------------------------------------------------- */
+
+/* Is it the caller's?  So is what never became a database.  One that another signer's enclave made is nobody's here. */
+static int may_delete(struct database *database)
+{
+    struct record_file file = {database, FILE_MAIN, 0};
+    int status = 0;
+
+    if (!database->ready) {
+        status = tm_file_open(database->name, TM_FILE_READ_ONLY, &file.handle);
+        if (!status) {
+            status = head_read(&file);
+            tm_file_close(file.handle);
+        }
+    }
+    if (status == -TM_ENOENT)
+        return SQLITE_OK;
+    if (status)
+        return file_code(status, SQLITE_CANTOPEN);
+    return head_access(database) == DB_ACCESS_OWNER ? SQLITE_OK : DB_E_DENIED;
+}
+
+/* What is known goes first: a death in between leaves a database that is opened as one of an earlier life. */
+static int delete(const char *name)
+{
+    struct database *database;
+    char log[DB_NAME_MAX + 8];
+    int code = manage_claim(name, &database), status;
+
+    if (code)
+        return code;
+    code = may_delete(database);
+    if (!code) {
+        database_wipe(database);
+        cache_drop((uint64_t)database);
+        vfs_log_name(name, log);
+        status = tm_file_delete(name);
+        if (!status)
+            status = tm_file_delete(log);
+        code = status == -TM_ENOENT ? SQLITE_OK : file_code(status, SQLITE_IOERR_DELETE);
+    }
+    database_drop(database, HOLDS_SETUP);
+    return code;
+}
+
+TM_ECALL(db_delete)
+{
+    char name[DB_NAME_MAX + 1] = {0};
+
+    if (!connection_name_is_right((const char *)rq->in, (uint32_t)rq->in_len))
+        return TM_E_ARGUMENT;
+    if (!connection_self())
+        return TM_E_STATE; /* SQLite's memory is the connection's */
+    memcpy(name, rq->in, rq->in_len);
+    return answer(rq, delete(name));
+}
+
+/* ---- rights --------------------------------------------------------------------- */
+
+/* One right more, another one instead, or one less: false when there are as many as there may be. */
+static bool change(struct rights *rights, const struct db_right *right)
+{
+    uint32_t place = 0;
+
+    while (place < rights->count &&
+           (rights->list[place].id != right->id || rights->list[place].grantee != right->grantee))
+        place++;
+    if (right->access == DB_ACCESS_NONE) {
+        if (place < rights->count) {
+            rights->list[place] = rights->list[--rights->count];
+            memset(&rights->list[rights->count], 0, sizeof(*rights->list));
+        }
+        return true;
+    }
+    if (place == DB_RIGHTS_MAX)
+        return false;
+    rights->list[place] = *right;
+    rights->count += place == rights->count;
+    return true;
+}
+
+static int grant(struct database *database, const struct db_right *right)
+{
+    struct record_file file = {database, FILE_MAIN, 0};
+    struct rights rights;
+    int status;
+
+    if (head_access(database) != DB_ACCESS_OWNER)
+        return DB_E_DENIED;
+    for (uint32_t rounds = 0; !database_hold(database, HOLDS_SETUP, HOLDS_SETUP); rounds++) {
+        if (rounds == CHANGE_ROUNDS)
+            return SQLITE_BUSY;
+        sqlite3_sleep(10);
+    }
+    head_rights(database, &rights);
+    if (!change(&rights, right)) {
+        database_drop(database, HOLDS_SETUP);
+        return DB_E_RIGHTS;
+    }
+    status = tm_file_open(database->name, 0, &file.handle);
+    if (!status) {
+        status = head_change(&file, &rights);
+        tm_file_close(file.handle);
+    }
+    database_drop(database, HOLDS_SETUP);
+    return file_code(status, SQLITE_IOERR_WRITE);
+}
+
+TM_ECALL(db_grant)
+{
+    struct connection *self = connection_self();
+    struct db_right right;
+    int code;
+
+    if (rq->in_len != sizeof(right))
+        return TM_E_ARGUMENT;
+    memcpy(&right, rq->in, sizeof(right));
+    if (right.reserved || (right.grantee != DB_GRANT_UID && right.grantee != DB_GRANT_GID) ||
+        right.access > DB_ACCESS_WRITE)
+        return TM_E_ARGUMENT;
+    if (!self || !self->database)
+        return TM_E_STATE;
+    code = connection_allowed(self);
+    return answer(rq, code ? code : grant(self->database, &right));
+}
+
+TM_ECALL(db_describe)
+{
+    struct connection *self = connection_self();
+    struct db_description description = {0};
+    struct rights rights;
+    int status;
+
+    if (!self || !self->database)
+        return TM_E_STATE;
+    status = connection_allowed(self);
+    if (status)
+        return answer(rq, status);
+    head_rights(self->database, &rights);
+    description.owner = rights.owner;
+    description.access = head_access(self->database);
+    description.count = description.access == DB_ACCESS_OWNER ? rights.count : 0;
+    description.pages = self->database->files[FILE_MAIN].records;
+    status = tm_reply(rq, &description, sizeof(description));
+    return status ? status : tm_reply(rq, rights.list, description.count * sizeof(*rights.list));
+}
