@@ -394,15 +394,11 @@ class Warden:
             sock.close()
         if pid is None:
             return False
-        pidfd = os.pidfd_open(pid)  # ours and not waited for yet: its number cannot be another's
-        try:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            with trio.CancelScope(shield=True):
-                await trio.lowlevel.wait_readable(pidfd)
-            status = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)  # noqa: ASYNC222 - it has ended
-        finally:
-            os.close(pidfd)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)  # ours and not waited for yet: its number cannot be another's
+        # In a thread, which takes no descriptor: there may be none left.
+        with trio.CancelScope(shield=True):
+            status = await trio.to_thread.run_sync(os.waitid, os.P_PID, pid, os.WEXITED)
         return status is not None and (status.si_code, status.si_status) == (os.CLD_KILLED, signal.SIGKILL)
 
     def statistics(self) -> WardenStatistics:

@@ -141,6 +141,24 @@ async def test_a_warden_that_cannot_be_watched_at_once_is_kept_all_the_same(
     assert warden.statistics().started == 2
 
 
+async def test_a_warden_is_ended_and_waited_for_when_there_is_no_descriptor_left(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warden = fake([["ok", "short"], ["ok"] * 5])
+    await warden.start()
+    pid = warden.statistics().pid
+    assert pid is not None
+
+    def refuse(_: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    assert (await warden.probe(2)).entered
+    assert warden.statistics().killed == 1
+    with pytest.raises(ProcessLookupError):  # no zombie either
+        os.kill(pid, 0)
+
+
 @pytest.mark.parametrize("failure", ["crash", "short", "other id"])
 async def test_a_warden_that_fails_is_replaced_and_the_request_made_again(fake: Fake, failure: str) -> None:
     warden = fake([["ok", failure], ["ok"] * 5])
