@@ -10,11 +10,13 @@ slot that was taken back is closed, so no write comes after it, and none is lost
 leave until the deadline they are revoked with `force`; without it, and whenever a later step fails, the
 new generation is thrown away and the old one goes on as if nothing had been.  So it does when the broker
 ends in the middle: until it has everything the new one is written down as one that has no name.  The request
-that is asked again after that begins anew, or is answered when the new one has the name.
+that is asked again after that begins anew, within what is left of the time that it gave, or is answered when
+the new one has the name.
 """
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, final
 
 import trio
@@ -49,7 +51,7 @@ class Upgrades:
         service = self._service
         source = ImageSource(image_fd, args.sigstruct, f"sent by uid {client.identity.uid}")
         intent, there = client.intents.get(client.asking), service.enclaves.get(args.enclave)
-        if intent is not None and there is not None and there.serial == intent["new"]:
+        if intent is not None and there is not None and there.serial == intent.get("new"):
             source.close()  # it was done, and the last broker died before it could say so
             ok = intent["ok"]
             assert isinstance(ok, dict)
@@ -62,7 +64,9 @@ class Upgrades:
         except BaseException:
             source.close()
             raise
-        return self._upgrade(client, client.asking, args, old, source, rules, done)
+        until = None if intent is None else intent.get("until")
+        assert until is None or isinstance(until, float)
+        return self._upgrade(client, client.asking, args, old, source, rules, done, until)
 
     def _require_quiet(self, old: Enclave) -> None:
         """Refuse while something else is done with the enclave."""
@@ -80,7 +84,9 @@ class Upgrades:
         source: ImageSource,
         rules: list[CreateRule],
         done: trio.Event,
+        until: float | None,
     ) -> Answer:
+        """`until`: the deadline that an earlier broker had begun to wait for, by CLOCK_MONOTONIC."""
         service = self._service
         answers: list[dict[str, object]] = []
 
@@ -88,7 +94,7 @@ class Upgrades:
             new: Enclave | None = None
             try:
                 new = await self._build(client, old, source, rules)
-                answers.append(await self._replace(client, request, args, old, new))
+                answers.append(await self._replace(client, request, args, old, new, until))
             except BaseException:
                 if new is not None:
                     with trio.CancelScope(shield=True):
@@ -126,10 +132,19 @@ class Upgrades:
         return new
 
     async def _replace(
-        self, client: Client, request: int, args: Upgrade, old: Enclave, new: Enclave
+        self,
+        client: Client,
+        request: int,
+        args: Upgrade,
+        old: Enclave,
+        new: Enclave,
+        until: float | None,
     ) -> dict[str, object]:
         service, by = self._service, f"uid {client.identity.uid}"
-        deadline = trio.current_time() + (DEADLINE if args.deadline is None else args.deadline)
+        if until is None:  # what is built anew after a restart takes none of the holders' time again
+            until = time.monotonic() + (DEADLINE if args.deadline is None else args.deadline)
+            service.state.intend(client, {"until": until}, request)
+        deadline = trio.current_time() + max(0.0, until - time.monotonic())
         old.upgrading = True
         service.lifecycle.begin(old, f"upgraded by {by} to MRENCLAVE {new.built.mrenclave.hex()}")
         drained = await service.lifecycle.drain_one(old, deadline, args.force, by)
@@ -159,7 +174,7 @@ class Upgrades:
             "bytes": handed.bytes,
         }
         # Written before the new one has the name: when it has it after a restart, this is the answer.
-        service.state.intend(client, {"new": new.serial, "ok": ok}, request)
+        service.state.intend(client, {"until": until, "new": new.serial, "ok": ok}, request)
         service.generations.succeed(old, new)
         service.audit.changed(client.identity, client=client.number, operation="upgrade", enclave=new.name)
         service.log.info(

@@ -10,6 +10,7 @@ had begun to make or to destroy when it died is undone, or finished.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, final
 
@@ -118,6 +119,8 @@ class Restoration:
         self._unheld: dict[int, list[int]] = {}
         """Slots that nobody held, by the enclave's serial; whoever ends from now on gives its own back."""
         self._ended: list[int] = []
+        self._returning: list[tuple[Client, Mapping[tuple[int, int], int]]] = []
+        """Whose slots were on their way back when the last broker ended: until all are recovered."""
         self._ending: set[int] = set()
         """Enclaves whose destruction the last broker had begun."""
         self.tidied = trio.Event()
@@ -240,6 +243,7 @@ class Restoration:
         client.started, client.name, client.left = record.started, record.name, record.left
         client.tokens, client.recalled = record.tokens, dict(record.outcomes)
         client.intents, client.returning = dict(record.intents), dict(record.returning)
+        self._returning.append((client, record.returning))
         for grant in record.grants:
             self._place_grant(client, grant)
         if not client.left:
@@ -293,8 +297,10 @@ class Restoration:
                 nursery.start_soon(self._recover_enclave, enclave)
         for number in self._ended:
             service.state.erase("client", number)
-        for client in list(service.clients.values()):
-            client.returning.clear()
+        for client, returning in self._returning:
+            for slot, generation in returning.items():
+                if client.returning.get(slot) == generation:  # else it gave the slot back again since
+                    del client.returning[slot]
         if self._enclaves:
             service.log.info(
                 "gone on from the last broker", enclaves=sorted(e.name for e in self._enclaves.values()),

@@ -15,6 +15,7 @@ result, and the slot is repaired as soon as it leaves.
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
@@ -85,7 +86,9 @@ class Revocation:
             numbers = intent["grants"]
             assert isinstance(numbers, list)
             left = [service.grants[number] for number in numbers if number in service.grants]
-            return self._revoke(client, args, left, len(numbers), after_restart=True)
+            begun = intent.get("begun", time.monotonic())  # an older broker's has none
+            assert isinstance(begun, float)
+            return self._revoke(client, args, left, len(numbers), begun, after_restart=True)
         if args.grant is not None:
             found = service.grants.get(args.grant)
             if found is None:
@@ -99,12 +102,21 @@ class Revocation:
         else:
             assert args.enclave is not None
             grants = [service.grants[number] for number in service.enclave(args.enclave).grants]
-        service.state.intend(client, {"grants": [grant.number for grant in grants]})
-        return self._revoke(client, args, grants, len(grants))
+        begun = time.monotonic()
+        service.state.intend(client, {"grants": [grant.number for grant in grants], "begun": begun})
+        return self._revoke(client, args, grants, len(grants), begun)
 
     async def _revoke(
-        self, client: Client, args: Revoke, grants: list[Grant], count: int, *, after_restart: bool = False
+        self,
+        client: Client,
+        args: Revoke,
+        grants: list[Grant],
+        count: int,
+        begun: float,
+        *,
+        after_restart: bool = False,
     ) -> Answer:
+        """`begun`: when it was asked for first, by CLOCK_MONOTONIC, which the next broker has too."""
         service = self._service
         counts: list[dict[str, int]] = []
 
@@ -113,7 +125,9 @@ class Revocation:
                 for enclave in [*service.enclaves.values(), *service.generations.retired]:
                     await enclave.recovered.wait()
             by = f"uid {client.identity.uid}"
-            counts.extend(await self.revoke_all(grants, args.grace, by, args.reason or "asked for"))
+            spent = time.monotonic() - begun if after_restart else 0.0
+            why = args.reason or "asked for"
+            counts.extend(await self.revoke_all(grants, args.grace, by, why, spent=spent))
 
         await self.finish_in_background(run)
         uncleared = sum(count["uncleared"] for count in counts)
@@ -128,22 +142,23 @@ class Revocation:
         return Answer({"grants": count, **total})
 
     async def revoke_all(
-        self, grants: list[Grant], grace: float | None, by: str, why: str
+        self, grants: list[Grant], grace: float | None, by: str, why: str, *, spent: float = 0.0
     ) -> list[dict[str, int]]:
+        """Take them back at once; `spent` is how much of their grace is over already."""
         counts: list[dict[str, int]] = []
 
         async def run(grant: Grant) -> None:
-            counts.append(await self._revoke_grant(grant, grace, by, why))
+            seconds = grant.enclave.policy.revoke_grace if grace is None else grace
+            counts.append(await self._revoke_grant(grant, max(0.0, seconds - spent), by, why))
 
         async with trio.open_nursery() as nursery:
             for grant in grants:
                 nursery.start_soon(run, grant)
         return counts
 
-    async def _revoke_grant(self, grant: Grant, grace: float | None, by: str, why: str) -> dict[str, int]:
+    async def _revoke_grant(self, grant: Grant, seconds: float, by: str, why: str) -> dict[str, int]:
         """Clear the keys, tell the client and wait; then the ladder: kill it, or repair what it has left."""
         service, enclave, client = self._service, grant.enclave, grant.client
-        seconds = enclave.policy.revoke_grace if grace is None else grace
         outcome = grant.outcome = grant.outcome or Outcome()
         if not grant.revoked:
             grant.revoked = True
@@ -161,9 +176,7 @@ class Revocation:
                 errors.Revoked(f"grant {grant.number} was taken back: {why}"),
             )
         uncleared = await self._clear_keys(grant)
-        client.send(
-            {"event": "revoked", "grant": grant.number, "slots": grant.slots, "deadline": float(seconds)}
-        )
+        client.send({"event": "revoked", "grant": grant.number, "slots": grant.slots, "deadline": seconds})
         with trio.move_on_after(seconds):
             await outcome.finished.wait()
         kill = not outcome.finished.is_set() and enclave.policy.revoke_kill and not grant.over

@@ -229,9 +229,7 @@ class MetricsServer:
 
     def statistics(self) -> MetricsServerStatistics:
         """Who is served, and was."""
-        return MetricsServerStatistics(
-            readers=self._readers, answered=self._answered, refused=self._refused
-        )
+        return MetricsServerStatistics(readers=self._readers, answered=self._answered, refused=self._refused)
 
 
 # ---- as part of a broker ------------------------------------------------------------------------

@@ -5,12 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import trio
 from images import Images
 from played_manager import Message, PlayedManager, played_manager
 from raw_client import RawClient, raw_client
+
+from teemate import errors
+from teemate.broker.enclaves.upgrade import Upgrades
 
 Policy = Callable[..., str]
 Connect = Callable[..., RawClient]
@@ -219,3 +224,41 @@ def test_an_upgrade_that_the_broker_did_not_live_through_leaves_the_old_enclave_
         holder.ok("detach", grant=grant, clean=True)
         assert request.answer()["generation"] == 2
     assert vault(client) == ("ready", 2)
+
+
+class _Upgraded:
+    """As much of a service as the waiting of an upgrade needs; whoever holds the enclave keeps it."""
+
+    def __init__(self) -> None:
+        self.intent: dict[str, Any] = {}
+        self.deadlines: list[float] = []
+        self.state = self.lifecycle = self
+
+    def intend(self, _client: object, intent: dict[str, Any], _request: int) -> None:
+        self.intent = intent
+
+    def begin(self, _enclave: object, _reason: str) -> None:
+        pass
+
+    async def drain_one(self, _enclave: object, deadline: float, *_: object) -> dict[str, object]:
+        self.deadlines.append(deadline - trio.current_time())
+        return {"left": 1, "busy": 0}
+
+
+async def test_an_upgrade_that_is_asked_for_again_has_what_is_left_of_its_time() -> None:
+    service: Any = _Upgraded()
+    nothing: Any = SimpleNamespace(
+        name="vault", upgrading=False, identity=SimpleNamespace(uid=0), built=SimpleNamespace(mrenclave=b"")
+    )
+    args: Any = SimpleNamespace(enclave="vault", deadline=600.0, force=False, lose_state=False)
+
+    async def wait(until: float | None) -> float:
+        with pytest.raises(errors.Busy):
+            await Upgrades(service)._replace(nothing, 1, args, nothing, nothing, until)
+        return float(service.deadlines[-1])
+
+    assert await wait(None) == pytest.approx(600.0, abs=60.0)
+    first = service.intent["until"]
+    assert await wait(first - 500.0) <= 100.0
+    assert await wait(first - 1000.0) == pytest.approx(0.0, abs=1.0)
+    assert service.intent["until"] == first, "a deadline is written down once"

@@ -399,7 +399,6 @@ def test_a_broker_killed_while_it_makes_or_destroys_neither_leaks_nor_loses_an_e
             assert client.ok("enclaves")["enclaves"] == []
             assert stored(client) == OWN
 
-
     def nothing_is_left() -> bool:
         names = [name for name in descriptors(kept.pid).values() if "memfd" in name]
         return sum("memfd:teemate-state" in name for name in names) == len(names) == 1

@@ -224,7 +224,8 @@ class MortalWorld(World):
         for module in ("state", "resumption"):
             enter(mock.patch(f"teemate.broker.restart.{module}.start_time", self._start_time))
         clock = SimpleNamespace(monotonic=lambda: self.clock.current_time())
-        enter(mock.patch("teemate.broker.enclaves.draining.time", clock))
+        for module in ("enclaves.draining", "enclaves.upgrade", "slots.revocation"):
+            enter(mock.patch(f"teemate.broker.{module}.time", clock))
 
     def _start_time(self, pid: int, pidfd: int) -> int | None:
         """A process's number is its start time: it is never another's, as a pid can be."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import trio
 from modelled_process import ModelledProcess, Reply
 from modelled_restart import MortalWorld, ResumingProcess
 from modelled_world import ENCLAVE
 
 from teemate.broker.enclaves.enclave import EnclaveState
 from teemate.broker.restart.resumption import Resumption
+from teemate.broker.slots.reclaim import Reclaimer
 from teemate.broker.slots.revocation import Revocation
 from teemate.broker.slots.table import SlotState
 
@@ -69,6 +72,43 @@ def test_a_drain_that_is_asked_for_again_has_what_is_left_of_its_time(
     world.administrator.hear()
     assert reply.ok is not None, "it got all of its time once more"
     assert reply.ok["enclaves"][0]["left"] == 1
+
+
+def test_a_revocation_that_is_asked_for_again_gives_its_time_once(
+    world: MortalWorld, holder: ModelledProcess
+) -> None:
+    grant, _index, _key = attach(world, holder)
+    reply = ask(world, world.administrator, "revoke", grant=grant, grace=30.0)
+    for _ in range(3):
+        world.pass_time(8)
+        restart(world, holder)
+        assert reply.ok is None
+    world.pass_time(10)
+    world.administrator.hear()
+    assert reply.ok is not None, "the holder got all of its time once more"
+
+
+def test_slots_that_come_back_while_a_broker_still_starts_are_written_down_until_they_are_closed(
+    world: MortalWorld, holder: ModelledProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grant, index, _key = attach(world, holder)
+    recycle = Reclaimer._recycle
+
+    async def late(*args: Any) -> None:
+        await trio.sleep(10)
+        await recycle(*args)
+
+    monkeypatch.setattr(Reclaimer, "_recycle", late)
+    world.next_hang = 5.0  # of the slots that nobody held, for which the start waits
+    restart(world, holder)
+    ask(world, holder, "slots.release", grant=grant, slots=[index], clean=True)
+    (client,) = (client for client in world.service.clients.values() if client.returning)
+    world.pass_time(6)
+    assert world.broker_enclave.slots.statistics().free == 2, "the guard of this test: it has started"
+    assert [slot for _serial, slot in client.returning] == [index]
+    world.pass_time(6)
+    assert not client.returning
+    assert world.broker_enclave.slots.statistics().free == 3
 
 
 def test_slots_of_an_enclave_that_nobody_gets_into_come_back_after_a_restart(
