@@ -64,7 +64,7 @@ class State(enum.StrEnum):
 INSIDE = frozenset(State) - {State.OUTSIDE}
 MET: dict[str, frozenset[State]] = {
     "sim": frozenset(State) - {State.INTERRUPTED},  # that takes a call of 5 ms and more
-    "sgx": frozenset({State.OUTSIDE, State.OCALL, State.INSIDE}),
+    "sgx": frozenset({State.OUTSIDE, State.INSIDE}),
 }
 """What programs can be told to be doing, again and again, by backend."""
 _WAY_IN = {"tm_gate_client", "ecall", "bind_identity", "range_outside"}

@@ -10,8 +10,8 @@ from machine import Machine
 
 from teemate.bench._where import MET
 
-EACH_STATE = 3
-SIZE = ("--clients", "3", "--seconds", "600")
+EACH_STATE = 5
+SIZE = ("--clients", "2", "--seconds", "400")
 KILLS = (
     "--client-kills",
     "12",
@@ -35,7 +35,8 @@ def test_nothing_is_lost_in_a_small_storm_on_the_driver(capsys: pytest.CaptureFi
     assert told["client_kills"] == sum(told["kills_by_state"].values()) >= 12
     for state in MET["sgx"]:
         assert told["kills_by_state"][state] >= EACH_STATE, state
-    assert told["slots_repaired"] >= 2 * EACH_STATE
+    # A broker that dies right after a repair has not written it into its log.
+    assert told["slots_repaired"] >= EACH_STATE - told["broker_kills"]
     assert told["counter"] == told["counter_expected"]
     for nothing in ("slots_lost", "wrong_values", "failed_calls", "repeated_calls", "lost_grants"):
         assert told[nothing] == 0
