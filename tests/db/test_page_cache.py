@@ -12,6 +12,7 @@ from backends import BACKEND
 from connections import CREATE, EXECUTE, UNCACHED, Caller, Connection, database_image, operation
 from images import Images, layout_options
 from test_database_files import fill
+from test_tampering import Disk
 
 import teemate
 from teemate.image import SigParams, layout_image, sign_with_key
@@ -114,6 +115,27 @@ def test_a_database_that_is_made_anew_has_nothing_of_the_deleted_one(connect: Co
         one.close()
         two.close()
         keeper.slot.call("db_delete", b"accounts")
+
+
+def test_pages_that_are_read_in_order_are_fetched_many_at_a_time() -> None:
+    image, files = database_image(), {}
+    for life in range(2):
+        with teemate.create_enclave(image, image.with_suffix(".sig"), backend=BACKEND) as enclave:
+            host = Disk(enclave)
+            host.files.update(files)
+            with enclave.slot() as slot:
+                db = Connection(slot, "accounts")
+                if not life:
+                    fill(db, 20_000)
+                    db.sql("PRAGMA wal_checkpoint(TRUNCATE)")
+                before, kept = host.read["accounts"], cache(slot)
+                assert db.sql("SELECT count(*), sum(id) FROM t WHERE v LIKE 'PLAIN%'") == [
+                    (20_000, 199_990_000)
+                ]
+                reads, fills = host.read["accounts"] - before, cache(slot).fills - kept.fills
+            files = host.files
+    assert fills > 500
+    assert reads < fills / 5
 
 
 @pytest.fixture

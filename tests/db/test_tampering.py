@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import struct
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +93,9 @@ def test_a_changed_byte_is_found(life: Life, storage: Path, name: str, place: st
         right = ask(reading(slot))
         assert right[0] == 200
     flip(path, PLACES[name][place])
-    with life() as enclave, enclave.slot() as slot:
-        detects(lambda: reading(slot))
+    for connect in (reading, lambda slot: Connection(slot, "accounts")):  # which reads many pages at a time
+        with life() as enclave, enclave.slot() as slot:
+            detects(partial(connect, slot))
 
 
 def test_only_of_the_last_transaction_it_cannot_be_told_from_a_power_cut(life: Life, storage: Path) -> None:
@@ -196,7 +199,10 @@ def test_a_deleted_file_is_found_or_does_no_harm(connect: Connect, storage: Path
 
 
 class Disk:
-    """A host in this program: files in memory; `failures` are what it answers once to what it did."""
+    """A host in this program: files in memory; `failures` are what it answers once to what it did.
+
+    `read` counts how often it read from which.
+    """
 
     OPEN, READ, WRITE, SYNC, SIZE, TRUNCATE, DELETE = range(1, 8)
     _REQUEST = struct.Struct("<IIQQ64s")
@@ -204,6 +210,7 @@ class Disk:
     def __init__(self, enclave: teemate.Enclave) -> None:
         self.files: dict[str, bytearray] = {}
         self.failures: dict[tuple[int, str], int] = {}
+        self.read: Counter[str] = Counter()
 
         @ffi.callback("teemate_disk")  # type: ignore[misc]
         def do(_context: Any, request: Any, data: Any) -> int:
@@ -224,6 +231,7 @@ class Disk:
     def _do(self, op: int, name: str, offset: int, data: Any) -> int:
         content = self.files[name]
         if op == self.READ:
+            self.read[name] += 1
             found = content[offset : offset + len(data)]
             data[: len(found)] = bytes(found)
             return len(found)

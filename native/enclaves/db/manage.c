@@ -44,7 +44,7 @@ static int answer(struct tm_request *rq, int code)
 /* Is it the caller's?  So is what never became a database.  One that another signer's enclave made is nobody's here. */
 static int may_delete(struct database *database)
 {
-    struct record_file file = {database, FILE_MAIN, 0};
+    struct record_file file = {.database = database, .kind = FILE_MAIN};
     int status = 0;
 
     if (!database->ready) {
@@ -122,7 +122,7 @@ static bool change(struct rights *rights, const struct db_right *right)
 
 static int grant(struct database *database, const struct db_right *right)
 {
-    struct record_file file = {database, FILE_MAIN, 0};
+    struct record_file file = {.database = database, .kind = FILE_MAIN};
     struct rights rights;
     int status;
 

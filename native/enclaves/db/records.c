@@ -207,6 +207,56 @@ static bool is_zero(const uint8_t *data, uint32_t length)
     return !length;
 }
 
+/* Pages in between may have been read before. */
+#define SKIPPED 4u
+
+/*
+ * Pages are read in order: with one request of the host's for this one and what follows, into the cache alone.
+ * Nothing is judged here.  What is not right, or not right any more, is read again by itself when it is asked for.
+ */
+static void read_ahead(struct record_file *file, uint64_t first)
+{
+    const struct known_file *known = &file->database->files[file->kind];
+    uint32_t step = PAGE_SIZE + RECORD_EXTRA;
+    uint64_t records = known->records, count = records > first ? records - first : 0;
+    uint8_t data[PAGE_SIZE], *raw = sqlite3_malloc((int)(BATCH * step));
+    int64_t got;
+
+    if (!raw)
+        return;
+    count = count < BATCH ? count : BATCH;
+    got = tm_file_read(file->handle, place_of(file->kind, first), raw, count * step);
+    count = got < 0 ? 0 : (uint64_t)got / step;
+    for (uint64_t i = 0; i < count; i++) {
+        const uint8_t *at = raw + i * step;
+        uint64_t record = first + i, tag = short_tag(at + NONCE + PAGE_SIZE), right;
+        struct cache_key key = key_of(file, record, tag);
+
+        right = known_tag(file->database, file->kind, record);
+        if ((right && right != tag) || cache_get(&key, 0, 0, data) || !open_record(file, record, at, data))
+            continue;
+        if (!right && (known_reserve(file->database, file->kind, record) ||
+                       !known_first(file->database, file->kind, record, tag)))
+            continue;
+        keep(file, record, tag, data);
+    }
+    sqlite3_free(raw);
+    file->next = first + (count ? count : 1);
+}
+
+/* Is this page what is read next, or almost?  Then it is in the cache now, with the following ones. */
+static bool was_ahead(struct record_file *file, uint64_t record)
+{
+    const struct connection *connection = connection_self();
+    bool in_order = file->kind == FILE_MAIN && file->next && record - file->next < SKIPPED;
+
+    file->next = record + 1;
+    if (!in_order || (connection && connection->uncached))
+        return false;
+    read_ahead(file, record);
+    return true;
+}
+
 int record_read(struct record_file *file, uint64_t record, uint8_t *data)
 {
     const struct known_file *known = &file->database->files[file->kind];
@@ -215,6 +265,8 @@ int record_read(struct record_file *file, uint64_t record, uint8_t *data)
     uint8_t raw[LARGEST];
 
     if (record_cached(file, record, 0, size, data))
+        return RECORD_OK;
+    if (was_ahead(file, record) && record_cached(file, record, 0, size, data))
         return RECORD_OK;
     for (uint32_t reads = 0; reads < READS; reads++) {
         int64_t got = tm_file_read(file->handle, place_of(file->kind, record), raw, size + RECORD_EXTRA);

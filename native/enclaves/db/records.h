@@ -32,6 +32,7 @@ struct record_file {
     struct database *database;
     enum file_kind kind;
     uint32_t handle;
+    uint64_t next; /* what is read next if it is read in order */
 };
 
 uint32_t record_size(enum file_kind kind, uint64_t record);

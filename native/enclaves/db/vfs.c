@@ -61,7 +61,7 @@ static int make(struct record_file *file, const char *log)
 static int learn(struct record_file *file, bool create)
 {
     struct database *database = file->database;
-    struct record_file log = {database, FILE_WAL, 0};
+    struct record_file log = {.database = database, .kind = FILE_WAL};
     char name[DB_NAME_MAX + 8];
     int64_t pages, frames = 0;
     int status = head_read(file);
@@ -180,7 +180,7 @@ static int vfs_open(sqlite3_vfs *vfs, sqlite3_filename name, sqlite3_file *base,
     code = main ? come_in(plain, &database) : database_find(plain, &database) ? SQLITE_NOMEM : SQLITE_OK;
     if (code)
         return code;
-    file->records = (struct record_file){database, main ? FILE_MAIN : FILE_WAL, 0};
+    file->records = (struct record_file){.database = database, .kind = main ? FILE_MAIN : FILE_WAL};
     /* A file that was there is not made again: it was taken away. */
     if (main && is_set_up(database))
         create = false;
