@@ -11,7 +11,6 @@ import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from operator import attrgetter
 
 import trio
 from hypercorn.config import Config
@@ -73,8 +72,7 @@ async def _serve(
 async def open_functions(settings: Settings) -> AsyncGenerator[tuple[Functions, Ping], None]:
     """Connect to the broker for as long as the block runs."""
     async with teemate.open_broker(settings.broker, client="gateway") as broker:
-        functions: Functions = attrgetter("functions")(broker)
-        yield functions, broker.ping
+        yield broker.functions, broker.ping
 
 
 def _is_tcp(fd: int) -> bool:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from backends import PATIENCE
 from processes import wait_until
 
 DEADLINE = 60.0 * PATIENCE
+CUT = (http.client.RemoteDisconnected, http.client.IncompleteRead, ConnectionError)
+"""How a client sees that whoever served it has died: no answer, or one that is not whole."""
 HERE = Path(__file__).resolve().parent
 
 
@@ -80,7 +83,8 @@ class RunningGateway:
 
     def log(self, event: str = "") -> list[dict[str, Any]]:
         """Its records so far, or those of one event; a line that is no record fails."""
-        records: list[dict[str, Any]] = [json.loads(line) for line in self.log_file.read_text().splitlines()]
+        whole = self.log_file.read_text().rpartition("\n")[0]  # the last one may be on its way
+        records: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
         return [record for record in records if event in ("", record["event"])]
 
     def workers(self) -> list[int]:
@@ -90,7 +94,7 @@ class RunningGateway:
             if record["event"] == "worker ready":
                 found[record["number"]] = record["worker"]
             elif record["event"] == "worker ended":
-                del found[record["number"]]
+                found.pop(record["number"], None)
         return [pid for _, pid in sorted(found.items())]
 
     def wait_for_workers(self, count: int, *, other_than: int = 0) -> list[int]:
@@ -102,6 +106,37 @@ class RunningGateway:
         """End it as a service manager does, and return its exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(DEADLINE)
+
+
+class Killer(threading.Thread):
+    """Kills `kills` workers, by turns, each when all are ready; a failure is raised by :meth:`finish`."""
+
+    def __init__(self, gateway: RunningGateway, workers: int, kills: int) -> None:
+        super().__init__()
+        self._gateway = gateway
+        self._workers = workers
+        self._kills = kills
+        self._failure: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            victim = 0
+            for number in range(self._kills):
+                ready = self._gateway.wait_for_workers(self._workers, other_than=victim)
+                victim = ready[number % self._workers]
+                os.kill(victim, signal.SIGKILL)
+            wait_until(lambda: len(self._gateway.log("worker ended")) >= self._kills, "every end is noticed")
+        except BaseException as failure:
+            self._failure = failure
+
+    def finish(self) -> None:
+        """Wait until all is done, and see that no other worker has ended."""
+        self.join(2 * DEADLINE * self._kills)
+        if self._failure is not None:
+            raise self._failure
+        ended = [record["status"] for record in self._gateway.log("worker ended")]
+        assert ended == [-signal.SIGKILL] * self._kills, self._gateway.log_file.read_text()
 
 
 @contextlib.contextmanager

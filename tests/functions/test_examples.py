@@ -6,16 +6,30 @@ import gzip
 import hashlib
 import json
 import random
+import re
 import struct
+from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 import references
-from example_programs import NAMES, Failed, Programs, Run
+from example_programs import EXAMPLES, NAMES, Failed, Programs, Run
+from running_functions import Deployed, assemblyscript_module, run_functions
+
+import teemate
 
 
-@pytest.fixture
-def run(programs: Programs) -> Run:
-    return programs
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+    with run_functions() as running, teemate.connect(running.socket) as broker:
+        yield Deployed(broker.functions, tmp_path_factory.mktemp("modules"))
+
+
+@pytest.fixture(params=["sanitized", "enclave"])
+def run(request: pytest.FixtureRequest) -> Run:
+    """The examples as programs of this host, and as functions in an enclave."""
+    found: Run = request.getfixturevalue("programs" if request.param == "sanitized" else "deployed")
+    return found
 
 
 def lengths(block: int) -> list[int]:
@@ -154,7 +168,16 @@ def test_no_payload_makes_an_example_touch_what_is_not_its_own(
     assert ends[1] > 0
 
 
-def test_every_example_is_tested() -> None:
-    from example_programs import EXAMPLES
+def test_a_function_in_another_language_counts_words(deployed: Deployed) -> None:
+    deployed.functions.deploy("words", assemblyscript_module("words", deployed.folder))
+    chance = random.Random(13)
+    text = b" ".join(chance.choice([b"Foo", b"bar", b"x1", "québec".encode(), b"--"]) for _ in range(20_000))
+    counted = Counter(re.findall(rb"[a-z0-9]+", text.lower()))
+    lines = [
+        b"%d %b\n" % (n, word) for word, n in sorted(counted.items(), key=lambda pair: (-pair[1], pair[0]))
+    ]
+    assert deployed.functions.invoke("words", text) == b"".join(lines)
 
+
+def test_every_example_is_tested() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.c")} == set(NAMES)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from processes import wait_for_end, wait_for_stop, wait_until
-from running_gateway import DEADLINE, RunningGateway, run_gateway
+from running_gateway import CUT, DEADLINE, Killer, RunningGateway, run_gateway
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("hypercorn") is None, reason="needs hypercorn: pip install 'teemate[gateway]'"
@@ -115,7 +115,7 @@ def test_a_worker_that_dies_takes_its_own_requests_along_and_no_others(held: Pat
         os.kill(victim, signal.SIGKILL)
         for asked in lost:
             asked.join(DEADLINE)
-            assert isinstance(asked.error, http.client.RemoteDisconnected | ConnectionError)
+            assert isinstance(asked.error, CUT)
         with let_go(held):
             for asked in kept:
                 asked.join(DEADLINE)
@@ -153,31 +153,19 @@ def test_every_request_is_answered_once_or_its_connection_closed_while_workers_a
     chance = random.Random(20)
     outcomes: Counter[str] = Counter()
     with run_gateway("--workers", "2") as gateway:
-        kills, done = requests // 50, threading.Event()
-
-        def kill() -> None:
-            victim = 0
-            for _ in range(kills):
-                victim = random.Random(chance.random()).choice(gateway.wait_for_workers(2, other_than=victim))
-                os.kill(victim, signal.SIGKILL)
-            done.set()
-
-        killer = threading.Thread(target=kill)
-        killer.start()
+        killer = Killer(gateway, workers=2, kills=requests // 50)
         number = 0
-        while number < requests or not done.is_set():
+        while number < requests or killer.is_alive():
             number += 1
             payload = b"%d " % number * chance.randrange(1, 5000)
             try:
                 reply = gateway.request("POST", "/fn/echo", payload)
-            except (http.client.RemoteDisconnected, ConnectionError):
+            except CUT:
                 outcomes["closed"] += 1
             else:
                 assert (reply.status, reply.body) == (200, payload)
                 outcomes["answered"] += 1
-        killer.join(DEADLINE)
-        wait_until(lambda: len(gateway.log("worker ended")) == kills, "every end is noticed")
-        gateway.wait_for_workers(2)
+        killer.finish()
         assert sum(outcomes.values()) == number
         assert outcomes["answered"] > outcomes["closed"]
         # What was answered was done once: no request is asked again behind its sender's back.

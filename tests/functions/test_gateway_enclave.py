@@ -1,0 +1,133 @@
+"""The gateway before a real broker and a real enclave, with the example functions."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import random
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from processes import wait_until
+from running_broker import RunningBroker
+from running_functions import free_slots, module, run_functions
+from running_gateway import CUT, Killer, RunningGateway, run_gateway
+
+import teemate
+from teemate import wasm
+from teemate.functions import FunctionLimits
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("hypercorn") is None, reason="needs hypercorn: pip install 'teemate[gateway]'"
+)
+OPTIONS = ("--workers", "2", "--slots", "2", "--max-body", "64M")
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningBroker]:
+    """A broker with the examples."""
+    folder = tmp_path_factory.mktemp("modules")
+    with run_functions() as running:
+        with teemate.connect(running.socket) as broker:
+            for name in ("sha256", "json", "matmul"):
+                broker.functions.deploy(name, module(name, folder))
+            broker.functions.deploy("small", module("gzip", folder), limits=FunctionLimits(output=4))
+        yield running
+
+
+@pytest.fixture(scope="module")
+def gateway(running: RunningBroker) -> Iterator[RunningGateway]:
+    with run_gateway(*OPTIONS, broker=running.socket) as gateway:
+        yield gateway
+
+
+def test_functions_are_invoked_with_arguments_over_http(gateway: RunningGateway) -> None:
+    payload = random.Random(30).randbytes(100_000)
+    reply = gateway.request("POST", "/fn/sha256", payload)
+    assert (reply.status, reply.body.decode().strip()) == (200, hashlib.sha256(payload).hexdigest())
+    reply = gateway.request("POST", "/fn/json?arg=.name", b'{"name": "Ada"}')
+    assert (reply.status, reply.body) == (200, b'"Ada"')
+
+
+def test_how_functions_fail_is_told_and_not_what_they_log(gateway: RunningGateway) -> None:
+    failed = gateway.request("POST", "/fn/json", b"{secret")
+    assert (failed.status, failed.json()["code"], failed.json()["exit_code"]) == (422, "function-failed", 1)
+    assert b"at byte" not in failed.body
+    assert gateway.request("POST", "/fn/nothing").status == 404
+    limited = gateway.request("POST", "/fn/small", b"text")
+    assert (limited.status, limited.json()["code"], limited.json()["limit"]) == (
+        422,
+        "function-limit",
+        "output",
+    )
+
+
+def test_a_deadline_ends_the_function_and_its_slot_is_used_again(
+    gateway: RunningGateway, running: RunningBroker, tmp_path: Path
+) -> None:
+    forever = tmp_path / "forever.c"
+    forever.write_text("int main(void) { for (volatile int i = 0;; i++) ; }\n")
+    with teemate.connect(running.socket) as broker:
+        built = wasm.build_module([forever], tmp_path / "forever.wasm")
+        unlimited = FunctionLimits(fuel=1 << 62, time=600.0)
+        broker.functions.deploy("forever", built.path.read_bytes(), limits=unlimited)
+        for _ in range(5):  # more than there are slots
+            reply = gateway.request("POST", "/fn/forever", headers={"TeeMate-Timeout": "0.3"})
+            assert (reply.status, reply.json()["code"]) == (504, "call-timeout")
+        broker.functions.remove("forever")
+    assert gateway.request("POST", "/fn/json", b"1").body == b"1"
+
+
+def test_every_invocation_is_answered_once_or_its_connection_closed_while_workers_are_killed(
+    running: RunningBroker, request: pytest.FixtureRequest
+) -> None:
+    """And nothing stays behind: no slot, and no block of the enclave's heap."""
+    requests = 2_000 if request.config.getoption("--full") else 60
+    kills, names = max(2, requests // 50), ("sha256", "json")
+    chance, outcomes = random.Random(31), Counter[str]()
+    total = free_slots(running)[1]
+    wait_until(lambda: free_slots(running)[0] >= total - 8, "other tests' slots are back")
+    with run_gateway(*OPTIONS, broker=running.socket) as gateway:
+        killer = Killer(gateway, workers=2, kills=kills)
+        sent = 0
+        while sent < requests * len(names) or killer.is_alive():
+            sent += 1
+            text = b"%d" % sent * chance.randrange(1, 500)
+            name = names[sent % 2]
+            payload, expected = (
+                (text, hashlib.sha256(text).hexdigest().encode() + b"\n")
+                if name == "sha256"
+                else (b'{"b": 1, "a": "%b"}' % text, b'{"a":"%b","b":1}' % text)
+            )
+            try:
+                reply = gateway.request("POST", f"/fn/{name}", payload)
+            except CUT:
+                outcomes["closed"] += 1
+                continue
+            outcomes[str(reply.status)] += 1
+            assert reply.status == 503 or (reply.status, reply.body) == (200, expected), reply
+        killer.finish()
+    assert sum(outcomes.values()) == sent
+    assert outcomes["200"] > sent / 2
+
+
+def test_nothing_of_a_gateway_that_was_killed_stays_in_the_enclave(running: RunningBroker) -> None:
+    with teemate.connect(running.socket) as broker:
+        before = broker.functions.usage()
+        free = free_slots(running)[0]
+        with run_gateway(*OPTIONS, broker=running.socket, ends_well=False) as gateway:
+            for number in range(8):
+                assert gateway.request("POST", "/fn/json", b"%d" % number).status == 200
+            for worker in gateway.workers():
+                os.kill(worker, signal.SIGKILL)
+            gateway.process.kill()
+        wait_until(lambda: free_slots(running)[0] >= free, "its slots are free again")
+        after = broker.functions.usage()
+    assert (after.functions, after.size, after.blocks_owned) == (
+        before.functions, before.size, before.blocks_owned,
+    )  # fmt: skip
+    assert after.heap_used <= before.heap_used
