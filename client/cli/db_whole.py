@@ -1,4 +1,4 @@
-"""`teemate db import`, `export`, `backup`, `delete`, `grant`, `revoke`, `describe`: databases as a whole."""
+"""`teemate db import`, `export`, `backup`, `delete`, and who may use a database: what is about all of one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ._complete import enclaves as known_enclaves
-from ._output import NUMBER, json_option, print_json
+from ._output import NUMBER, SIZE, json_option, print_json
 from ._socket import socket_option
 
 if TYPE_CHECKING:
@@ -192,6 +192,17 @@ def _check(uid: int | None, gid: int | None) -> None:
 @click.command()
 @_enclave
 @_database
+@click.argument("size", type=SIZE)
+@socket_option
+def limit(enclave: str, database: str, size: int, path: str | None) -> None:
+    """Have DATABASE in ENCLAVE, which is yours, grow to SIZE (64M) and no further; 0 lifts that."""
+    with _opened(path, enclave, database) as connection:
+        connection.limit(size)
+
+
+@click.command()
+@_enclave
+@_database
 @socket_option
 @json_option
 def describe(enclave: str, database: str, path: str | None, as_json: bool) -> None:
@@ -205,6 +216,7 @@ def describe(enclave: str, database: str, path: str | None, as_json: bool) -> No
                 "owner": description.owner,
                 "access": description.access.name.lower(),
                 "bytes": description.size,
+                "size_limit": description.size_limit,
                 "rights": [
                     {right.grantee.name.lower(): right.id, "access": right.access.name.lower()}
                     for right in description.rights
@@ -214,7 +226,8 @@ def describe(enclave: str, database: str, path: str | None, as_json: bool) -> No
         return
     click.echo(f"owner   {_user(description.owner)}")
     click.echo(f"access  {_ACCESS[description.access.name]}")
-    click.echo(f"size    {description.size >> 10} KiB")
+    most = f", may grow to {description.size_limit >> 10} KiB" if description.size_limit else ""
+    click.echo(f"size    {description.size >> 10} KiB{most}")
     for line in _granted(description):
         click.echo(line)
 
@@ -243,4 +256,4 @@ def _group(gid: int) -> str:
     return f"gid {gid}"
 
 
-COMMANDS = (import_, export, backup, delete, grant, revoke, describe)
+COMMANDS = (import_, export, backup, delete, grant, revoke, limit, describe)

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from teemate import errors as teemate_errors
 from teemate._enclave import Enclave
+from teemate._private import PrivateEnclave
 from teemate.db import _errors
 from teemate.db._attached import slot_of
 from teemate.db._blob import Blob
@@ -23,6 +24,7 @@ from teemate.db._opening import LEVELS, answered, isolation, named
 from teemate.db._statement import Statement, statement_of
 from teemate.db._whole import Whole
 from teemate.db._wire import (
+    STOP_LATE,
     UNCACHED,
     Access,
     Batch,
@@ -103,6 +105,8 @@ class Connection(Whole):
         self._trace: Callable[[str], object] | None = None
         self._functions: set[str] = set()
         self._word = ctypes.c_uint32(0)
+        # A private enclave's clock is told by calls: none comes while one statement runs.
+        self._own_clock = statement_timeout if isinstance(enclave, PrivateEnclave) else 0.0
         self._limits = dict(_LIMITS)
         self.row_factory = None
         self.text_factory = str
@@ -372,7 +376,8 @@ class Connection(Whole):
         while True:
             request = encode_run([*ended, operation], ctypes.addressof(self._word))
             try:
-                reply = self._slot.call("db_run", request, max_reply=room)
+                with self._timed():
+                    reply = self._slot.call("db_run", request, max_reply=room)
             except teemate_errors.Error as error:
                 raise _errors.OperationalError(str(error)) from error
             batches, failure = decode(reply)
@@ -387,6 +392,19 @@ class Connection(Whole):
                 self._transaction = batches[-1].transaction
                 return batches[-1]
             ended = ended[len(batches) :]
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Have a statement end when its time is over where the enclave's clock stands still meanwhile."""
+        if not self._own_clock:
+            yield
+            return
+        timer = threading.Timer(self._own_clock, lambda: setattr(self._word, "value", STOP_LATE))
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _error(self, failure: Failure) -> _errors.Error:
         error = error_of(failure.code, failure.message)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from teemate._enclave import Enclave
 from teemate.db import _errors
+from teemate.db._errors import error_of
 from teemate.db._opening import name_of
 from teemate.db._plain import new_file, plain_file
 from teemate.db._wire import PAGE, PAGES, CopyKind, decode_copying, encode_copied, encode_copy, encode_pages
@@ -26,6 +27,7 @@ __all__ = ["Progress", "backup", "delete", "export_file", "import_file"]
 
 Progress = Callable[[int, int], object]
 """Called with the pages that are copied, and how many there are."""
+_INTERRUPT = 9
 _REPLY = PAGE * PAGES + 64
 
 
@@ -38,6 +40,8 @@ class _Copy:
 
     def move(self, data: bytes = b"", count: int = PAGES) -> bytes:
         """Copy the next pages, no more than there are; `data`: they come from outside."""
+        if self._connection._word.value:
+            raise error_of(_INTERRUPT, "interrupted")
         count = len(data) // PAGE if data else min(count, PAGES, self.pages - self.done)
         reply = self._connection._ask("db_pages", encode_pages(count, data), max_reply=_REPLY)
         self.done, self.pages, pages = decode_copying(reply)
@@ -105,8 +109,9 @@ def import_file(
     DataError
         It is larger than a database can be.
     OperationalError
-        SQLITE_BUSY_RECOVERY: a log or journal beside it has changes that are not in it yet; SQLITE_FULL:
-        the enclave's `storage_limit`, or the disk.
+        SQLITE_BUSY_RECOVERY: a log or journal beside it has changes that are not in it yet.
+    LimitReached
+        The enclave's `storage_limit`, or the disk.
     NotSupportedError
         Its texts are UTF-16, or its pages have reserved bytes.
     OSError

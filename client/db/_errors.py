@@ -98,7 +98,7 @@ class LimitReached(OperationalError, errors.LimitReached):  # noqa: N818
 
 
 TAMPERED, PARAMETERS, STATEMENTS, CURSOR, CURSORS, ROOM, TIME, REQUEST, STORAGE = range(-1, -10, -1)
-DENIED, EXISTS, RIGHTS, COPYING = range(-10, -14, -1)
+DENIED, EXISTS, RIGHTS, COPYING, SIZE, SPACE = range(-10, -16, -1)
 _OWN: dict[int, tuple[type[Error], str]] = {
     TAMPERED: (DatabaseTampered, ""),
     PARAMETERS: (ProgrammingError, ""),
@@ -118,6 +118,11 @@ _LIMITS: dict[int, tuple[str, dict[str, object]]] = {
         "connect with a longer `statement_timeout`",
         {"limit": "statement_timeout", "setting": "connect(statement_timeout=)"},
     ),
+    SIZE: (
+        "delete some of it, or have its owner raise the limit (`teemate db limit`)",
+        {"limit": "size of a database", "setting": "teemate db limit"},
+    ),
+    SPACE: ("", {"limit": "storage_limit", "setting": "[[enclave]] storage_limit, and the host's disk"}),
     RIGHTS: ("", {"limit": "grants of a database", "setting": "none"}),
     _NOMEM: ("connect with more `memory`", {"limit": "memory", "setting": "connect(memory=)"}),
 }

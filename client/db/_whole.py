@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 from teemate import errors as teemate_errors
 from teemate.db import _copying, _errors
 from teemate.db._opening import answered
-from teemate.db._wire import Access, Batch, Description, Grantee, Right, encode_end
+from teemate.db._wire import Access, Batch, Description, Grantee, Right, encode_end, encode_limit
 
 __all__ = ["Whole"]
 
 _REPLY = 65536
+SIZE_MOST = 8 << 30
+"""Bytes that a database can have: as many pages as the enclave keeps account of in one file."""
 
 
 class Whole:
@@ -62,6 +64,17 @@ class Whole:
     def revoke(self, *, uid: int | None = None, gid: int | None = None) -> None:
         """Take a right back; connections that have it get :class:`Denied` from their next call on."""
         self._right(uid, gid, Access.NONE)
+
+    def limit(self, size: int) -> None:
+        """Have the database grow to `size` bytes and no further, whoever writes to it; 0 lifts that.
+
+        Who would write more gets :class:`LimitReached`; what is larger already stays so.  The owner's to do.
+        """
+        if not isinstance(size, int) or not 0 <= size <= SIZE_MOST:
+            raise _errors.ProgrammingError(f"a size is 0 to {SIZE_MOST} bytes, not {size!r}")
+        with self._locked():
+            self._needs_file()
+            self._ask("db_limit", encode_limit(size))
 
     def _right(self, uid: int | None, gid: int | None, access: Access) -> None:
         if (uid is None) == (gid is None):

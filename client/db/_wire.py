@@ -22,6 +22,7 @@ __all__ = [
     "PAGES",
     "READONLY",
     "REPLY_MIN",
+    "STOP_LATE",
     "UNCACHED",
     "Access",
     "Batch",
@@ -41,6 +42,7 @@ __all__ = [
     "encode_end",
     "encode_execute",
     "encode_fetch",
+    "encode_limit",
     "encode_open",
     "encode_pages",
     "encode_run",
@@ -50,6 +52,8 @@ __all__ = [
 
 VERSION: Final = 1
 READONLY, CREATE, MEMORY, UNCACHED = 1, 2, 4, 8
+STOP_LATE: Final = 2
+"""What the word that ends a statement is when its time is over."""
 DB_FAILED: Final = 1
 """The status of an ECALL whose answer is a struct db_error."""
 REPLY_MIN: Final = 1024
@@ -70,7 +74,8 @@ _OPERATION = struct.Struct("<BBBBHHIIIII")
 _RESULT = struct.Struct("<BBHIIIIIqq")
 _ERROR = struct.Struct("<BBHiiIII")
 _RIGHT = struct.Struct("<IBBH")
-_DESCRIPTION = struct.Struct("<IIIIQ")
+_DESCRIPTION = struct.Struct("<IIIIQQ")
+_LIMIT = struct.Struct("<Q")
 _COPY = struct.Struct("<IIQ")
 _PAGES = struct.Struct("<II")
 _COPYING = struct.Struct("<QQ")
@@ -175,12 +180,14 @@ class Description:
     """What others were granted; only its owner is told."""
     size: int
     """Bytes, what is in the log not counted."""
+    size_limit: int
+    """Bytes that it may grow to; 0: as many as the enclave's storage has room for."""
 
     @classmethod
     def parse(cls, reply: bytes) -> Description:
         """Decode a struct db_description and its rights."""
         try:
-            owner, access, count, _, pages = _DESCRIPTION.unpack_from(reply)
+            owner, access, count, _, pages, most = _DESCRIPTION.unpack_from(reply)
             rights = tuple(
                 Right(Grantee(grantee), number, Access(granted))
                 for number, grantee, granted, _ in _RIGHT.iter_unpack(reply[_DESCRIPTION.size :])
@@ -189,7 +196,7 @@ class Description:
             raise ProtocolError(f"the database enclave's description is none: {error}") from None
         if len(rights) != count:
             raise ProtocolError(f"{count} rights were announced, and {len(rights)} came")
-        return cls(owner, Access(access), rights, pages * PAGE)
+        return cls(owner, Access(access), rights, pages * PAGE, most * PAGE)
 
 
 class Batch:
@@ -361,6 +368,11 @@ def encode_end(cursor: int) -> bytes:
 def encode_run(operations: Sequence[bytes], interrupt: int) -> bytes:
     """Encode what db_run is asked; `interrupt`: address of a uint32_t that ends it when it is not 0."""
     return _RUN.pack(len(operations), 0, interrupt) + b"".join(operations)
+
+
+def encode_limit(size: int) -> bytes:
+    """Encode that a database may grow to `size` bytes, whole pages of them; 0: no limit of its own."""
+    return _LIMIT.pack(-(-size // PAGE))
 
 
 def encode_copy(kind: CopyKind, name: bytes = b"", pages: int = 0) -> bytes:

@@ -362,9 +362,9 @@ def test_a_copy_whose_maker_is_gone_leaves_the_name_free(shared: RunningBroker, 
 
 def test_a_storage_that_is_full_makes_no_half_database(shared: RunningBroker, tmp_path: Path) -> None:
     large, small = plain(tmp_path / "large", 6000), plain(tmp_path / "small", 100)
-    with pytest.raises(db.OperationalError, match="full") as failed:
+    with pytest.raises(db.LimitReached, match="no room") as failed:
         db.import_file("db", large, "ledger")
-    assert failed.value.sqlite_errorname == "SQLITE_FULL"
+    assert failed.value.detail["limit"] == "storage_limit"
     db.import_file("db", small, "ledger")
     with contextlib.closing(db.connect("db", "ledger", create=False)) as connection:
         assert content(connection) == plain_content(small)

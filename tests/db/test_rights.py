@@ -348,6 +348,7 @@ def test_the_command_imports_grants_describes_backs_up_exports_and_deletes(share
     described = json.loads(run(shared, 4001, "describe", "db", "ledger", "--json")[1])
     assert described.pop("bytes") > 0
     assert described == {
+        "size_limit": 0,
         "database": "ledger",
         "owner": 4001,
         "access": "owner",

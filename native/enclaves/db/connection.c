@@ -8,6 +8,7 @@
 
 /* How many of SQLite's instructions pass between two looks at what may end a statement: some 20 microseconds. */
 #define PROGRESS_STEPS 2000
+#define PAGES_MOST (TAGS_IN_CHUNK * CHUNKS_MOST) /* of which account is kept */
 
 struct running running[SLOTS_MOST];
 static _Atomic uint64_t last_number;
@@ -33,12 +34,17 @@ static int progress(void *argument)
 {
     struct connection *self = argument;
     struct running *mark = &running[tm_caller().slot];
+    uint32_t word;
 
     if (self->deadline && tm_time() > self->deadline) {
         self->late = true;
         return 1;
     }
-    return (self->interrupt && *self->interrupt) || mark->stop == self->number;
+    if (self->interrupt && (word = *self->interrupt)) {
+        self->late = word == DB_STOP_LATE;
+        return 1;
+    }
+    return mark->stop == self->number;
 }
 
 void connection_begin(struct connection *self, const volatile uint32_t *interrupt)
@@ -46,7 +52,7 @@ void connection_begin(struct connection *self, const volatile uint32_t *interrup
     uint64_t now = tm_time();
 
     self->interrupt = interrupt;
-    self->late = false;
+    self->late = self->no_space = false;
     self->deadline = self->statement_ns && now ? now + self->statement_ns : 0;
 }
 
@@ -227,6 +233,21 @@ int connection_set_up(struct connection *self, sqlite3 *db)
     return sqlite3_exec(db, pragma, NULL, NULL, NULL);
 }
 
+/* What the owner says of the size; SQLite has it per connection. */
+static void limit_size(struct connection *self)
+{
+    struct rights rights;
+    char pragma[64];
+
+    head_rights(self->database, &rights);
+    self->limited = rights.pages_most != 0;
+    sqlite3_snprintf(sizeof(pragma), pragma, "PRAGMA max_page_count=%lld",
+                     (long long)(rights.pages_most ? rights.pages_most : PAGES_MOST));
+    self->setting = true;
+    sqlite3_exec(self->db, pragma, NULL, NULL, NULL);
+    self->setting = false;
+}
+
 int connection_allowed(struct connection *self)
 {
     uint64_t head;
@@ -237,6 +258,7 @@ int connection_allowed(struct connection *self)
         return 0;
     if (head_access(self->database) >= (self->readonly ? DB_ACCESS_READ : self->granted)) {
         self->head = head;
+        limit_size(self);
         return 0;
     }
     /* It was taken back, and with it what is not committed. */
@@ -266,6 +288,8 @@ static int open(struct connection *self, const struct db_open *request, const ch
     /* Opening reads nothing: whether it is a database, and ours, is seen here. */
     if (!code && !memory)
         code = sqlite3_exec(self->db, "SELECT 1 FROM sqlite_schema LIMIT 1", NULL, NULL, NULL);
+    if (!code && !memory)
+        limit_size(self);
     return code;
 }
 

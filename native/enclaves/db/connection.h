@@ -54,6 +54,9 @@ struct connection {
     bool no_storage; /* the enclave has none */
     bool uncached;   /* what it reads is what the host has now */
     bool denied;     /* the caller may not have the database */
+    bool no_space;   /* the host had no room for what it would write */
+    bool limited;    /* the database's owner has said how large it may be */
+    bool setting;    /* what a pragma sets just now is ours to set */
     const char *said; /* what is wrong with it, where SQLite has only a code; or NULL */
 };
 

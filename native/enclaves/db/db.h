@@ -17,6 +17,7 @@
  *   db_cache      nothing; without a connection too      -> struct db_cache
  *   db_describe   nothing: the database that is open     -> struct db_description, rights
  *   db_grant      struct db_right                        -> nothing, or struct db_error with DB_FAILED
+ *   db_limit      struct db_limit                        -> nothing, or struct db_error with DB_FAILED
  *   db_copy       struct db_copy, name                   -> struct db_copying
  *   db_pages      struct db_pages, pages                 -> struct db_copying, pages
  *   db_copied     struct db_copied                       -> nothing, or struct db_error with DB_FAILED
@@ -56,7 +57,7 @@ struct db_open {
     uint32_t busy_ms;      /* how long to wait for another connection's lock; 0: not at all */
     uint32_t cursors;      /* most at a time; default and most DB_CURSORS_MAX */
     uint64_t memory;       /* bytes that the connection may take of the enclave's heap, its page cache included */
-    uint32_t statement_ms; /* how long one operation may take; 0: no limit.  Counted by the enclave's clock: a quarter of a second coarse */
+    uint32_t statement_ms; /* how long one operation may take; 0: no limit.  Counted by the enclave's clock: a quarter of a second coarse, and standing still in a private enclave while nobody else calls */
     uint32_t name_length;
 };
 _Static_assert(sizeof(struct db_open) == 32, "db_open");
@@ -87,8 +88,9 @@ _Static_assert(sizeof(struct db_opened) == 24, "db_opened");
 struct db_run {
     uint32_t count;    /* of operations */
     uint32_t reserved; /* 0 */
-    uint64_t interrupt; /* 0, or where in the caller's memory a uint32_t lies that is looked at while a statement runs: SQLITE_INTERRUPT once it is not 0 */
+    uint64_t interrupt; /* 0, or where in the caller's memory a uint32_t lies that is looked at while a statement runs: SQLITE_INTERRUPT once it is not 0, DB_E_TIME when it is DB_STOP_LATE */
 };
+#define DB_STOP_LATE 2u
 _Static_assert(sizeof(struct db_run) == 16, "db_run");
 
 enum db_kind {
@@ -184,6 +186,8 @@ enum db_own_code {
     DB_E_EXISTS = -11,    /* there is a database of that name */
     DB_E_RIGHTS = -12,    /* it has as many grants as there may be */
     DB_E_COPYING = -13,   /* a copy is under way on this connection, or none is */
+    DB_E_SIZE = -14,      /* the database is as large as its owner lets it be (db_limit) */
+    DB_E_SPACE = -15,     /* the enclave's files take all that its policy gives them, or the host's disk is full */
 };
 
 /* Bytes that the reply needs whatever happens: smaller ones are TM_E_SPACE. */
@@ -244,8 +248,15 @@ struct db_description {
     uint32_t count;
     uint32_t reserved;
     uint64_t pages;  /* of DB_PAGE bytes, those in the log not counted */
+    uint64_t pages_most; /* that it may have; 0: no limit of its own */
 };
-_Static_assert(sizeof(struct db_description) == 24, "db_description");
+_Static_assert(sizeof(struct db_description) == 32, "db_description");
+
+/* How large the database may become, whoever writes to it; what is larger stays so.  The owner's to say. */
+struct db_limit {
+    uint64_t pages; /* of DB_PAGE bytes; 0: no limit of its own */
+};
+_Static_assert(sizeof(struct db_limit) == 8, "db_limit");
 
 /* ---- copies ------------------------------------------------------------------ */
 

@@ -26,6 +26,8 @@ int file_code(int status, int otherwise)
     case -TM_ENOSPC:
     case -TM_EDQUOT:
     case -TM_EFBIG:
+        if (connection)
+            connection->no_space = true;
         return SQLITE_FULL;
     case -TM_ENOSYS:
     case -TM_ESTALE:
@@ -271,6 +273,10 @@ static int pragma(char **argument)
         argument[0] = sqlite3_mprintf("normal");
         return SQLITE_OK;
     }
+    /* Where the owner has said how large it may be, that is how large it may be. */
+    if (argument[2] && !sqlite3_stricmp(argument[1], "max_page_count") && connection_self() &&
+        connection_self()->limited && !connection_self()->setting)
+        return SQLITE_OK;
     /* The least that "a commit that returned survives" needs, and what log_goes_on() relies on (records.c). */
     if (argument[2] && !sqlite3_stricmp(argument[1], "synchronous"))
         return SQLITE_OK;

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The head of a database's file: its key, and who may use it.
+ * The head of a database's file: its key, who may use it, and how large it may be.
  *
  * There are two places for it, of 2048 bytes each; head number n lies in place n modulo 2, so that a change which power cuts
  * short leaves the last one.  Of two that are right the higher number counts.  Heads are sealed under the database's

@@ -120,7 +120,8 @@ static bool change(struct rights *rights, const struct db_right *right)
     return true;
 }
 
-static int grant(struct database *database, const struct db_right *right)
+/* The owner changes something about it: one right, or its size when `right` is NULL. */
+static int alter(struct database *database, const struct db_right *right, uint64_t pages_most)
 {
     struct record_file file = {.database = database, .kind = FILE_MAIN};
     struct rights rights;
@@ -134,7 +135,9 @@ static int grant(struct database *database, const struct db_right *right)
         sqlite3_sleep(10);
     }
     head_rights(database, &rights);
-    if (!change(&rights, right)) {
+    if (!right)
+        rights.pages_most = pages_most;
+    else if (!change(&rights, right)) {
         database_drop(database, HOLDS_SETUP);
         return DB_E_RIGHTS;
     }
@@ -162,7 +165,24 @@ TM_ECALL(db_grant)
     if (!self || !self->database)
         return TM_E_STATE;
     code = connection_allowed(self);
-    return answer(rq, code ? code : grant(self->database, &right));
+    return answer(rq, code ? code : alter(self->database, &right, 0));
+}
+
+TM_ECALL(db_limit)
+{
+    struct connection *self = connection_self();
+    struct db_limit limit;
+    int code;
+
+    if (rq->in_len != sizeof(limit))
+        return TM_E_ARGUMENT;
+    memcpy(&limit, rq->in, sizeof(limit));
+    if (limit.pages > (uint64_t)TAGS_IN_CHUNK * CHUNKS_MOST)
+        return TM_E_ARGUMENT;
+    if (!self || !self->database)
+        return TM_E_STATE;
+    code = connection_allowed(self);
+    return answer(rq, code ? code : alter(self->database, NULL, limit.pages));
 }
 
 TM_ECALL(db_describe)
@@ -181,6 +201,7 @@ TM_ECALL(db_describe)
     description.owner = rights.owner;
     description.access = head_access(self->database);
     description.count = description.access == DB_ACCESS_OWNER ? rights.count : 0;
+    description.pages_most = rights.pages_most;
     description.pages = self->database->files[FILE_MAIN].records;
     status = tm_reply(rq, &description, sizeof(description));
     return status ? status : tm_reply(rq, rights.list, description.count * sizeof(*rights.list));

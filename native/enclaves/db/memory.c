@@ -95,6 +95,20 @@ static void *cut(struct memory *memory, uint64_t size)
     return result;
 }
 
+/* At the limit: a free block that is larger than it need be.  What a large statement has left is so of use to small ones. */
+static struct head *larger(struct memory *memory, unsigned class)
+{
+    while (++class < MEMORY_CLASSES) {
+        struct head *head = memory->free[class];
+
+        if (head) {
+            memory->free[class] = *(void **)(head + 1);
+            return head;
+        }
+    }
+    return NULL;
+}
+
 static void *memory_malloc(int wanted)
 {
     struct memory *memory = mine();
@@ -112,8 +126,8 @@ static void *memory_malloc(int wanted)
         head = memory->free[class];
         if (head)
             memory->free[class] = *(void **)(head + 1);
-        else
-            head = cut(memory, size);
+        else if (!(head = cut(memory, size)) && (head = larger(memory, class)))
+            return head + 1;
     }
     if (!head)
         return NULL;

@@ -51,6 +51,11 @@ static const char *own_message(int code)
         return "there is a database of that name";
     case DB_E_RIGHTS:
         return "the database has 128 grants, and there may not be more: take some back, or grant to a group";
+    case DB_E_SIZE:
+        return "the database has the size that its owner lets it have";
+    case DB_E_SPACE:
+        return "there is no room for it: the files of the enclave take all of storage_limit in its policy, or the host's disk "
+               "is full";
     case DB_E_COPYING:
         return "a copy of the database is under way on this connection, or there is none to go on with";
     default:
@@ -83,6 +88,9 @@ void reply_error(struct reply *reply, struct connection *connection, int code, i
         error.code = DB_E_TAMPERED;
     if (connection->no_storage && is_of_files(code))
         error.code = DB_E_STORAGE;
+    if (code == SQLITE_FULL && (connection->no_space || connection->limited))
+        error.code = connection->no_space ? DB_E_SPACE : DB_E_SIZE;
+    connection->no_space = false;
     if ((connection->denied && is_of_files(code)) || (is_refused_write(code) && connection->granted == DB_ACCESS_READ))
         error.code = DB_E_DENIED;
     if ((code & 0xff) == SQLITE_INTERRUPT && connection->late)

@@ -49,9 +49,10 @@ struct known_file {
     uint64_t *tags[CHUNKS_MOST]; /* 0: nothing is known */
 };
 
-/* Who may use a database (head.h). */
+/* Who may use a database, and how large it may be (head.h). */
 struct rights {
     uint32_t owner, count;
+    uint64_t pages_most; /* 0: as many as there is room for */
     struct db_right list[DB_RIGHTS_MAX];
 };
 
