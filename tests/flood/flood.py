@@ -5,10 +5,13 @@
 
 For root.  Per attack: the victim attaches and detaches over fresh connections while attackers under
 other uids do their worst, then again while they burn as much CPU time without the broker (the control
-run).  Both take turns, a second each, so that what else goes on on the machine is in both.
-Printed are how often the victim attached and failed to, both p99s and their ratio, the attackers' CPU
-time in both, and what the broker grew by.  A p99 of fewer than 100 attaches is their maximum.
-Attackers are few, end by themselves, and are killed when they do not.
+run), and once more while they burn also what the attack made the broker burn (`all`): what is left of the
+ratio there is not the processors' being busy, but the order in which the broker serves.  All take
+turns, a second each, so that what else goes on on the machine is in each.
+Printed are how often the victim attached and failed to, the p99s and their ratios, the attackers' CPU
+time in both, the broker's in the attack, for how long per attach the victim and the broker's serving
+thread waited for a processor (attack / control), and what the broker grew by.  A p99 of fewer than 100
+attaches is their maximum.  Attackers are few, end by themselves, and are killed when they do not.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +86,17 @@ class Figures:
     p99: float
     control_p99: float
     ratio: float
+    all_p99: float
+    all_ratio: float
+    """Against burners of the broker's time too."""
     attackers_cpu: float
     control_cpu: float
+    broker_cpu: float
+    """In the attack."""
+    victim_waits: tuple[float, float]
+    """For a processor, per attach: under attack, in the control run."""
+    broker_waits: tuple[float, float]
+    """The same of the thread that serves."""
     refusals: dict[str, int]
     rss_growth: int
     descriptors_left: int
@@ -271,8 +283,19 @@ def _burner(cpu: float, seconds: float) -> dict[str, Any]:
     return {"cpu": _cpu() - before, "seen": {}}
 
 
+def _waited(pid: int) -> float:
+    """How long the process's first thread has waited for a processor."""
+    return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[1]) / 1e9
+
+
+def _cpu_of(pid: int) -> float:
+    """The CPU time of a process, by its clock (clock_getcpuclockid)."""
+    return time.clock_gettime(~pid << 3 | 2)
+
+
 def _victim(path: str, seconds: float) -> dict[str, Any]:
     signal.alarm(int(seconds) + 60)
+    before = _waited(os.getpid())
     end = time.monotonic() + seconds
     times: list[float] = []
     failures: list[str] = []
@@ -290,7 +313,7 @@ def _victim(path: str, seconds: float) -> dict[str, Any]:
         except (OSError, AssertionError) as failure:
             failures.append(repr(failure))
         time.sleep(0.01)
-    return {"times": times, "failures": failures}
+    return {"times": times, "failures": failures, "waited": _waited(os.getpid()) - before}
 
 
 def _together(running: list[tuple[int, int]]) -> list[dict[str, Any]]:
@@ -299,7 +322,7 @@ def _together(running: list[tuple[int, int]]) -> list[dict[str, Any]]:
         with os.fdopen(out) as file:
             text = file.read()
         os.waitpid(pid, 0)
-        ended: dict[str, Any] = {"cpu": 0.0, "seen": {}, "times": [], "failures": ["ended"]}
+        ended: dict[str, Any] = {"cpu": 0.0, "seen": {}, "times": [], "failures": ["ended"], "waited": 0.0}
         results.append(json.loads(text) if text else ended)
     return results
 
@@ -328,47 +351,95 @@ def settled(admin: RawClient) -> None:
             return
 
 
+@dataclass
+class _Slices:
+    """What the slices of one kind have come to."""
+
+    times: list[float] = field(default_factory=list)
+    cpu: float = 0.0
+    broker_cpu: float = 0.0
+    victim_waited: float = 0.0
+    broker_waited: float = 0.0
+
+    def run(
+        self, broker: int, path: str, length: float, others: list[tuple[int, int]]
+    ) -> list[dict[str, Any]]:
+        """Have the victim attach beside `others`; returns what came of it and of them."""
+        cpu, waited = _cpu_of(broker), _waited(broker)
+        victim, *results = _together([_child(lambda: _victim(path, length), VICTIM), *others])
+        self.times += victim["times"]
+        self.victim_waited += victim["waited"]
+        self.cpu += sum(result["cpu"] for result in results)
+        self.broker_cpu += _cpu_of(broker) - cpu
+        self.broker_waited += _waited(broker) - waited
+        return [victim, *results]
+
+    @property
+    def p99(self) -> float:
+        return p99(self.times)
+
+    def waits(self) -> tuple[float, float]:
+        """Of victim and broker, per attach."""
+        count = max(1, len(self.times))
+        return self.victim_waited / count, self.broker_waited / count
+
+
 def measure(running: RunningBroker, name: str, seconds: float, attackers: int) -> Figures:
-    """One attack and its control run, a slice of each after the other."""
-    path = running.socket
+    """One attack and its control runs, a slice of each after the other."""
+    path, broker = running.socket, running.pid
     admin = RawClient(path, name="flood")
     _together([_child(lambda: _victim(path, 0.5), VICTIM)])  # warm
-    before_rss, before_fds = rss(running.pid), len(os.listdir(f"/proc/{running.pid}/fd"))
+    before_rss, before_fds = rss(broker), len(os.listdir(f"/proc/{broker}/fd"))
     slices = max(1, round(seconds / SLICE))
     length = seconds / slices
-    attacked: list[float] = []
-    controlled: list[float] = []
+    attack, control, all_burnt = _Slices(), _Slices(), _Slices()
     failures: list[str] = []
     seen: Counter[str] = Counter()
-    attackers_cpu = control_cpu = 0.0
-    for _ in range(slices):
+
+    def burners(shares: list[float]) -> list[tuple[int, int]]:
+        return [
+            _child(lambda cpu=share: _burner(cpu, length), FIRST_ATTACKER + number)  # type: ignore[misc]
+            for number, share in enumerate(shares)
+        ]
+
+    for done in range(1, slices + 1):
         under = [
             _child(lambda: _attacker(ATTACKS[name], path, length), FIRST_ATTACKER + number)
             for number in range(attackers)
         ]
-        victim, *results = _together([_child(lambda: _victim(path, length), VICTIM), *under])
-        attacked += victim["times"]
+        victim, *results = attack.run(broker, path, length, under)
         failures += victim["failures"]
         for result in results:
             seen.update(result["seen"])
         settled(admin)
-        burning = [
-            _child(lambda cpu=result["cpu"]: _burner(cpu, length), FIRST_ATTACKER + number)  # type: ignore[misc]
-            for number, result in enumerate(results)
-        ]
-        victim, *burnt = _together([_child(lambda: _victim(path, length), VICTIM), *burning])
-        controlled += victim["times"]
-        attackers_cpu += sum(result["cpu"] for result in results)
-        control_cpu += sum(result["cpu"] for result in burnt)
-    grown, left = rss(running.pid) - before_rss, len(os.listdir(f"/proc/{running.pid}/fd")) - before_fds
+        shares = [float(result["cpu"]) for result in results]
+        control.run(broker, path, length, burners(shares))
+        more = max(0.0, attack.broker_cpu - control.broker_cpu) / done / attackers
+        all_burnt.run(broker, path, length, burners([share + more for share in shares]))
+    grown, left = rss(broker) - before_rss, len(os.listdir(f"/proc/{broker}/fd")) - before_fds
     admin.close()
     for failure in failures[:3]:
         print(f"{name}: victim: {failure}", file=sys.stderr)
-    worst, normal = p99(attacked), p99(controlled)
+    waits, control_waits = attack.waits(), control.waits()
     return Figures(
-        name, len(attacked), len(controlled), len(failures), worst, normal, worst / normal,
-        attackers_cpu, control_cpu, dict(seen), grown, left,
-    )  # fmt: skip
+        attack=name,
+        attaches=len(attack.times),
+        control_attaches=len(control.times),
+        victim_failures=len(failures),
+        p99=attack.p99,
+        control_p99=control.p99,
+        ratio=attack.p99 / control.p99,
+        all_p99=all_burnt.p99,
+        all_ratio=attack.p99 / all_burnt.p99,
+        attackers_cpu=attack.cpu,
+        control_cpu=control.cpu,
+        broker_cpu=attack.broker_cpu,
+        victim_waits=(waits[0], control_waits[0]),
+        broker_waits=(waits[1], control_waits[1]),
+        refusals=dict(seen),
+        rss_growth=grown,
+        descriptors_left=left,
+    )
 
 
 def run(attacks: list[str], seconds: float, attackers: int) -> list[Figures]:
@@ -397,12 +468,21 @@ def main(words: list[str] | None = None) -> None:
     if options.json:
         print(json.dumps([asdict(each) for each in figures]))
         return
-    print("attack      attaches control failed  p99 ms control  ratio  CPU s control   MiB  fds  limits met")
+    print(
+        "attack      attaches control failed  p99 ms control  ratio    all  ratio  CPU s control broker"
+        "  victim waits ms  broker waits ms   MiB  fds  limits met"
+    )
     for each in figures:
+        victim, broker = (
+            f"{attack * 1000:7.2f} /{control * 1000:6.2f}"
+            for attack, control in (each.victim_waits, each.broker_waits)
+        )
         print(
             f"{each.attack:12}{each.attaches:8} {each.control_attaches:7} {each.victim_failures:6}"
             f" {each.p99 * 1000:7.1f} {each.control_p99 * 1000:7.1f} {each.ratio:6.2f}"
-            f" {each.attackers_cpu:6.2f} {each.control_cpu:7.2f}"
+            f" {each.all_p99 * 1000:6.1f} {each.all_ratio:6.2f}"
+            f" {each.attackers_cpu:6.2f} {each.control_cpu:7.2f} {each.broker_cpu:6.2f}"
+            f"  {victim:>15}  {broker:>15}"
             f" {each.rss_growth / (1 << 20):5.1f} {each.descriptors_left:4}  {each.refusals}"
         )
 
