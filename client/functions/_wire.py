@@ -66,7 +66,7 @@ _REMEDY = {
     "time": "give it more, or let it do less",
     "output": "give it more, or let it write less",
     "stack": "let it call less deeply",
-    "heap": "the enclave's heap is full: wait for others, or build the image with more --heap",
+    "heap": "half of the enclave's heap is in use by this user, or others have it: let fewer run",
 }
 
 

@@ -21,7 +21,18 @@ from teemate.functions import Functions
 from teemate.image import SigParams, layout_image, sign_with_key
 
 sys.path.append(str(Path(__file__).parents[1] / "sdk"))
-from gate import Gate, Holder  # the tests of the SDK have it
+from gate import (  # the tests of the SDK have it
+    CLEAR,
+    ECALL,
+    ERESUME,
+    OK,
+    PAUSED,
+    RESET,
+    UNWIND,
+    Call,
+    Gate,
+    Holder,
+)
 
 
 def functions_image() -> Path:
@@ -57,13 +68,13 @@ def engine_module() -> ModuleType:
     return module
 
 
-def weakened(images: Images, folder: Path, define: str) -> BuiltImage:
-    """The image with one protection switched off: what guards it has to go red here."""
+def weakened(images: Images, folder: Path, *defines: str) -> BuiltImage:
+    """The image with protections switched off: what guards them has to go red here."""
     functions_image()
     library = engine_module().engine_library()
-    elf = folder / f"{define}.elf"
-    compile_elf(sources("functions"), elf, defines=[define], archives=[library])
-    options = layout_options("functions", heap="32M", slots=4)
+    elf = folder / "functions.elf"
+    compile_elf(sources("functions"), elf, defines=list(defines), archives=[library])
+    options = layout_options("functions", slots=4)
     assert image_table("functions")["library"] == "engine_library.py"
     built = layout_image(elf, elf.with_suffix(".sgxs"), options)
     signature = sign_with_key(SigParams().unsigned(built.mrenclave), images.key)
@@ -72,6 +83,20 @@ def weakened(images: Images, folder: Path, define: str) -> BuiltImage:
     return BuiltImage(
         name="functions", sgxs=built.sgxs, sigstruct=sigstruct, elf=elf, mrenclave=built.mrenclave, slots=4
     )
+
+
+__all__ = [
+    "CLEAR",
+    "ECALL",
+    "ERESUME",
+    "OK",
+    "PAUSED",
+    "RESET",
+    "UNWIND",
+    "Call",
+    "Gate",
+    "Holder",
+]
 
 
 class Owner:

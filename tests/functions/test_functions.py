@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from running_broker import RunningBroker
 import teemate
 from teemate.functions import FunctionExists, FunctionLimit, FunctionLimits
 
+README = Path(__file__).parents[2] / "README.md"
 HELLO = wasm.printing(b"hello\n", errors=b"a word")
 TEEMATE = [sys.executable, "-c", "from teemate.cli.main import main; main()"]
 
@@ -68,6 +70,15 @@ def test_a_function_is_deployed_invoked_looked_at_and_removed(connection: teemat
     for what in (functions.invoke, functions.describe, functions.logs, functions.remove):
         with pytest.raises(teemate.NotFound, match="hello"):
             what("hello")
+
+
+def test_the_readmes_example_works(socket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = re.findall(r"<!-- functions -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
+    monkeypatch.setenv("TEEMATE_SOCKET", socket)
+    names = {"module": HELLO}
+    exec(compile(example, str(README), "exec"), names)
+    with teemate.connect(socket) as connection:
+        assert connection.functions.describe("hello").invocations == 1
 
 
 def test_stdin_arguments_and_environment_reach_the_function(connection: teemate.Broker) -> None:

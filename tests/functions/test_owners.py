@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import modules as wasm
 import pytest
+from backends import PATIENCE
 from function_enclaves import (
+    CLEAR,
+    ECALL,
+    ERESUME,
+    OK,
+    PAUSED,
+    RESET,
+    UNWIND,
+    Call,
     Gate,
+    Holder,
     functions_of,
     installed,
     names,
@@ -16,10 +26,11 @@ from function_enclaves import (
     principal,
     weakened,
 )
-from images import Images
+from images import BuiltImage, Images
 
 import teemate
 from teemate.functions import FunctionLimit, FunctionLimits
+from teemate.functions import _wire as wire
 
 ALICE, BOB = 1001, 1002
 
@@ -53,8 +64,14 @@ def test_functions_of_two_owners_know_nothing_of_each_other(gate: Gate) -> None:
     see_each_other(gate)
 
 
-def test_who_does_not_compare_owners_is_found(images: Images, tmp_path: Path) -> None:
-    with Gate(weakened(images, tmp_path, "TM_TEST_NO_OWNERS")) as gate, pytest.raises(AssertionError):
+@pytest.fixture(scope="module")
+def careless(images: Images, tmp_path_factory: pytest.TempPathFactory) -> BuiltImage:
+    """The image without what the tests of this file guard."""
+    return weakened(images, tmp_path_factory.mktemp("careless"), "TM_TEST_NO_OWNERS", "TM_TEST_NO_SHARE")
+
+
+def test_who_does_not_compare_owners_is_found(careless: BuiltImage) -> None:
+    with Gate(careless) as gate, pytest.raises(AssertionError):
         see_each_other(gate)
 
 
@@ -103,6 +120,58 @@ def test_modules_fill_no_more_than_their_owners_share_of_the_heap(gate: Gate) ->
         alice.deploy("large-3", large)
     bob.deploy("large", large)
     assert bob.invoke("large") == b"large"
+
+
+def stay_inside(gate: Gate, slot: int, uid: int, *, generation: int = 1) -> tuple[Holder, Call]:
+    """Interrupt an invocation that has 20 MiB of memory, and leave it where it is: in its loop."""
+    holder = gate.assign(slot, generation, uid=uid)
+    module = wasm.command(wasm.ENDLESS, pages=320)
+    limits = FunctionLimits(memory=20 << 20, fuel=1 << 60)
+    functions_of(holder).deploy("endless", module, limits=limits, replace=True)
+    call = Call(b"invoke", wire.invoke("endless", b"", (), None, None), wire.room_for(1 << 20))
+    left = gate.interrupt(slot, holder.key, ECALL, call.address)
+    begin = time.thread_time()
+    while time.thread_time() - begin < 0.1 * PATIENCE:  # of its own: it has begun long before
+        assert left.outcome == PAUSED
+        left = gate.enter(slot, bytes(16), function=ERESUME, pause_after_ns=10_000_000, finish=False)
+    return holder, call
+
+
+def half_is_left(gate: Gate) -> None:
+    inside = [stay_inside(gate, slot, ALICE) for slot in (2, 3)]
+    alice, bob = owner(gate, 4, ALICE), owner(gate, 5, BOB)
+    large = wasm.command(wasm.write(1, 0, 1), pages=320)
+    alice.deploy("large", large, limits=FunctionLimits(memory=20 << 20))
+    with pytest.raises(FunctionLimit) as caught:
+        alice.invoke("large")
+    assert caught.value.limit == "heap"
+    bob.deploy("large", large, limits=FunctionLimits(memory=20 << 20))
+    assert bob.invoke("large") == b"\0"
+    assert len(inside) == 2
+
+
+def test_all_invocations_of_an_owner_have_half_of_the_heap(gate: Gate) -> None:
+    half_is_left(gate)
+
+
+def test_who_does_not_add_up_what_an_owner_has_is_found(careless: BuiltImage) -> None:
+    with Gate(careless) as gate, pytest.raises(pytest.fail.Exception, match="FunctionLimit"):
+        half_is_left(gate)
+
+
+def test_what_a_killed_clients_invocation_had_is_freed_by_the_repair(gate: Gate) -> None:
+    bob = owner(gate, 5, BOB)
+    before = bob.usage()
+    for generation in (1, 2):
+        holder, _call = stay_inside(gate, 2, ALICE, generation=generation)
+        assert bob.usage().heap_used > before.heap_used + (20 << 20)
+        assert gate.control(CLEAR, 2, generation=generation).status == OK
+        assert gate.enter(2, gate.key, UNWIND, generation).nonce == 1
+        gate.enter(2, bytes(16), function=ERESUME)
+        assert gate.control(RESET, 2).status == OK
+        assert bob.usage().heap_used < before.heap_used + 4096
+        assert bob.usage().blocks_owned == before.blocks_owned
+        assert holder.generation == generation
 
 
 def test_the_limit_of_time_is_the_enclaves_clock(gate: Gate) -> None:

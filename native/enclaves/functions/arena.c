@@ -3,7 +3,7 @@
 
 #define SMALL_MAX 16384u
 #define SPAN_MIN 65536u
-#define SPAN_MAX 524288u
+#define SHARES 256u /* slots, the warden's too: the image has fewer (images.toml) */
 
 /* At the start of each block of the heap; what it holds follows, aligned to 16. */
 struct span {
@@ -28,6 +28,60 @@ static unsigned class_of(size_t size, size_t *rounded)
     return 4 + (power - 6) * 4 + (unsigned)((*rounded - (1ull << power)) / step) - 1;
 }
 
+/*
+ * What the arena of each slot has, for everybody to add up.  Written by the slot's own thread; of a holder that
+ * is gone it is forgotten when the slot is reset, after its blocks were freed.
+ */
+static struct share {
+    uint8_t owner[32];
+    _Atomic uint64_t used;
+} shares[SHARES];
+
+static void share_set(uint64_t used)
+{
+    struct tm_caller caller = tm_caller();
+    struct share *share = &shares[caller.slot];
+
+    if (!share->used)
+        memcpy(share->owner, caller.identity.principal, sizeof(share->owner));
+    share->used = used;
+}
+
+static uint32_t slots(void)
+{
+    const volatile struct tm_image_header *image = tm_enclave_base();
+
+    return TM_WARDEN_SLOTS + image->io_slots + image->client_slots;
+}
+
+int tm_on_start(void)
+{
+    return slots() <= SHARES ? 0 : TM_E_ARGUMENT;
+}
+
+void tm_on_slot_reset(uint32_t slot)
+{
+    shares[slot].used = 0;
+}
+
+static bool owner_may(uint64_t more)
+{
+#ifdef TM_TEST_NO_SHARE
+    /* Test build: who comes first has the whole heap. */
+    (void)more;
+    return true;
+#else
+    const volatile struct tm_image_header *image = tm_enclave_base();
+    struct tm_caller caller = tm_caller();
+    uint64_t all = more;
+
+    for (uint32_t slot = 0; slot < slots(); slot++)
+        if (shares[slot].used && !memcmp(shares[slot].owner, caller.identity.principal, sizeof(shares[slot].owner)))
+            all += shares[slot].used;
+    return all <= image->heap_size / ARENA_OWNER_SHARE;
+#endif
+}
+
 static struct span *span_take(struct arena *arena, size_t size)
 {
     void *block;
@@ -36,7 +90,14 @@ static struct span *span_take(struct arena *arena, size_t size)
         arena->refused |= ARENA_OVER_BUDGET;
         return NULL;
     }
+    if (!owner_may(size)) {
+        arena->refused |= ARENA_OWNER_FULL;
+        return NULL;
+    }
+    /* Counted first: a death in between counts too much, until the slot is reset. */
+    share_set(arena->used + size);
     if (tm_try_alloc(size, &block)) {
+        share_set(arena->used);
         arena->refused |= ARENA_HEAP_FULL;
         return NULL;
     }
@@ -61,6 +122,7 @@ static void span_give(struct arena *arena, struct span *span)
         arena->spans = span->next;
     arena->used -= span->size;
     tm_free(span);
+    share_set(arena->used);
 }
 
 static void *small(struct arena *arena, size_t size)
@@ -145,4 +207,5 @@ void arena_drop(struct arena *arena)
         tm_free(span);
         span = next;
     }
+    share_set(0);
 }

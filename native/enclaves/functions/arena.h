@@ -4,7 +4,8 @@
  *
  * All of it lies in blocks of the SDK's heap that are the slot's own: whatever the engine was doing when its
  * client was killed, repair frees them, and the arena's head goes with the slot's data.  An arena
- * never takes more than its budget, so that one function cannot have the heap of all.
+ * never takes more than its budget, and those of one owner together no more than ARENA_OWNER_SHARE of the heap: so
+ * neither one function nor one owner can have the heap of all.
  */
 #ifndef FUNCTIONS_ARENA_H
 #define FUNCTIONS_ARENA_H
@@ -21,12 +22,14 @@ struct arena {
     uint64_t budget;
     uint8_t *next, *end; /* what is left of the newest span for small pieces */
     void *free[ARENA_CLASSES];
-    uint32_t refused;   /* 1: something was over the budget; 2: the heap was full */
+    uint32_t refused;   /* ARENA_*: why something was not to be had */
     uint32_t small_spans;
 };
 
 #define ARENA_OVER_BUDGET 1u
 #define ARENA_HEAP_FULL 2u
+#define ARENA_OWNER_FULL 4u
+#define ARENA_OWNER_SHARE 2u
 
 /* Aligned to 16; NULL when there is none, and `refused` says why. */
 void *arena_alloc(struct arena *arena, size_t size, bool zeroed);

@@ -98,7 +98,7 @@ static int check(struct tm_request *rq, const uint8_t *module, size_t length)
     status = slot_engine(slot, check_module, &it, &it.text, &refused);
     if (!status)
         return 0;
-    if (status == -1 && refused & ARENA_HEAP_FULL)
+    if (status == -1 && refused & ~ARENA_OVER_BUDGET)
         return TM_E_NOMEM;
     if (status == -1 && refused)
         tm_reply(rq, memory, sizeof(memory) - 1);
@@ -291,8 +291,12 @@ static int run(struct invocation *it)
 
     slot_begin(slot, ENGINE_BUDGET + GROW_FACTOR * run->memory + run->output + CHECK_FACTOR * it->function.module_length);
     status = slot_engine(slot, run_module, it, &run->text, &refused);
-    if (!status)
+    if (!status) {
+        /* Within its limit, and still there was none. */
+        if (run->limit == FN_LIMIT_MEMORY && refused & ~ARENA_OVER_BUDGET)
+            run->limit = FN_LIMIT_HEAP;
         return status_of(run);
+    }
     /* The engine's arena is gone, and what it wrote there. */
     run->out = run->err = NULL;
     run->out_length = run->err_length = 0;
@@ -301,7 +305,7 @@ static int run(struct invocation *it)
     run->fuel_used = 0;
     run->limit = FN_LIMIT_NONE;
     if (status == -1 && refused) {
-        run->limit = refused & ARENA_HEAP_FULL ? FN_LIMIT_HEAP : FN_LIMIT_MEMORY;
+        run->limit = refused & ~ARENA_OVER_BUDGET ? FN_LIMIT_HEAP : FN_LIMIT_MEMORY;
         run->text.length = 0;
         return FN_LIMIT;
     }

@@ -61,7 +61,7 @@ enum fn_limit {
     FN_LIMIT_TIME = 3,
     FN_LIMIT_OUTPUT = 4,
     FN_LIMIT_STACK = 5,  /* 10,000 calls, 1 MiB */
-    FN_LIMIT_HEAP = 6,   /* the enclave's heap is full: others have it */
+    FN_LIMIT_HEAP = 6,   /* what the caller may have of the heap at once (half of it), or the heap, is full */
 };
 
 /* 0 in a request: the default, or in `limits`, what it was. */
