@@ -17,6 +17,8 @@
 Each connection takes a slot and has SQLite's own memory in it.  Statements, parameters and rows
 pass through this process; pages, caches and temporary tables stay in the enclave.
 
+:func:`open_connection` has the same names for trio.
+
 What of sqlite3 is not here calls back into the program (functions, collations, authorizers, progress
 handlers), or reads the database as bytes (serialize, extensions): such methods raise
 :class:`NotSupportedError`, ``create_function`` not before a statement uses the function.  Rows are
@@ -24,6 +26,8 @@ fetched ahead, in batches: a statement may have read further than the program ha
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from teemate.db._blob import Blob
 from teemate.db._codes import NUMBERS
@@ -67,10 +71,15 @@ from teemate.db._types import (
 )
 from teemate.db._wire import Access, Description, Grantee, Right
 
+if TYPE_CHECKING:
+    from teemate.db._trio import AsyncConnection, AsyncCursor, open_connection
+
 __all__ = [
     "PARSE_COLNAMES",
     "PARSE_DECLTYPES",
     "Access",
+    "AsyncConnection",
+    "AsyncCursor",
     "Binary",
     "Blob",
     "Connection",
@@ -108,6 +117,7 @@ __all__ = [
     "converters",
     "delete",
     "import_file",
+    "open_connection",
     "paramstyle",
     "register_adapter",
     "register_converter",
@@ -116,6 +126,7 @@ __all__ = [
     "threadsafety",
 ]
 
+_TRIO = frozenset({"AsyncConnection", "AsyncCursor", "open_connection"})
 apilevel = "2.0"
 threadsafety = 1
 """Threads may share the module; connections only where `check_same_thread` is off."""
@@ -126,8 +137,12 @@ sqlite_version_info = (3, 54, 0)
 sqlite_version = ".".join(map(str, sqlite_version_info))
 
 
-def __getattr__(name: str) -> int:
-    """Return one of the constants SQLITE_*."""
+def __getattr__(name: str) -> Any:
+    """Return one of the constants SQLITE_*, or what is for trio, loaded when it is first asked for."""
+    if name in _TRIO:
+        from importlib import import_module
+
+        return getattr(import_module("teemate.db._trio"), name)
     try:
         return NUMBERS[name]
     except KeyError:

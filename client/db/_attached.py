@@ -9,7 +9,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from teemate import errors
 from teemate._broker import Broker
@@ -34,7 +34,7 @@ class _Attached:
         self.broker: Broker | None = None
         self.enclave: GrantedEnclave | None = None
 
-    def take(self, name: str) -> tuple[GrantedEnclave, SlotLease, Slot]:
+    def take(self, name: str, check: Callable[[], None] | None) -> tuple[GrantedEnclave, SlotLease, Slot]:
         """Return a slot, after its enclave and what gives it back."""
         deadline = time.monotonic() + WAIT
         while True:
@@ -45,7 +45,7 @@ class _Attached:
                     return enclave, lease, lease.__enter__()
             left = deadline - time.monotonic()
             try:
-                enclave.acquire(wait=max(0.0, left))
+                enclave._acquire(1, max(0.0, left), check)
             except errors.Error:
                 # One that went meanwhile is attached anew, perhaps by another connection already.
                 if enclave.gone is None or left <= 0:
@@ -90,8 +90,11 @@ _attached: dict[tuple[int, str, str], _Attached] = {}
 
 
 @contextlib.contextmanager
-def slot_of(name: str) -> Iterator[Slot]:
-    """Have a slot of the enclave `name`, which the broker at ``TEEMATE_SOCKET`` shares."""
+def slot_of(name: str, check: Callable[[], None] | None = None) -> Iterator[Slot]:
+    """Have a slot of the enclave `name`, which the broker at ``TEEMATE_SOCKET`` shares.
+
+    `check` is called now and then while it waits for one, and ends that by raising.
+    """
     # A child of fork() holds nothing of its parent's.
     key = (os.getpid(), os.environ.get("TEEMATE_SOCKET", ""), name)
     attached = _attached.setdefault(key, _Attached())
@@ -99,7 +102,7 @@ def slot_of(name: str) -> Iterator[Slot]:
     attached.users.add(user)
     enclave: GrantedEnclave | None = None
     try:
-        enclave, lease, slot = attached.take(name)
+        enclave, lease, slot = attached.take(name, check)
         try:
             yield slot
         finally:

@@ -101,7 +101,7 @@ class Connection(Whole):
         self._thread = threading.get_ident()
         self._lock = threading.RLock()
         self._forgotten: deque[int] = deque()
-        self._transaction = False
+        self._transaction = self._stopped = False
         self._trace: Callable[[str], object] | None = None
         self._functions: set[str] = set()
         self._word = ctypes.c_uint32(0)
@@ -372,7 +372,7 @@ class Connection(Whole):
             self._trace(trace.text)
         ended = [encode_end(self._forgotten.popleft()) for _ in range(len(self._forgotten))]
         room = REPLY
-        self._word.value = 0
+        self._begin_call()
         while True:
             request = encode_run([*ended, operation], ctypes.addressof(self._word))
             try:
@@ -405,6 +405,20 @@ class Connection(Whole):
             yield
         finally:
             timer.cancel()
+
+    def _begin_call(self) -> None:
+        """Forget an interruption that was for an earlier call, but not one that was for the task."""
+        self._word.value = 0
+        if self._stopped:
+            self._word.value = 1
+
+    def _stop(self) -> None:
+        """Interrupt what runs, and whatever it goes on with, until :meth:`_go_on`."""
+        self._stopped = True
+        self._word.value = 1
+
+    def _go_on(self) -> None:
+        self._stopped = False
 
     def _error(self, failure: Failure) -> _errors.Error:
         error = error_of(failure.code, failure.message)

@@ -36,6 +36,8 @@ class Whole:
 
         def _run(self, operation: bytes) -> Batch: ...
 
+        def _begin_call(self) -> None: ...
+
         def _out_of_use(self) -> bool: ...
 
     def describe(self) -> Description:
@@ -157,7 +159,7 @@ class Whole:
             raise _errors.ProgrammingError("a transaction is open: commit or roll back first")
         while self._forgotten:
             self._run(encode_end(self._forgotten.popleft()))
-        self._word.value = 0
+        self._begin_call()
 
     def _ask(self, ecall: str, payload: bytes = b"", *, max_reply: int = _REPLY) -> bytes:
         """Do an ECALL that is about the database as a whole; under the lock."""
