@@ -1,0 +1,48 @@
+"""What teemate.db has committed is there when broker and enclave were started anew."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import pytest
+from connections import database_image
+from running_broker import run_broker
+
+from teemate import db
+
+
+def test_a_database_outlives_broker_and_enclave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = (
+        f'[broker]\nstate_directory = "{tmp_path / "state"}"\n'
+        f'[[enclave]]\nname = "db"\nimage = "{database_image()}"\nstorage = true\n'
+        f"[[enclave.attach]]\nuid = {os.geteuid()}\n"
+    )
+    for life in range(3):
+        with run_broker(policy) as running:
+            monkeypatch.setenv("TEEMATE_SOCKET", running.socket)
+            with contextlib.closing(db.connect("db", "ledger", create=life == 0)) as connection:
+                if not life:
+                    connection.execute("CREATE TABLE entry(life INTEGER, text)")
+                    connection.grant(uid=54321)
+                with connection:
+                    connection.executemany("INSERT INTO entry VALUES (?, ?)", [(life, "x" * 3000)] * 50)
+                connection.execute("INSERT INTO entry VALUES (?, 'not committed')", (life,))
+                counts = connection.execute(
+                    "SELECT life, count(*) FROM entry WHERE length(text) = 3000 GROUP BY life"
+                ).fetchall()
+                assert counts == [(past, 50) for past in range(life + 1)]
+            with contextlib.closing(db.connect("db", "ledger", create=False)) as connection:
+                assert connection.execute("SELECT count(*) FROM entry").fetchone() == (50 * (life + 1),)
+                assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+                if life == 1:
+                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                description = connection.describe()
+                assert description.owner == os.getuid()
+                assert [right.id for right in description.rights] == [54321]
+    files = {path.name: path for path in (tmp_path / "state" / "enclaves" / "db").iterdir()}
+    assert set(files) == {"ledger", "ledger-wal"}
+    for path in files.values():
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert b"xxxxxxxx" not in path.read_bytes()
