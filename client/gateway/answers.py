@@ -30,7 +30,7 @@ _STATUS: dict[str, int] = {
     "connection-lost": 503,
     "call-timeout": 504,
     "call-abandoned": 504,
-    "limit-reached": 429,
+    "limit-reached": 503,
     "function-failed": 422,
     "function-trapped": 422,
     "function-limit": 422,

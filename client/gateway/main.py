@@ -86,6 +86,7 @@ class _ModeType(_IntType):
 @click.option(
     "--socket", "broker", type=click.Path(), envvar="TEEMATE_SOCKET", show_envvar=True, help="The broker's."
 )
+@click.option("--enclave", default=_DEFAULT.enclave, show_default=True, help="Which has the functions.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def main(
     places: tuple[str, ...],
@@ -99,6 +100,7 @@ def main(
     max_timeout: float,
     grace: float,
     broker: str | None,
+    enclave: str,
     log_format: str,
 ) -> None:
     """Serve functions over HTTP: POST /fn/NAME, GET /healthz, GET /openapi.json.
@@ -112,6 +114,7 @@ def main(
     try:
         settings = Settings(
             broker=broker,
+            enclave=enclave,
             slots=slots,
             concurrency=concurrency or slots + queue,
             queue=queue,

@@ -21,6 +21,8 @@ class Settings:
 
     broker: str | None = None
     """The broker's socket; None: as :func:`teemate.connect` finds it."""
+    enclave: str = "functions"
+    """Which enclave has the functions."""
     slots: int = 4
     """How many functions a worker runs at once: each takes a slot of the enclave."""
     concurrency: int = 36

@@ -72,7 +72,7 @@ async def _serve(
 async def open_functions(settings: Settings) -> AsyncGenerator[tuple[Functions, Ping], None]:
     """Connect to the broker for as long as the block runs."""
     async with teemate.open_broker(settings.broker, client="gateway") as broker:
-        yield broker.functions, broker.ping
+        yield broker.functions_of(settings.enclave), broker.ping
 
 
 def _is_tcp(fd: int) -> bool:

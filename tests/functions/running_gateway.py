@@ -99,8 +99,14 @@ class RunningGateway:
 
     def wait_for_workers(self, count: int, *, other_than: int = 0) -> list[int]:
         """Wait until `count` workers are ready, none of them the one that was killed."""
-        wait_until(lambda: len(self.workers()) == count and other_than not in self.workers(), "workers run")
-        return self.workers()
+        found: list[int] = []
+
+        def there() -> bool:
+            found[:] = self.workers()
+            return len(found) == count and other_than not in found
+
+        wait_until(there, "workers run")
+        return found
 
     def stop(self) -> int:
         """End it as a service manager does, and return its exit status."""

@@ -64,7 +64,7 @@ async def test_what_is_not_there_is_told_from_what_is_asked_for_wrongly(
         (teemate.Revoked("no"), 503, {}),
         (teemate.EnclaveLost("no"), 503, {}),
         (teemate.ConnectionLost("no"), 503, {}),
-        (teemate.LimitReached("no"), 429, {}),
+        (teemate.LimitReached("no"), 503, {}),
         (teemate.CallTimeout("no"), 504, {}),
         (teemate.EnclaveFault("at 0x1234"), 502, {}),
         (teemate.InternalError("at 0x1234"), 500, {}),

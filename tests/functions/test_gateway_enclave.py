@@ -24,7 +24,15 @@ from teemate.functions import FunctionLimits
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("hypercorn") is None, reason="needs hypercorn: pip install 'teemate[gateway]'"
 )
+UNLIMITED = FunctionLimits(fuel=1 << 62, time=600.0)
 OPTIONS = ("--workers", "2", "--slots", "2", "--max-body", "64M")
+
+
+def forever(folder: Path) -> bytes:
+    """A function that does not end by itself."""
+    source = folder / "forever.c"
+    source.write_text("int main(void) { for (volatile int i = 0;; i++) ; }\n")
+    return wasm.build_module([source], folder / "forever.wasm").path.read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -69,17 +77,31 @@ def test_how_functions_fail_is_told_and_not_what_they_log(gateway: RunningGatewa
 def test_a_deadline_ends_the_function_and_its_slot_is_used_again(
     gateway: RunningGateway, running: RunningBroker, tmp_path: Path
 ) -> None:
-    forever = tmp_path / "forever.c"
-    forever.write_text("int main(void) { for (volatile int i = 0;; i++) ; }\n")
     with teemate.connect(running.socket) as broker:
-        built = wasm.build_module([forever], tmp_path / "forever.wasm")
-        unlimited = FunctionLimits(fuel=1 << 62, time=600.0)
-        broker.functions.deploy("forever", built.path.read_bytes(), limits=unlimited)
+        broker.functions.deploy("forever", forever(tmp_path), limits=UNLIMITED, replace=True)
         for _ in range(5):  # more than there are slots
             reply = gateway.request("POST", "/fn/forever", headers={"TeeMate-Timeout": "0.3"})
             assert (reply.status, reply.json()["code"]) == (504, "call-timeout")
         broker.functions.remove("forever")
     assert gateway.request("POST", "/fn/json", b"1").body == b"1"
+
+
+def test_a_client_that_leaves_ends_its_function(running: RunningBroker, tmp_path: Path) -> None:
+    with run_gateway("--workers", "1", "--slots", "1", broker=running.socket) as gateway:
+
+        def counts() -> tuple[int, int]:
+            told = gateway.request("GET", "/healthz").json()
+            return told["running"], told["waiting"]
+
+        with teemate.connect(running.socket) as broker:
+            broker.functions.deploy("forever", forever(tmp_path), limits=UNLIMITED, replace=True)
+            leaver = gateway.connection()
+            leaver.request("POST", "/fn/forever", headers={"TeeMate-Timeout": "60"})
+            wait_until(lambda: counts() == (1, 0), "it runs")
+            leaver.close()
+            wait_until(lambda: counts() == (0, 0), "it has ended")
+            assert gateway.request("POST", "/fn/json", b"1").body == b"1"
+            broker.functions.remove("forever")
 
 
 def test_every_invocation_is_answered_once_or_its_connection_closed_while_workers_are_killed(

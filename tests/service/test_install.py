@@ -85,8 +85,8 @@ def test_what_only_newer_systemds_know_is_verified_by_one(tmp_path: Path) -> Non
     assert "notify-again" in lint([analyze, "verify", "--man=no", str(unit)], tmp_path).stderr
 
 
-def exposure(root: Path) -> float:
-    unit = str(units(root) / "teemate-broker.service")
+def exposure(root: Path, service: str = "teemate-broker") -> float:
+    unit = str(units(root) / f"{service}.service")
     done = lint([need("systemd-analyze"), "security", "--offline=yes", "--no-pager", unit], root)
     found = re.search(r"Overall exposure level for \S+: ([\d.]+)", done.stdout)
     assert found, done.stdout + done.stderr
@@ -96,6 +96,7 @@ def exposure(root: Path) -> float:
 def test_the_service_is_exposed_as_little_as_it_was_promised(tmp_path: Path) -> None:
     install(tmp_path)
     assert exposure(tmp_path) <= EXPOSURE
+    assert exposure(tmp_path, "teemate-gateway") <= EXPOSURE
     unit = units(tmp_path) / "teemate-broker.service"
     kept = [line for line in unit.read_text().splitlines() if not line.startswith("SystemCallFilter")]
     unit.write_text("\n".join(kept))
