@@ -38,6 +38,8 @@ class SlotInfo(NamedTuple):
     """Whose it is, or was when it is withheld."""
     calls: int | None = None
     """How many the enclave's gate has let end in it, ever; None where nobody asked or could tell."""
+    former: int | None = None
+    """Of one in quarantine, the uid that had it last, if somebody had."""
 
     @classmethod
     def parse(cls, untrusted: Mapping[str, Any]) -> SlotInfo:
@@ -51,6 +53,7 @@ class SlotInfo(NamedTuple):
                 untrusted.get("grant"),
                 holder,
                 untrusted.get("calls"),
+                untrusted.get("former"),
             )
         except KeyError as error:
             raise ProtocolError(f"the broker's slot-info has no {error.args[0]!r}") from None

@@ -55,6 +55,7 @@ class EnclaveRecord:
     state: str
     reason: str
     quarantined: dict[int, str]
+    former: dict[int, int]
     used: frozenset[int]
     payer: int | None
     maker: tuple[int, int]
@@ -149,6 +150,9 @@ def enclave_content(enclave: Enclave) -> dict[str, object]:
             slot.index: slot.reason
             for slot in enclave.slots.slots.values()
             if slot.state is SlotState.QUARANTINED
+        },
+        "former": {
+            slot.index: slot.former for slot in enclave.slots.slots.values() if slot.former is not None
         },
         "used": list(enclave.used),
         "payer": enclave.payer,
@@ -259,6 +263,7 @@ def read_enclave(serial: int, content: Mapping[str, Any]) -> EnclaveRecord:
             state=content["state"],
             reason=content["reason"],
             quarantined=dict(content["quarantined"]),
+            former=dict(content.get("former", {})),  # an older broker wrote nothing of it
             used=frozenset(content["used"]),
             payer=content["payer"],
             maker=(client, request),

@@ -165,7 +165,7 @@ class Restoration:
         if image is not None:
             enclave.source = ImageSource(image, record.sigstruct, record.origin)
         for index, reason in record.quarantined.items():
-            enclave.slots.quarantine(index, reason)
+            enclave.slots.quarantine(index, reason, record.former.get(index))
         enclave.state, enclave.reason = EnclaveState(record.state), record.reason
         if record.upgrading and not record.ending and not record.retired:
             enclave.drained, enclave.upgrade_broke_off = "", True

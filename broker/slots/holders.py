@@ -117,6 +117,8 @@ class Looking:
             grant = grants.get(slot.grant) if slot.grant is not None else None
             if slot.reason and slot.state in (SlotState.WITHHELD, SlotState.QUARANTINED):
                 entry["reason"] = slot.reason
+            if slot.former is not None:
+                entry["former"] = slot.former
             client = None
             if grant is not None and index in grant.charges:
                 client = grant.client

@@ -63,7 +63,7 @@ _HELD = frozenset({SlotState.ASSIGNED, SlotState.WITHHELD})
 class Slot:
     """One slot; only the table changes it."""
 
-    __slots__ = ("grant", "index", "reason", "since", "state", "uid")
+    __slots__ = ("former", "grant", "index", "reason", "since", "state", "uid")
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -71,6 +71,8 @@ class Slot:
         self.grant: int | None = None
         self.uid: int | None = None
         """Whom it counts for: its holder, then its last one until it is armed again."""
+        self.former: int | None = None
+        """Whose it was when it was put into quarantine."""
         self.reason = ""
         self.since = 0.0
         """When it was assigned."""
@@ -209,8 +211,8 @@ class SlotTable:
         self._move(index, SlotState.WITHHELD, SlotState.ASSIGNED)
         self.slots[index].reason = reason
 
-    def quarantine(self, index: int, reason: str) -> None:
-        """Never hand this slot out again."""
+    def quarantine(self, index: int, reason: str, former: int | None = None) -> None:
+        """Never hand this slot out again; `former` says whose it was where an earlier broker put it there."""
         if self.slots[index].state is SlotState.AHEAD:
             self.call_in()
         if self.slots[index].state is SlotState.FREE:
@@ -221,6 +223,8 @@ class SlotTable:
             *(state for state in SlotState if state is not SlotState.QUARANTINED),
         )
         self.slots[index].reason = reason
+        if former is not None:
+            self.slots[index].former = former
 
     # -- ahead of any request ------------------------------------------------------
 
@@ -259,6 +263,8 @@ class SlotTable:
         slot.reason = ""
         if new is not SlotState.WITHHELD:
             slot.grant = None
+        if new is SlotState.QUARANTINED:
+            slot.former = slot.uid
         if new in (SlotState.FREE, SlotState.QUARANTINED):
             self._count_for(slot, None)
         self.on_move()

@@ -94,6 +94,8 @@ def _show_slots(name: str, holders: Holders, *, everything: bool) -> None:
             slot.holder.cgroup or _UNKNOWN,
         )  # fmt: skip
         state = f"{slot.state}: {slot.reason}" if slot.reason else slot.state
+        if slot.former is not None:
+            state += f" (uid {slot.former} had it)"
         rows.append((str(slot.slot), state, *who))
     _print(f"Slots of {name}: {told}", ("slot", "state", "client", "pid", "uid", "cgroup"), rows)
     if not holders.waiting:

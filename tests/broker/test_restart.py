@@ -554,6 +554,8 @@ def test_slots_in_quarantine_stay_there(broker: Broker, images: Images, connect:
     before = counts(client)
     assert before["quarantined"] == 1
     assert before["used"] == 1
+    (slot,) = [s for s in client.ok("holders", enclave="bare")["slots"] if s["state"] == "quarantined"]
+    assert slot["former"] == os.geteuid(), "also this broker knows whose it was"
     # The other is given back while nobody sees it: its image has nothing that could scrub it.
     number = client.post("detach", grant=grants[1], clean=True)
     client.reply(number)
