@@ -168,14 +168,14 @@ op_int3:
         mov     $2, %esi
         leave_enclave
 
-        /* to the landing page with nothing left, not even a stack */
-        /* With RSI the stack stays, so that the host can take signals on it. */
+        /*
+         * To the landing page with nothing left.  With RSI that is the stack, of somebody else's; there is one
+         * in any case, since the host may take a signal on it at once.
+         */
 op_landing:
         lea     enclave_code+SIZE(%rip), %rbx
         test    %rsi, %rsi
-        jnz     1f
-        xor     %esp, %esp
-1:
+        cmovnz  %rsi, %rsp
         xor     %ecx, %ecx
         xor     %edx, %edx
         xor     %esi, %esi

@@ -162,8 +162,9 @@ static void an_entry_whose_frame_is_no_memory_faults_at_eenter(void)
 
 static void the_landing_page_needs_no_register(void)
 {
+    static uint8_t other[65536];
     struct teemate_enclave *enclave = test_enclave_mapped(NULL);
-    struct result r = call(enclave, 0, OP_LANDING, 0, 0);
+    struct result r = call(enclave, 0, OP_LANDING, (uint64_t)(uintptr_t)(other + sizeof(other)), 0);
 
     EQUAL(r.outcome, TEEMATE_LANDED);
     EQUAL(r.run.function, SGX_EEXIT);

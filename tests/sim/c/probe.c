@@ -11,6 +11,8 @@ static struct teemate_enclave *enclave;
 
 int probe_enter(int rounds)
 {
+    static uint8_t stack[65536]; /* for signals that come at the landing page */
+
     if (!enclave)
         enclave = test_enclave_mapped(NULL);
     for (int i = 0; i < rounds; i++) {
@@ -19,7 +21,8 @@ int probe_enter(int rounds)
         LEFT(r);
         FAULTED(call(enclave, 0, OP_READ, 8, 0), SGX_ERESUME, SGX_VECTOR_PF);
         frame_set(enclave, 0, 0, &(struct sgx_gprs){
-            .rip = BASE + ENTRY, .rdi = OP_LANDING, .fsbase = BASE + FSPAGE, .gsbase = BASE + GSPAGE});
+            .rip = BASE + ENTRY, .rdi = OP_LANDING, .rsp = (uint64_t)(uintptr_t)(stack + sizeof(stack)),
+            .fsbase = BASE + FSPAGE, .gsbase = BASE + GSPAGE});
         EQUAL(resume(enclave, 0).outcome, TEEMATE_LANDED);
         FAULTED(call(enclave, 1, OP_DIVIDE, 0, 0), SGX_ERESUME, SGX_VECTOR_DE);
         frame_skip(enclave, 1, 0, 3);

@@ -82,6 +82,7 @@ static void wait_until_inside(struct teemate_enclave *enclave)
 
 static void the_dead_leave_a_busy_tcs_that_can_be_buried(void)
 {
+    static uint8_t stack[65536]; /* for signals that come at the landing page */
     struct teemate_enclave *enclave;
     int pid, status;
 
@@ -112,6 +113,7 @@ static void the_dead_leave_a_busy_tcs_that_can_be_buried(void)
     /* ... but once the enclave has written GPRs into it, those are. */
     frame_set(enclave, 2, 0, &(struct sgx_gprs){.rip = BASE + ENTRY,
                                               .rdi = OP_LANDING,
+                                              .rsp = (uint64_t)(uintptr_t)(stack + sizeof(stack)),
                                               .fsbase = BASE + FSPAGE,
                                               .gsbase = BASE + GSPAGE});
     EQUAL(resume(enclave, 2).outcome, TEEMATE_LANDED);
@@ -176,7 +178,6 @@ static void whoever_is_killed_leaves_the_state_before_or_after(void)
 
             frame_set(enclave, 2, last, &(struct sgx_gprs){.rip = BASE + ENTRY,
                                                            .rdi = OP_LANDING,
-                                                           .rsi = on_sgx(),
                                                            .rsp = (uint64_t)(uintptr_t)(stack + sizeof(stack)),
                                                            .fsbase = BASE + FSPAGE,
                                                            .gsbase = BASE + GSPAGE});
