@@ -42,6 +42,7 @@ from runc import start as start_container
 from running_broker import run_broker
 
 import teemate
+from teemate import db
 from teemate.bench._oci import program_root, python_root, runc_program
 from teemate.bench._where import Observer, State
 from teemate.demo._memory import children
@@ -400,6 +401,10 @@ uid = {HOST_UID}
                 bank.script(SCHEMA)
                 rows = [(account, START, 0) for account in range(ACCOUNTS)]
                 bank.run(operation(EXECUTE, "INSERT INTO account VALUES (?, ?, ?)", rows))
+            if figures.in_containers:
+                with teemate.connect(self.broker.socket) as broker, broker.attach(ENCLAVE) as enclave:
+                    with contextlib.closing(db.connect(enclave, DATABASE)) as owned:
+                        owned.grant(uid=HOST_UID, readonly=False)
             with contextlib.ExitStack() as self._programs:
                 for number in range(1 + figures.in_containers):
                     self._open_branch(contained=number > 0)
