@@ -32,11 +32,11 @@ def isolation(level: str | None) -> str | None:
 def name_of(database: Any) -> bytes:
     """Check a name of a database that has files."""
     name = os.fsdecode(database)
-    if not _NAME.fullmatch(name) or name.endswith(("-wal", "-journal")):
+    if not _NAME.fullmatch(name) or name.endswith(("-wal", "-root", "-journal")):
         raise error_of(
             _CANTOPEN,
             f"unable to open database file: {name!r} is no name of a database: 1 to 48 of A-Z a-z 0-9 . _ -, "
-            "beginning with a letter or digit, and not ending in -wal or -journal",
+            "beginning with a letter or digit, and not ending in -wal, -root or -journal",
         )
     return name.encode()
 

@@ -340,7 +340,7 @@ def test_a_name_is_taken_while_a_copy_makes_it_and_free_when_that_was_given_up(
 
     with pytest.raises(ZeroDivisionError):
         connection.backup("copy", progress=meanwhile)
-    assert {path.name for path in storage.iterdir()} == {"ledger", "ledger-wal"}
+    assert {path.name for path in storage.iterdir()} == {"ledger", "ledger-root", "ledger-wal"}
     connection.backup("copy")
     assert content(connect("copy")) == content(connection)
 

@@ -198,7 +198,7 @@ static void close(struct connection *self)
 
 bool connection_name_is_right(const char *name, uint32_t length)
 {
-    static const char *const taken[] = {"-wal", "-journal"};
+    static const char *const taken[] = {"-wal", "-root", "-journal"};
 
     if (!length || length > DB_NAME_MAX)
         return false;

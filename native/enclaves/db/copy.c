@@ -104,6 +104,7 @@ void copy_end(struct connection *self)
             vfs_log_name(copy->to.database->name, log);
             tm_file_delete(copy->to.database->name);
             tm_file_delete(log);
+            root_delete(copy->to.database->name);
             database_wipe(copy->to.database);
             cache_drop((uint64_t)copy->to.database);
         }

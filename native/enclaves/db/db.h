@@ -49,7 +49,7 @@ enum db_open_flags {
 
 /*
  * Followed by the name: 1 to DB_NAME_MAX of A-Z a-z 0-9, from the second on also . _ and -, not ending
- * in -wal or -journal.  A slot has one connection: TM_E_STATE when it is open already.  0 takes the default.
+ * in -wal, -root or -journal.  A slot has one connection: TM_E_STATE when it is open already.  0 takes the default.
  */
 struct db_open {
     uint32_t version; /* DB_VERSION */

@@ -98,8 +98,10 @@ static int file_read(sqlite3_file *base, void *data, int length, sqlite3_int64 o
     if (!room)
         return SQLITE_IOERR_NOMEM;
     status = record_read(&file->records, record, room);
+    if (!status && file->records.kind == FILE_MAIN && (uint32_t)length == size && !root_has_log(file->records.database))
+        status = RECORD_TAMPERED;
     /* Before SQLite looks into the log it reads of the first page what is never right without the log. */
-    if (status == RECORD_TORN && !record && (uint32_t)length < size &&
+    if ((status == RECORD_TORN || status == RECORD_TAMPERED) && !record && (uint32_t)length < size &&
         file->records.database->files[FILE_WAL].records > 1) {
         memset(room, 0, size);
         status = 0;
@@ -128,6 +130,8 @@ static int file_write(sqlite3_file *base, const void *data, int length, sqlite3_
         return SQLITE_READONLY;
     if (length < 0 || inside + (uint32_t)length > size)
         return SQLITE_IOERR_WRITE;
+    if (file->records.kind == FILE_MAIN && !root_has_log(file->records.database))
+        return file_code(RECORD_TAMPERED, SQLITE_IOERR_WRITE);
     if ((uint32_t)length == size) {
         code = batch_flush(file);
         return code ? code : file_code(records_write(&file->records, record, data, 1), SQLITE_IOERR_WRITE);
@@ -154,11 +158,18 @@ static int file_sync(sqlite3_file *base, int flags)
     struct file *file = file_of(base);
     int code = batch_flush(file);
 
+    int status = 0;
+
     (void)flags;
-#ifdef DB_TEST_NO_SYNC
-    return code;
+    if (code)
+        return code;
+#ifndef DB_TEST_NO_SYNC
+    status = tm_file_sync(file->records.handle);
 #endif
-    return code ? code : file_code(tm_file_sync(file->records.handle), SQLITE_IOERR_FSYNC);
+    /* SQLite syncs the main file when a checkpoint has copied what it copies, and before it says so. */
+    if (!status && file->records.kind == FILE_MAIN)
+        status = root_after_checkpoint(&file->records);
+    return file_code(status, SQLITE_IOERR_FSYNC);
 }
 
 static int file_size(sqlite3_file *base, sqlite3_int64 *size)

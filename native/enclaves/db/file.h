@@ -4,6 +4,7 @@
 #define DB_FILE_H
 
 #include "records.h"
+#include "root.h"
 #include "sqlite3.h"
 
 /*

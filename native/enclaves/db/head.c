@@ -2,6 +2,7 @@
 #include "head.h"
 
 #include "files.h"
+#include "root.h"
 
 struct head {
     uint8_t key[16];
@@ -100,6 +101,8 @@ int head_finish(struct record_file *file)
 {
     int status = tm_file_sync(file->handle);
 
+    if (!status)
+        status = root_write(file);
     return status ? status : write(file, 0, &file->database->rights[0]);
 }
 

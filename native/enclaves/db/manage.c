@@ -78,6 +78,8 @@ static int delete(const char *name)
         status = tm_file_delete(name);
         if (!status)
             status = tm_file_delete(log);
+        if (!status || status == -TM_ENOENT)
+            status = root_delete(name);
         code = status == -TM_ENOENT ? SQLITE_OK : file_code(status, SQLITE_IOERR_DELETE);
     }
     database_drop(database, HOLDS_SETUP);

@@ -13,11 +13,17 @@ struct binding {
     uint8_t label[8];
     uint64_t kind;
     uint64_t record;
+    uint8_t root[ROOT_ID]; /* of the log's head: under which the log was begun (root.h) */
 };
 
 static struct binding binding_of(const struct record_file *file, uint64_t record)
 {
-    return (struct binding){.label = "tmdb 1", .kind = file->kind, .record = record};
+    return (struct binding){.label = "tmdb 2", .kind = file->kind, .record = record};
+}
+
+static bool is_log_head(const struct record_file *file, uint64_t record)
+{
+    return file->kind == FILE_WAL && !record;
 }
 
 uint32_t record_size(enum file_kind kind, uint64_t record)
@@ -84,17 +90,54 @@ static uint64_t short_tag(const uint8_t *tag)
 
 /* ---- what a power cut leaves ------------------------------------------------------ */
 
-static bool open_record(const struct record_file *file, uint64_t record, const uint8_t *raw, uint8_t *data)
+static bool open_bound(const struct record_file *file, const struct binding *binding, const uint8_t *raw, uint8_t *data)
 {
-    uint32_t size = record_size(file->kind, record);
-    struct binding binding = binding_of(file, record);
+    uint32_t size = record_size(file->kind, binding->record);
 
 #ifdef DB_TEST_NO_SEALING
     memcpy(data, raw + NONCE, size);
     return true;
 #endif
-    return !tm_aead_open(file->database->key, raw, &binding, sizeof(binding), raw + NONCE, size, data,
+    return !tm_aead_open(file->database->key, raw, binding, sizeof(*binding), raw + NONCE, size, data,
                          raw + NONCE + size);
+}
+
+/* The log's head: of the log that was begun under the present root, or of that which the root was made from. */
+static bool open_log_head(const struct record_file *log, const uint8_t *raw, uint8_t *data, uint8_t bound[ROOT_ID])
+{
+    struct root root = *database_root(log->database);
+    struct binding binding = binding_of(log, 0);
+
+    memcpy(binding.root, root.id, ROOT_ID);
+    if (!open_bound(log, &binding, raw, data)) {
+        memcpy(binding.root, root.base, ROOT_ID);
+        if (!open_bound(log, &binding, raw, data))
+            return false;
+    }
+    memcpy(bound, binding.root, ROOT_ID);
+    return true;
+}
+
+static bool open_record(const struct record_file *file, uint64_t record, const uint8_t *raw, uint8_t *data)
+{
+    struct binding binding = binding_of(file, record);
+
+    if (is_log_head(file, record))
+        return open_log_head(file, raw, data, binding.root);
+    return open_bound(file, &binding, raw, data);
+}
+
+int record_log_root(const struct record_file *log, uint8_t bound[ROOT_ID], uint64_t *tag)
+{
+    uint8_t raw[LOG_HEAD + RECORD_EXTRA], head[LOG_HEAD];
+    int64_t got = tm_file_read(log->handle, 0, raw, sizeof(raw));
+
+    if (got < (int64_t)sizeof(raw))
+        return got < 0 ? (int)got : RECORD_END;
+    *tag = short_tag(raw + NONCE + LOG_HEAD);
+    if (!known_is_right(log->database, FILE_WAL, 0, *tag) || !open_log_head(log, raw, head, bound))
+        return RECORD_TAMPERED;
+    return 0;
 }
 
 /* A frame of the log, of the same life of the log as `salt`: neither judged for freshness nor kept. */
@@ -148,6 +191,10 @@ static bool log_goes_on(struct record_file *file, uint64_t record)
     uint32_t sum[2];
     bool commit = false, found = false;
 
+    if (record <= file->database->frames_needed) {
+        sqlite3_free(frame);
+        return true; /* it was whole when pages were copied from it */
+    }
     if (!frame || record_read(file, 0, head)) {
         sqlite3_free(frame);
         return true;
@@ -264,6 +311,9 @@ int record_read(struct record_file *file, uint64_t record, uint8_t *data)
     bool unknown, zeros = false;
     uint8_t raw[LARGEST];
 
+    /* What is behind the last page is of another state, or of a checkpoint that was cut short. */
+    if (file->kind == FILE_MAIN && record >= known->records)
+        return RECORD_END;
     if (record_cached(file, record, 0, size, data))
         return RECORD_OK;
     if (was_ahead(file, record) && record_cached(file, record, 0, size, data))
@@ -349,6 +399,8 @@ int records_write(struct record_file *file, uint64_t first, const uint8_t *data,
         struct binding binding = binding_of(file, first + i);
         uint8_t *at = raw + i * step;
 
+        if (is_log_head(file, first + i))
+            memcpy(binding.root, database_root(file->database)->id, ROOT_ID);
         status = known_reserve(file->database, file->kind, first + i);
         if (status) {
             sqlite3_free(raw);

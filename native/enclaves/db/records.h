@@ -8,8 +8,8 @@
  * Every record is bound to the database (its key is its own), the file and the record's number.  Nonces
  * are random: a key is good for 2^32 writes (NIST SP 800-38D, 8.3), which is 16 TiB.
  *
- * What the host can do and is not found: bring back an earlier state of what this life of the enclave has neither
- * read nor written yet, each page by itself.
+ * Which of them belong together is in the root (root.h): what the host can do and is not found is to bring back an
+ * earlier state of the whole database when this life of the enclave has not used it yet.
  */
 #ifndef DB_RECORDS_H
 #define DB_RECORDS_H
@@ -50,5 +50,10 @@ bool record_cached(const struct record_file *file, uint64_t record, uint32_t off
 /* `count` records of one size, one after the other: at most BATCH. */
 int records_write(struct record_file *file, uint64_t first, const uint8_t *data, uint32_t count);
 int records_cut(struct record_file *file, uint64_t count);
+/*
+ * The root under which the log was begun, and the short tag of its head: 0, RECORD_END when it has none, RECORD_TAMPERED,
+ * a negative tm_errno.
+ */
+int record_log_root(const struct record_file *log, uint8_t bound[ROOT_ID], uint64_t *tag);
 
 #endif

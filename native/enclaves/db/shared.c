@@ -32,9 +32,17 @@ bool database_is(const struct database *database, const char *name)
     return !strcmp(database->name, name);
 }
 
+const struct root *database_root(const struct database *database)
+{
+    return &database->roots[database->root % 2];
+}
+
 void database_wipe(struct database *database)
 {
     database->ready = 0;
+    database->root = 0;
+    database->frames_needed = 0;
+    memset(database->roots, 0, sizeof(database->roots));
     for (uint32_t index = 0; index < REGIONS_MOST; index++)
         if (database->regions[index])
             memset(database->regions[index], 0, REGION_SIZE);

@@ -56,6 +56,16 @@ struct rights {
     struct db_right list[DB_RIGHTS_MAX];
 };
 
+/* What the last checkpoint has left (root.h). */
+#define ROOT_ID 16
+struct root {
+    uint8_t id[ROOT_ID];
+    uint8_t base[ROOT_ID]; /* the root under which the log that it was made from was begun */
+    uint64_t log;          /* short tag of that log's head: there may be others, of a state that was brought back */
+    uint64_t frames;       /* of that log */
+    uint64_t pages;
+};
+
 struct database {
     struct database *next;
     union {
@@ -69,6 +79,9 @@ struct database {
     struct rights rights[2]; /* of it, at its number modulo 2; the other one's is about to be written */
     _Atomic uint64_t words[SLOTS_MOST];
     void *regions[REGIONS_MOST];
+    _Atomic uint64_t root;  /* number of the root that counts; 0: there is none yet */
+    struct root roots[2];   /* of it, at its number modulo 2; the other one's is about to be written */
+    _Atomic uint64_t frames_needed; /* that the log must turn out to have before pages are used with it */
     struct known_file files[FILE_KINDS];
     struct pending pending[FILE_KINDS][SLOTS_MOST];
     _Atomic uint64_t writing[FILE_KINDS][SLOTS_MOST / 64]; /* a bit per slot: set while its pending has something, and longer */
@@ -82,6 +95,7 @@ int database_find(const char *name, struct database **database);
 bool database_is(const struct database *database, const char *name);
 /* Nothing is known of it any more, and its wal-index is empty: for who holds HOLDS_SETUP, with nobody else in it. */
 void database_wipe(struct database *database);
+const struct root *database_root(const struct database *database);
 /* Everything that the slot held, of all databases. */
 void databases_forget(uint32_t slot);
 

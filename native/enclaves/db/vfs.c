@@ -5,6 +5,7 @@
 #include "files.h"
 #include "head.h"
 #include "lock.h"
+#include "root.h"
 
 #define SETUP_PATIENCE 500u /* rounds of 10 ms that another slot may take to open a database for the first time */
 #define SUFFIX "-wal"
@@ -63,7 +64,8 @@ static int learn(struct record_file *file, bool create)
     struct database *database = file->database;
     struct record_file log = {.database = database, .kind = FILE_WAL};
     char name[DB_NAME_MAX + 8];
-    int64_t pages, frames = 0;
+    int64_t frames = 0;
+    bool logged;
     int status = head_read(file);
 
     log_name(database->name, name);
@@ -71,17 +73,19 @@ static int learn(struct record_file *file, bool create)
         status = make(file, name);
     if (status)
         return status;
-    pages = records_counted(file);
     status = tm_file_open(name, TM_FILE_READ_ONLY, &log.handle);
-    if (!status) {
+    logged = !status;
+    if (logged)
         frames = records_counted(&log);
-        tm_file_close(log.handle);
+    if (frames < 0 || status == -TM_ENOENT)
+        status = (int)frames;
+    if (!status) {
+        database->files[FILE_WAL].records = (uint64_t)frames;
+        status = root_read(file, logged ? &log : NULL);
     }
-    if (pages < 0 || frames < 0 || (status && status != -TM_ENOENT))
-        return pages < 0 ? (int)pages : frames < 0 ? (int)frames : status;
-    database->files[FILE_MAIN].records = (uint64_t)pages;
-    database->files[FILE_WAL].records = (uint64_t)frames;
-    return 0;
+    if (logged)
+        tm_file_close(log.handle);
+    return status;
 }
 
 /* One slot at a time. */
