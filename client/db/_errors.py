@@ -98,7 +98,7 @@ class LimitReached(OperationalError, errors.LimitReached):  # noqa: N818
 
 
 TAMPERED, PARAMETERS, STATEMENTS, CURSOR, CURSORS, ROOM, TIME, REQUEST, STORAGE = range(-1, -10, -1)
-DENIED, EXISTS, RIGHTS, COPYING, SIZE, SPACE = range(-10, -16, -1)
+DENIED, EXISTS, RIGHTS, COPYING, SIZE, SPACE, HEAP = range(-10, -17, -1)
 _OWN: dict[int, tuple[type[Error], str]] = {
     TAMPERED: (DatabaseTampered, ""),
     PARAMETERS: (ProgrammingError, ""),
@@ -124,6 +124,10 @@ _LIMITS: dict[int, tuple[str, dict[str, object]]] = {
     ),
     SPACE: ("", {"limit": "storage_limit", "setting": "[[enclave]] storage_limit, and the host's disk"}),
     RIGHTS: ("", {"limit": "grants of a database", "setting": "none"}),
+    HEAP: (
+        "close connections, or lay the image out with a larger heap",
+        {"limit": "heap of the enclave", "setting": "teemate image build --heap"},
+    ),
     _NOMEM: ("connect with more `memory`", {"limit": "memory", "setting": "connect(memory=)"}),
 }
 """What to do about a limit, and `detail`."""

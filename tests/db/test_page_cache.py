@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import NamedTuple
 
 import pytest
 from backends import BACKEND
-from connections import CREATE, EXECUTE, UNCACHED, Caller, Connection, database_image, operation
+from connections import CREATE, EXECUTE, UNCACHED, Caller, Connection, SqlError, database_image, operation
 from images import Images, layout_options
 from test_database_files import fill
 from test_tampering import Disk
 
 import teemate
+import teemate.db
 from teemate.image import SigParams, layout_image, sign_with_key
 
 Connect = Callable[..., Connection]
@@ -167,3 +169,21 @@ def test_a_database_larger_than_the_cache_is_read_right_within_its_limit(narrow:
             assert db.sql("SELECT count(*), sum(length(v)) FROM t") == [(1600, 4_800_000)]
             assert 0 < cache(first).size <= limit
         assert two.sql("PRAGMA integrity_check") == [("ok",)]
+
+
+def test_it_is_said_when_the_heap_is_what_is_full(narrow: teemate.Enclave) -> None:
+    sql = "SELECT length(zeroblob(9000000) || 'x')"
+    with narrow.slot() as slot:
+        small = Connection(slot, memory=2 << 20)
+        with pytest.raises(SqlError, match="out of memory"):
+            small.sql(sql)
+        small.close()
+        db = Connection(slot, memory=64 << 20)
+        with pytest.raises(SqlError, match="the enclave's heap is full"):
+            db.sql(sql)
+        assert db.sql("SELECT 1") == [(1,)]
+        db.close()
+    with contextlib.closing(teemate.db.connect(narrow, memory=64 << 20)) as python:
+        with pytest.raises(teemate.LimitReached) as reached:
+            python.execute(sql)
+        assert reached.value.detail["limit"] == "heap of the enclave"

@@ -16,6 +16,7 @@
 struct memory {
     uint64_t limit, used, most; /* bytes taken from the enclave's heap */
     uint64_t blocks;            /* of `used`, in blocks of their own */
+    bool heap_full;             /* the last that was refused: not for the limit */
     uint8_t *next, *end;        /* what is left of the last chunk */
     struct chunk *chunks;
     void *free[MEMORY_CLASSES];

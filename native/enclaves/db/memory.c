@@ -45,11 +45,14 @@ static void *take(struct memory *memory, uint64_t size)
 {
     struct chunk *chunk;
 
+    memory->heap_full = false;
     if (size + sizeof(*chunk) > memory->limit - memory->used)
         return NULL;
     chunk = tm_alloc(size + sizeof(*chunk));
-    if (!chunk)
+    if (!chunk) {
+        memory->heap_full = true;
         return NULL;
+    }
     chunk->size = size + sizeof(*chunk);
     chunk->next = memory->chunks;
     chunk->before = &memory->chunks;
@@ -84,6 +87,7 @@ static void *cut(struct memory *memory, uint64_t size)
 
         room = room < CHUNK_MOST ? room : CHUNK_MOST;
         room = room + sizeof(struct chunk) <= left ? room : left > sizeof(struct chunk) ? (left - sizeof(struct chunk)) & ~15ull : 0;
+        memory->heap_full = false;
         if (room < size || !(memory->next = take(memory, room))) {
             memory->end = memory->next;
             return NULL;

@@ -56,6 +56,8 @@ static const char *own_message(int code)
     case DB_E_SPACE:
         return "there is no room for it: the files of the enclave take all of storage_limit in its policy, or the host's disk "
                "is full";
+    case DB_E_HEAP:
+        return "the enclave's heap is full, of what its other connections have and of kept pages";
     case DB_E_COPYING:
         return "a copy of the database is under way on this connection, or there is none to go on with";
     default:
@@ -93,6 +95,8 @@ void reply_error(struct reply *reply, struct connection *connection, int code, i
     connection->no_space = false;
     if ((connection->denied && is_of_files(code)) || (is_refused_write(code) && connection->granted == DB_ACCESS_READ))
         error.code = DB_E_DENIED;
+    if (((code & 0xff) == SQLITE_NOMEM || code == SQLITE_IOERR_NOMEM) && local_self()->memory.heap_full)
+        error.code = DB_E_HEAP;
     if ((code & 0xff) == SQLITE_INTERRUPT && connection->late)
         error.code = DB_E_TIME;
     if (error.code < 0)

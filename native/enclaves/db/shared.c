@@ -269,7 +269,9 @@ bool known_is_right(struct database *database, enum file_kind kind, uint64_t rec
 
 static bool is_pending(const struct pending *pending, uint64_t record)
 {
-    return record - pending->first < pending->count;
+    uint64_t place = record - pending->first;
+
+    return place < pending->count && __atomic_load_n(&pending->tags[place], __ATOMIC_SEQ_CST);
 }
 
 bool known_is_settled(struct database *database, enum file_kind kind, uint64_t record, uint64_t tag)
