@@ -140,15 +140,14 @@ def _draw_db(axes: Any, report: Report) -> None:
     grid = figure.add_gridspec(1, 2)
     axes.set_subplotspec(grid[0])
     _lines(axes, lines[half:], colours, "MiB")
-    axes.set_ylim(bottom=0)
     second = figure.add_subplot(grid[1])
     _lines(second, lines[:half], colours, "ms")
-    second.set_yscale("log")
-    _plain_numbers(second.yaxis)
     for one, label in (
         (axes, "all memory, enclaves included (MiB)"),
         (second, "open, to the first answer (ms)"),
     ):
+        one.set_yscale("log")
+        _plain_numbers(one.yaxis)
         _whole_ticks(one, lines[0])
         one.set_xlabel("processes with one database")
         one.set_ylabel(label)
