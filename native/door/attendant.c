@@ -27,7 +27,7 @@
  * broker were woken at once, it would often have the processor that the client wants.  Whoever says
  * something earlier is heard at once.
  */
-#define NOTE_DELAY_NS 400000u
+#define NOTE_DELAY_NS 2000000u
 /* As the door's watch: it has little to do, but must not be late. */
 #define PRIORITY (-15)
 #define SLICE_US 100

@@ -6,6 +6,11 @@
  *   fuzz_attendant SEED ITERATIONS
  *
  * Prints what was answered, in hexadecimal: the broker's own parser has to take all of that too.
+ *
+ *   fuzz_attendant SEED ITERATIONS race
+ *
+ * Takes shelf and seat away while its thread is about to answer: what was taken away was not given, and what
+ * was given has a note.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -130,6 +135,70 @@ static ssize_t receive(int fd, uint8_t *into, int *descriptors)
     return size;
 }
 
+struct race {
+    struct attendant *attendant;
+    struct attendant_shelf *shelf;
+    struct attendant_cell *cells;
+    int ours, theirs;
+};
+
+static void pause_a_while(void)
+{
+    for (volatile uint64_t left = draw() % 20000; left > 0; left--)
+        ;
+}
+
+/* Returns whether the grant was given. */
+static bool race_once(const struct race *race, uint64_t grant)
+{
+    static const uint8_t key[16] = {7};
+    static uint8_t came[LONGEST];
+    const struct attendant_client client = {.number = 9, .uid = 1};
+    bool seat_first = draw() % 2;
+    struct attendant_note note = {.cell = -1};
+    int64_t seat = attendant_seat(race->attendant, race->ours, &client, &race->shelf, 1);
+    int recalled = 0, descriptors;
+    ssize_t got;
+
+    REQUIRE(seat >= 0 && attendant_stock(race->attendant, race->shelf, 0, grant, 5, 4096, 1, key) == 0);
+    send_message(race->theirs, (const uint8_t *)seeds[0], sizes[0], -1);
+    pause_a_while();
+    if (seat_first)
+        recalled = attendant_recall(race->attendant, (uint64_t)seat);
+    attendant_withdraw(race->attendant, race->shelf);
+    if (!seat_first) {
+        pause_a_while();
+        recalled = attendant_recall(race->attendant, (uint64_t)seat);
+    }
+    REQUIRE(attendant_has_notes(race->attendant) == !recalled);
+    REQUIRE(attendant_collect(race->attendant, &note, 1) == !recalled);
+    got = receive(race->theirs, came, &descriptors);
+    REQUIRE((got > 0) == (note.cell == 0) && (race->cells[0].client == 9) == (note.cell == 0));
+    REQUIRE((receive(race->ours, came, &descriptors) > 0) == (note.cell != 0));
+    if (!recalled)
+        attendant_leave(race->attendant, (uint64_t)seat);
+    attendant_clear(race->attendant, 0);
+    return note.cell == 0;
+}
+
+static int race(const struct attendant_enclave *enclave, uint64_t count)
+{
+    static struct attendant_cell cells[CELLS];
+    struct race race = {.attendant = attendant_new(cells, CELLS, true), .cells = cells};
+    unsigned long given = 0;
+    int pair[2];
+
+    REQUIRE(race.attendant != NULL && socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) == 0);
+    race.shelf = attendant_open(race.attendant, enclave);
+    race.ours = pair[0];
+    race.theirs = pair[1];
+    for (uint64_t i = 0; i < count; i++)
+        given += race_once(&race, i);
+    attendant_free(race.attendant);
+    fprintf(stderr, "%lu of %lu given\n", given, (unsigned long)count);
+    return 0;
+}
+
 int main(int argc, char **argv)
 {
     static uint8_t message[LONGEST], came[LONGEST], request[1024], reply[LONGEST];
@@ -144,8 +213,12 @@ int main(int argc, char **argv)
     struct attendant_shelf *shelf;
     unsigned long answered = 0, left = 0;
 
-    REQUIRE(argc == 3 && attendant != NULL && file >= 0);
+    REQUIRE(argc >= 3 && attendant != NULL && file >= 0);
     state = strtoull(argv[1], NULL, 0) * 2 + 1;
+    if (argc == 4) {
+        attendant_free(attendant);
+        return race(&enclave, strtoull(argv[2], NULL, 0));
+    }
     shelf = attendant_open(attendant, &enclave);
     REQUIRE(shelf != NULL && socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) == 0);
     for (uint64_t i = 0; i < strtoull(argv[2], NULL, 0); i++) {

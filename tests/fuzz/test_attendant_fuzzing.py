@@ -36,3 +36,8 @@ def test_what_is_answered_is_what_the_broker_would_take_and_the_rest_is_left_to_
         asked = parse_request(wire.decode(message))
         attach = Attach.parse(Arguments(asked.operation, asked.untrusted_args))
         assert (asked.operation, attach.enclave, attach.slots) == ("attach", "vault", 1)
+
+
+def test_what_is_taken_away_while_the_thread_answers_is_given_or_not_but_never_both(target: Path) -> None:
+    done = subprocess.run([target, "7", "20000", "race"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
