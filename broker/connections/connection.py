@@ -186,7 +186,7 @@ class Connection:
 
     async def _next_packet(self) -> wire.Packet | None:
         """Receive a message, in this connection's turn; None: the attendant has answered it."""
-        account, attendant = self.client.account, self.client.service.attendant
+        account = self.client.account
         while True:
             if account.exhausted(Resource.DESCRIPTORS_RECEIVED):
                 self._rest()
@@ -198,7 +198,7 @@ class Connection:
                 return self._receive()
             except BlockingIOError:
                 self._rest()
-                answered = await attendant.attend(self)
+                answered = await self.client.service.attendant.attend(self)
                 if answered:
                     return None
                 if answered is None:

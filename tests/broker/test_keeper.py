@@ -169,7 +169,7 @@ def test_only_the_worker_is_heeded(broker: Broker) -> None:
     records = running.log()
     assert [r["pid"] for r in records if r["event"] == "keeper: message not heeded"] == [os.getpid()] * 2
     kept = [record["kept"] for record in records if record["event"] == "keeper: worker started"]
-    assert kept == [before["kept"], 2]  # the socket that it listens on, and its state
+    assert kept == [before["kept"], 3]  # the socket that it listens on, and its state in two parts
 
 
 def test_a_worker_that_says_why_it_cannot_start_is_not_started_again(tmp_path: Path) -> None:
