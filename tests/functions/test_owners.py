@@ -98,6 +98,36 @@ def test_the_next_holder_of_a_slot_finds_nothing_of_the_last(gate: Gate) -> None
     assert bob.usage().blocks_owned == 0
 
 
+def test_more_modules_than_are_kept_ready_run_all_the_same(gate: Gate) -> None:
+    alice = owner(gate, 2, ALICE)
+    # They have little memory, and are large once they are ready.
+    code = [wasm.i32(number) + wasm.DROP for number in range(8_000)]
+    for number in range(20):
+        module = wasm.command(wasm.write(1, number, 1), data=bytes(range(20)), functions=code)
+        limits = FunctionLimits(memory=1 << 16, output=1)
+        alice.deploy(f"function-{number}", module, limits=limits, env={"SOME": "thing"})
+    for _ in range(2):
+        for number in range(20):
+            for _ in range(2):
+                assert alice.invoke(f"function-{number}") == bytes([number])
+    assert alice.usage().heap_used < 32 << 20
+
+
+def test_logs_go_with_their_function(gate: Gate) -> None:
+    bob = owner(gate, 3, BOB)
+    before = bob.usage()
+    holder = gate.assign(2, uid=ALICE)
+    alice = functions_of(holder)
+    for _ in range(3):
+        alice.deploy("writes", wasm.printing(b"", errors=b"x" * 5_000), replace=True)
+        for _ in range(20):
+            alice.invoke("writes")
+        assert len(alice.logs("writes")) == 13  # what fits
+    alice.remove("writes")
+    gate.release(holder)
+    assert bob.usage() == before
+
+
 def test_quotas_are_each_owners_own(gate: Gate) -> None:
     alice, bob = owner(gate, 2, ALICE), owner(gate, 3, BOB)
     for number in range(64):

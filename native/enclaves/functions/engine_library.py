@@ -16,6 +16,7 @@ processor has, since CPUID does not exist in an enclave.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -66,6 +67,14 @@ def engine_library() -> Path:
     if library.is_file():
         return library
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who builds at the same time waits, and finds it
+        if not library.is_file():
+            _build(cargo, folder, library)
+    return library
+
+
+def _build(cargo: str, folder: Path, library: Path) -> None:
     work = folder / f".build.{os.getpid()}"
     home = Path(os.environ.get("CARGO_HOME") or str(Path.home() / ".cargo"))
     # Neither where crates are kept nor where this lies gets into the image.
@@ -83,7 +92,6 @@ def engine_library() -> Path:
         (work / TARGET / "release" / NAME).replace(library)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return library
 
 
 if __name__ == "__main__":

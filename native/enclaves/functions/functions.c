@@ -94,6 +94,7 @@ static int check(struct tm_request *rq, const uint8_t *module, size_t length)
     uint32_t refused;
     int status;
 
+    slot_trim(slot);
     slot_begin(slot, ENGINE_BUDGET + CHECK_FACTOR * length);
     status = slot_engine(slot, check_module, &it, &it.text, &refused);
     if (!status)
@@ -327,6 +328,7 @@ TM_ECALL(invoke)
 
     if (status)
         return status;
+    slot_trim(slot_self());
     status = registry_take(&key, is_ready, &it.function);
     if (status)
         return status;

@@ -104,24 +104,28 @@ static void sum(const uint8_t *owner, uint64_t *count, uint64_t *bytes)
             }
 }
 
-/*
- * Free a function that no list has any more and that is this slot's own; its other blocks first.  Each is made the
- * slot's own in the step that unlinks it: a death in between loses none.
- */
-static void dispose(struct function *function)
+/* Under the lock, one step: the oldest log is nobody's but the slot's. */
+static struct log *unlink_oldest(struct function *function)
 {
+    struct log *log = function->oldest;
     struct tm_txn txn;
 
-    while (function->oldest) {
-        struct log *log = function->oldest;
+    tm_txn_begin(&txn);
+    tm_txn_set_ptr(&txn, &function->oldest, log->next);
+    if (!log->next)
+        tm_txn_set_ptr(&txn, &function->newest, NULL);
+    tm_txn_set(&txn, &function->log_count, function->log_count - 1);
+    tm_txn_set(&txn, &function->log_bytes, function->log_bytes - log->head.text_length);
+    tm_txn_own(&txn, log);
+    tm_txn_commit(&txn);
+    return log;
+}
 
-        tm_txn_begin(&txn);
-        tm_txn_own(&txn, log);
-        tm_txn_set_ptr(&txn, &function->oldest, log->next);
-        tm_txn_commit(&txn);
-        tm_free(log);
-    }
-    tm_free(function);
+/* Under the lock: forget them one by one, so that a death in between loses none. */
+static void drop_logs(struct function *function)
+{
+    while (function->oldest)
+        tm_free(unlink_oldest(function));
 }
 
 int registry_deploy(const struct registry_new *new, bool replace, struct fn_info *info)
@@ -174,6 +178,8 @@ int registry_deploy(const struct registry_new *new, bool replace, struct fn_info
         unlock();
         goto out;
     }
+    if (old)
+        drop_logs(old);
     fresh->info.version = registry.version + 1;
     fresh->next = old ? old->next : NULL;
     *info = fresh->info;
@@ -190,7 +196,7 @@ int registry_deploy(const struct registry_new *new, bool replace, struct fn_info
     unlock();
     if (old) {
         tm_free(old->module);
-        dispose(old);
+        tm_free(old);
     }
     return 0;
 out:
@@ -210,6 +216,7 @@ int registry_remove(const struct registry_key *key)
     link = find(key);
     old = *link;
     if (old) {
+        drop_logs(old);
         tm_txn_begin(&txn);
         tm_txn_set_ptr(&txn, link, old->next);
         tm_txn_own(&txn, old->module);
@@ -220,7 +227,7 @@ int registry_remove(const struct registry_key *key)
     if (!old)
         return FN_NOT_FOUND;
     tm_free(old->module);
-    dispose(old);
+    tm_free(old);
     return 0;
 }
 
@@ -302,23 +309,6 @@ int registry_take(const struct registry_key *key, bool (*ready)(uint64_t version
         taken->copy = block;
         room = needed;
     }
-}
-
-/* Under the lock, one step: the oldest log is nobody's but the slot's. */
-static struct log *unlink_oldest(struct function *function)
-{
-    struct log *log = function->oldest;
-    struct tm_txn txn;
-
-    tm_txn_begin(&txn);
-    tm_txn_set_ptr(&txn, &function->oldest, log->next);
-    if (!log->next)
-        tm_txn_set_ptr(&txn, &function->newest, NULL);
-    tm_txn_set(&txn, &function->log_count, function->log_count - 1);
-    tm_txn_set(&txn, &function->log_bytes, function->log_bytes - log->head.text_length);
-    tm_txn_own(&txn, log);
-    tm_txn_commit(&txn);
-    return log;
 }
 
 int registry_ended(const struct registry_key *key, const struct registry_end *end)

@@ -4,8 +4,6 @@
 int escape_run(struct escape *escape, int (*body)(void *), void *argument);
 __attribute__((noreturn)) void escape_leave(struct escape *escape, int status);
 
-#define WARM_SHARE 2u /* modules that are ready may take this part of a budget */
-
 struct slot *slot_self(void)
 {
     return tm_slot_data();
@@ -17,12 +15,16 @@ void slot_forget(struct slot *slot)
     memset(slot->warm, 0, sizeof(slot->warm));
 }
 
-void slot_begin(struct slot *slot, uint64_t budget)
+void slot_trim(struct slot *slot)
 {
     /* Interrupted in the engine, and gone on with by nobody: the slot would have been reset. */
     tm_assert(!slot->escape);
-    if (slot->arena.used > budget / WARM_SHARE)
+    if (slot->arena.used > WARM_BYTES || slot->warm[WARM_MAX - 1].version)
         slot_forget(slot);
+}
+
+void slot_begin(struct slot *slot, uint64_t budget)
+{
     slot->arena.budget = slot->arena.used + budget;
     slot->arena.refused = 0;
 }

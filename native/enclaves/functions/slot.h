@@ -3,8 +3,8 @@
  * What a slot has of the engine: its arena, and modules that are ready.
  *
  * A module is made ready when its function is first invoked through the slot, and stays so for the next time: its
- * code is compiled as it is called.  There are WARM_MAX of them at most, and they fit the budget of what runs
- * beside them; else all are forgotten.  They are the slot's own, as everything that the engine allocates: no
+ * code is compiled as it is called.  There are WARM_MAX of them at most, with WARM_BYTES of memory, or all are
+ * forgotten.  They are the slot's own, as everything that the engine allocates: no
  * lock of the engine's is ever shared, and a killed client's modules go with its slot.
  */
 #ifndef FUNCTIONS_SLOT_H
@@ -14,6 +14,7 @@
 #include "engine.h"
 
 #define WARM_MAX 8u
+#define WARM_BYTES (4u << 20)
 
 struct escape {
     uint64_t stack;
@@ -31,7 +32,9 @@ struct slot {
 _Static_assert(sizeof(struct slot) <= TM_SLOT_DATA, "slot data");
 
 struct slot *slot_self(void);
-/* Have `budget` bytes for what is done next; modules that are ready stay if they leave room for it. */
+/* Forget what is ready when that is much, or as many modules as there may be: before anybody counts on one. */
+void slot_trim(struct slot *slot);
+/* Have `budget` bytes for what is done next, beside what is ready. */
 void slot_begin(struct slot *slot, uint64_t budget);
 /*
  * Do `body` with the engine: what it returns, or -1 when the engine gave up.  Then the arena is empty, and
