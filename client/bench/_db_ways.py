@@ -15,7 +15,7 @@ from teemate.demo._memory import children, pss_outside
 from teemate.demo._prepare import ENCLAVE
 from teemate.errors import Unsupported
 
-__all__ = ["PLAIN", "PRIVATE", "SHARED", "Ways"]
+__all__ = ["PLAIN", "PRIVATE", "SHARED", "Ways", "enclave_files"]
 
 SHARED, PRIVATE, PLAIN = "shared", "private", "plain"
 PROGRAM = Path(__file__).resolve().parents[1] / "libexec" / "teemate-database"
@@ -106,10 +106,10 @@ class Ways:
         pages = {SHARED: self._shared.pages, PRIVATE: self._private.pages * len(pids), PLAIN: 0}[way]
         if way == SHARED:
             pids += [self._broker.keeper, *children(self._broker.keeper)]
-        return pages * _PAGE + sum(pss_outside(pid, _enclave_files(pid)) for pid in pids)
+        return pages * _PAGE + sum(pss_outside(pid, enclave_files(pid)) for pid in pids)
 
 
-def _enclave_files(pid: int) -> set[tuple[int, int]]:
+def enclave_files(pid: int) -> set[tuple[int, int]]:
     """Return device and inode of what `pid` has mapped where enclaves lie."""
     found = set()
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():

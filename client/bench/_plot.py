@@ -201,6 +201,7 @@ _PICTURES: dict[str, Callable[[Any, Report], None]] = {
     "container": _draw_container,
     "db": _draw_db,
     "floor": _draw_floor,
+    "functions": _draw_memory,
     "memory": _draw_memory,
     "scale": _draw_scale,
 }

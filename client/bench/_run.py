@@ -15,6 +15,7 @@ from teemate.bench._churn import bench_churn
 from teemate.bench._container import bench_container
 from teemate.bench._db import bench_db
 from teemate.bench._floor import bench_floor, hash_rate
+from teemate.bench._functions import bench_functions
 from teemate.bench._measured import Listener
 from teemate.bench._memory import bench_memory
 from teemate.bench._rows import Result, Row
@@ -31,6 +32,7 @@ _SINGLE: dict[str, Callable[[Setting], Result]] = {
     "scale": bench_scale,
     "churn": bench_churn,
     "db": bench_db,
+    "functions": bench_functions,
     "container": bench_container,
 }
 BENCHES = (*_SINGLE, "all")

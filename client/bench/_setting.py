@@ -82,6 +82,10 @@ class Setting:
         folder = self.new_folder("database")
         return prepare_image(folder, heap=heap, clients=slots, name="db", key=self._signer)
 
+    def functions_image(self, *, heap: int, slots: int) -> DemoImage:
+        """Lay the functions enclave out."""
+        return prepare_image(self.new_folder("functions"), heap=heap, clients=slots, name="functions")
+
     def broker(
         self,
         image: DemoImage,

@@ -25,6 +25,7 @@ _MEASURED = {
     "scale": "What up to 1,024 clients, and 4,096 attaches a second, cost the broker.",
     "churn": "Clients that come, call once and leave for a minute: what do they leave behind?",
     "db": "A database: opened, in memory and at work; in a shared enclave, in one each, and in none.",
+    "functions": "A function: cold, warm, and many; in a shared enclave, in one each, and in none.",
     "container": "From the start of a container to its first reply from inside (root, runc).",
     "all": "All but containers; with --quick what has targets, but the database's, in a minute.",
 }

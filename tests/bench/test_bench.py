@@ -27,6 +27,7 @@ from teemate.errors import Unsupported
 
 KEYS = ["figure", "value", "unit", "p99", "n", "relative_to", "ratio", "target", "met"]
 OF_CHURN = {figure for figure in TARGETS if figure.startswith("churn")}
+OF_FUNCTIONS = {figure for figure in TARGETS if figure.startswith("fn_")}
 OF_DB = {figure for figure in TARGETS if figure.startswith("db_")}
 AT_1024 = "attach_at_1024"
 IMAGES = Path(teemate.__file__).parent / "images"
@@ -65,7 +66,7 @@ def test_every_figure_with_a_target_is_measured(everything: Report) -> None:
     figures = set(by_figure(everything))
     missing = set() if C_SUBJECT.is_file() else FROM_C
     # Of a tiny crowd the figure has the crowd's number.
-    assert set(TARGETS) - OF_CHURN - OF_DB - missing - {AT_1024} <= figures
+    assert set(TARGETS) - OF_CHURN - OF_DB - OF_FUNCTIONS - missing - {AT_1024} <= figures
     assert any(figure.startswith("attach_at_") for figure in figures)
 
 
@@ -190,6 +191,25 @@ def test_a_database_is_opened_and_worked_with_in_all_ways(tmp_path: Path) -> Non
     if importlib.util.find_spec("matplotlib"):
         draw(report, tmp_path / "db.svg")
         assert (tmp_path / "db.svg").stat().st_size > 1000
+
+
+@pytest.mark.skipif(not C_SUBJECT.is_file(), reason="the C library was not built: libcbor is missing")
+def test_functions_are_started_and_invoked_in_all_ways(tmp_path: Path) -> None:
+    if not (IMAGES / "functions.sgxs").exists():
+        pytest.skip("the functions enclave was not built: there was no cargo (build log)")
+    if not importlib.util.find_spec("ziglang"):
+        pytest.skip("the example cannot be compiled: pip install 'teemate[fn]'")
+    report = tiny("functions")
+    figures = by_figure(report)
+    for way in ("shared", "private"):
+        assert figures[f"fn_cold_{way}"].value > 0
+        assert figures[f"fn_memory_{way}_16"].value > 0
+    measured = OF_FUNCTIONS if "fn_cold_native" in figures else OF_FUNCTIONS - {"fn_cold_vs_native"}
+    assert measured <= set(figures)
+    assert {row.relative_to for row in report.result.rows} - {None} <= set(figures)
+    if importlib.util.find_spec("matplotlib"):
+        draw(report, tmp_path / "functions.svg")
+        assert (tmp_path / "functions.svg").stat().st_size > 1000
 
 
 # ---- on the command line ---------------------------------------------------------------------------------
