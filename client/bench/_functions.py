@@ -33,7 +33,7 @@ PROGRAM = Path(__file__).resolve().parents[1] / "libexec" / "teemate-function"
 """There when the C library was built."""
 _EXAMPLES = Path(__file__).resolve().parents[1] / "native" / "examples" / "functions"
 _EXAMPLE = "sha256"
-_PAYLOAD = bytes(range(256)) * 4
+_PAYLOAD = b"what a function is given to start with"
 _NOTHING = bytes.fromhex(
     "0061736d01000000010401600000030201000503010001071302066d656d6f72790200065f737461727400000a040102000b"
 )

@@ -77,8 +77,13 @@ static inline struct bytes read_input(void)
     struct bytes input = {0};
     ssize_t got;
 
-    while ((got = read(STDIN_FILENO, bytes_reserve(&input, 65536), 65536)) > 0)
-        input.length += (size_t)got;
+    do {
+        uint8_t *end = bytes_reserve(&input, 1);
+
+        got = read(STDIN_FILENO, end, input.room - input.length);
+        if (got > 0)
+            input.length += (size_t)got;
+    } while (got > 0);
     if (got < 0)
         fail(1, "the payload cannot be read");
     return input;
