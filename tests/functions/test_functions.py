@@ -20,11 +20,11 @@ from function_enclaves import functions_image
 from running_broker import RunningBroker
 
 import teemate
+from teemate.cli.main import run as run_command
 from teemate.functions import FunctionExists, FunctionLimit, FunctionLimits
 
 README = Path(__file__).parents[2] / "README.md"
 HELLO = wasm.printing(b"hello\n", errors=b"a word")
-TEEMATE = [sys.executable, "-c", "from teemate.cli.main import main; main()"]
 
 
 @pytest.fixture
@@ -215,21 +215,28 @@ async def test_an_invocation_on_trio_can_be_cancelled(socket: str) -> None:
         assert await functions.invoke("hello") == b"hello\n"
 
 
-def test_the_command_does_all_of_it(socket: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "TEEMATE_SOCKET": socket, "COLUMNS": "120"}
+def test_the_command_does_all_of_it(
+    socket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsysbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    monkeypatch.setenv("TEEMATE_SOCKET", socket)
+    monkeypatch.setenv("COLUMNS", "120")
     module = tmp_path / "hello.wasm"
     module.write_bytes(HELLO)
     (tmp_path / "echo.wasm").write_bytes(wasm.echo())
+    (tmp_path / "payload").write_bytes(b"of a file")
 
-    def run(*arguments: str, status: int = 0, stdin: bytes = b"") -> str:
-        done = subprocess.run([*TEEMATE, "fn", *arguments], input=stdin, capture_output=True, env=environment)
-        assert done.returncode == status, (done.stdout, done.stderr)
-        return (done.stdout if not status else done.stderr).decode()
+    def run(*arguments: str, status: int = 0) -> str:
+        assert run_command(["fn", *arguments]) == status
+        out, err = capsysbinary.readouterr()
+        return (err if status else out).decode()
 
     assert hashlib.sha256(HELLO).hexdigest() in run("deploy", "hello", str(module), "--memory", "1M")
     run("deploy", "echo", str(tmp_path / "echo.wasm"), "--env", "A=b")
     assert run("invoke", "hello") == "hello\n"
-    assert run("invoke", "echo", "--file", "-", stdin=b"piped") == "piped"
+    assert run("invoke", "echo", "--file", str(tmp_path / "payload")) == "of a file"
     assert run("invoke", "echo", "text", "--arg", "x", "--env", "C=d", "--timeout", "5") == "text"
     table = run("list")
     assert "hello" in table
