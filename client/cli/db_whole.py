@@ -200,6 +200,26 @@ def limit(enclave: str, database: str, size: int, path: str | None) -> None:
         connection.limit(size)
 
 
+@click.command("list")
+@_enclave
+@socket_option
+@json_option
+def list_(enclave: str, path: str | None, as_json: bool) -> None:
+    """List the databases in ENCLAVE that you may use: name, owner, what you may do."""
+    from ..db import databases
+
+    with _attached(path, enclave) as attached:
+        found = databases(attached)
+    if as_json:
+        rows = [
+            {"database": one.name, "owner": one.owner, "access": one.access.name.lower()} for one in found
+        ]
+        print_json({"databases": rows})
+        return
+    for one in found:
+        click.echo(f"{one.name}\t{_user(one.owner)}\t{_ACCESS[one.access.name]}")
+
+
 @click.command()
 @_enclave
 @_database
@@ -256,4 +276,4 @@ def _group(gid: int) -> str:
     return f"gid {gid}"
 
 
-COMMANDS = (import_, export, backup, delete, grant, revoke, limit, describe)
+COMMANDS = (import_, export, backup, delete, grant, revoke, limit, list_, describe)

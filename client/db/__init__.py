@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 from teemate.db._blob import Blob
 from teemate.db._codes import NUMBERS
 from teemate.db._connection import Connection, connect
-from teemate.db._copying import delete, import_file
+from teemate.db._copying import databases, delete, import_file
 from teemate.db._cursor import Cursor
 from teemate.db._errors import (
     DatabaseError,
@@ -69,7 +69,7 @@ from teemate.db._types import (
     register_adapter,
     register_converter,
 )
-from teemate.db._wire import Access, Description, Grantee, Right
+from teemate.db._wire import Access, Description, Grantee, Listing, Right
 
 if TYPE_CHECKING:
     from teemate.db._trio import AsyncConnection, AsyncCursor, open_connection
@@ -98,6 +98,7 @@ __all__ = [
     "InterfaceError",
     "InternalError",
     "LimitReached",
+    "Listing",
     "NotSupportedError",
     "OperationalError",
     "PrepareProtocol",
@@ -115,6 +116,7 @@ __all__ = [
     "complete_statement",
     "connect",
     "converters",
+    "databases",
     "delete",
     "import_file",
     "open_connection",

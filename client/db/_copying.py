@@ -18,12 +18,23 @@ from teemate.db import _errors
 from teemate.db._errors import error_of
 from teemate.db._opening import name_of
 from teemate.db._plain import new_file, plain_file
-from teemate.db._wire import PAGE, PAGES, CopyKind, decode_copying, encode_copied, encode_copy, encode_pages
+from teemate.db._wire import (
+    PAGE,
+    PAGES,
+    CopyKind,
+    Listing,
+    decode_copying,
+    decode_listed,
+    encode_copied,
+    encode_copy,
+    encode_list,
+    encode_pages,
+)
 
 if TYPE_CHECKING:
     from teemate.db._whole import Whole
 
-__all__ = ["Progress", "backup", "delete", "export_file", "import_file"]
+__all__ = ["Progress", "backup", "databases", "delete", "export_file", "import_file"]
 
 Progress = Callable[[int, int], object]
 """Called with the pages that are copied, and how many there are."""
@@ -128,6 +139,23 @@ def import_file(
                 if progress is not None:
                     progress(copy.done, copy.pages)
             file.check_unchanged()
+
+
+def databases(enclave: Enclave | str) -> list[Listing]:
+    """Return the databases of `enclave` that this user may use, by name.
+
+    One that another client is just making or opening for the first time is not among them.
+    """
+    from teemate.db._connection import connect
+
+    found: dict[str, Listing] = {}
+    following = 0
+    with contextlib.closing(connect(enclave)) as connection, connection._locked():
+        while True:
+            following, listings = decode_listed(connection._ask("db_list", encode_list(following)))
+            found.update((listing.name, listing) for listing in listings)
+            if not following:
+                return [found[name] for name in sorted(found)]
 
 
 def delete(enclave: Enclave | str, database: str) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "Description",
     "Failure",
     "Grantee",
+    "Listing",
     "Opened",
     "Right",
     "Stored",
@@ -37,12 +38,14 @@ __all__ = [
     "decode",
     "decode_copying",
     "decode_failure",
+    "decode_listed",
     "encode_copied",
     "encode_copy",
     "encode_end",
     "encode_execute",
     "encode_fetch",
     "encode_limit",
+    "encode_list",
     "encode_open",
     "encode_pages",
     "encode_run",
@@ -75,6 +78,8 @@ _RESULT = struct.Struct("<BBHIIIIIqq")
 _ERROR = struct.Struct("<BBHiiIII")
 _RIGHT = struct.Struct("<IBBH")
 _DESCRIPTION = struct.Struct("<IIIIQQ")
+_LIST = struct.Struct("<Q")
+_LISTING = struct.Struct("<II56s")
 _LIMIT = struct.Struct("<Q")
 _COPY = struct.Struct("<IIQ")
 _PAGES = struct.Struct("<II")
@@ -152,6 +157,17 @@ class Failure:
     """Which set of parameters; for ROOM the cursor to fetch from."""
     needed: int
     transaction: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """A database that this client may use."""
+
+    name: str
+    owner: int
+    """The uid that has made it."""
+    access: Access
+    """What this client may do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,6 +386,11 @@ def encode_run(operations: Sequence[bytes], interrupt: int) -> bytes:
     return _RUN.pack(len(operations), 0, interrupt) + b"".join(operations)
 
 
+def encode_list(following: int) -> bytes:
+    """Encode what db_list is asked: 0, then what it answered."""
+    return _LIST.pack(following)
+
+
 def encode_limit(size: int) -> bytes:
     """Encode that a database may grow to `size` bytes, whole pages of them; 0: no limit of its own."""
     return _LIMIT.pack(-(-size // PAGE))
@@ -404,6 +425,19 @@ def decode_failure(data: bytes, at: int = 0) -> Failure:
     at += _ERROR.size
     message = data[at : at + length].decode(errors="replace")
     return Failure(code, message, offset, set_, needed, bool(flags & _TRANSACTION))
+
+
+def decode_listed(reply: bytes) -> tuple[int, list[Listing]]:
+    """Decode a struct db_listed: from where to go on, 0 for nowhere, and the databases."""
+    try:
+        (following,) = _LIST.unpack_from(reply)
+        listings = [
+            Listing(name.rstrip(b"\0").decode("ascii"), owner, Access(access))
+            for owner, access, name in _LISTING.iter_unpack(reply[_LIST.size :])
+        ]
+    except (struct.error, ValueError) as error:
+        raise ProtocolError(f"the database enclave's list is none: {error}") from None
+    return following, listings
 
 
 def decode_copying(reply: bytes) -> tuple[int, int, bytes]:

@@ -281,6 +281,45 @@ static int64_t do_delete(struct files *files, const char *name, bool again)
     return sync_directory(files);
 }
 
+/* As the kernel gives them: readdir() wants a descriptor of its own, and more system calls. */
+struct entry {
+    uint64_t inode;
+    int64_t next;
+    unsigned short length;
+    unsigned char type;
+    char name[];
+};
+
+/* Names that requests may have, from number `skip` on, as many whole ones as fit into `room` bytes. */
+static int64_t do_list(struct files *files, uint64_t skip, char *out, uint64_t room)
+{
+    _Alignas(struct entry) char list[LIST_BYTES];
+    uint64_t used = 0;
+
+    if (lseek(files->directory, 0, SEEK_SET) != 0)
+        return -errno;
+    for (;;) {
+        long length = syscall(SYS_getdents64, files->directory, list, sizeof(list));
+
+        if (length <= 0)
+            return length < 0 ? -errno : (int64_t)used;
+        for (long at = 0; at < length;) {
+            const struct entry *entry = (const struct entry *)(list + at);
+            char name[64] = {0};
+            size_t size = strnlen(entry->name, sizeof(name));
+
+            at += entry->length;
+            memcpy(name, entry->name, size < sizeof(name) ? size : 0);
+            if (!name_fits(name) || (skip != 0 && skip--))
+                continue;
+            if (used + size + 1 > room)
+                return (int64_t)used;
+            memcpy(out + used, name, size + 1);
+            used += size + 1;
+        }
+    }
+}
+
 int64_t files_do(struct files *files, const struct tm_file_request *request, void *data)
 {
     bool transfers = request->op == TM_FILE_OP_READ || request->op == TM_FILE_OP_WRITE;
@@ -288,6 +327,8 @@ int64_t files_do(struct files *files, const struct tm_file_request *request, voi
     struct file *file;
     int error;
 
+    if (request->op == TM_FILE_OP_READ && request->name[0] == 0 && request->length <= TM_FILE_DATA)
+        return do_list(files, request->offset, data, request->length);
     if (!name_fits(request->name) || request->offset > INT64_MAX / 2 || (transfers && request->length > TM_FILE_DATA))
         return -EINVAL;
     if (request->op == TM_FILE_OP_DELETE)
@@ -316,15 +357,6 @@ int64_t files_do(struct files *files, const struct tm_file_request *request, voi
 }
 
 /* ---- the folder ---------------------------------------------------------------------------- */
-
-/* As the kernel gives them: readdir() wants a descriptor of its own, and more system calls. */
-struct entry {
-    uint64_t inode;
-    int64_t next;
-    unsigned short length;
-    unsigned char type;
-    char name[];
-};
 
 static int count_all(struct files *files)
 {

@@ -26,7 +26,8 @@ void files_close(struct files *files);
 
 /*
  * Do one request; `data` has TM_FILE_DATA bytes, to write or to read into.  Returns what struct tm_file_request
- * says, or -EINVAL for one that cannot be.  -ENOSPC at the limit.
+ * says, or -EINVAL for one that cannot be.  -ENOSPC at the limit.  READ of no name is of the folder: names of
+ * files, each with its zero, as many whole ones as fit; `offset` of them are left out.
  */
 int64_t files_do(struct files *files, const struct tm_file_request *request, void *data);
 

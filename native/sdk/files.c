@@ -263,3 +263,12 @@ int tm_file_delete(const char *name)
     memcpy(request.name, name, strlen(name));
     return (int)ask(&request, NULL);
 }
+
+int64_t tm_file_list(uint64_t from, void *buffer, size_t length)
+{
+    struct tm_file_request request = {.op = TM_FILE_OP_READ, .offset = from, .length = length};
+
+    if (length > TM_FILE_MOST || from > OFFSET_MOST)
+        return -TM_EINVAL;
+    return ask(&request, buffer);
+}

@@ -81,5 +81,11 @@ int64_t tm_file_size(uint32_t handle);
 int tm_file_truncate(uint32_t handle, uint64_t size);
 /* On the disk too when it returns.  -TM_ENOENT when there is none. */
 int tm_file_delete(const char *name);
+/*
+ * Names of files, each with its zero, as many whole ones as fit; the first `from` of them are left out.  The number of
+ * bytes, 0 when there are no more.  They come in no order, and where files are made or deleted meanwhile one may
+ * be missing or come twice.  The host can leave out what it likes, and make names up: check them.
+ */
+int64_t tm_file_list(uint64_t from, void *buffer, size_t length);
 
 #endif

@@ -71,6 +71,7 @@ def lives(life: Life) -> Iterator[Callable[[], As]]:
                 connection = db.connect(_Slots(enclave, user), database, **options)  # type: ignore[arg-type]
                 return all_of_them.enter_context(contextlib.closing(connection))
 
+            connect.enclave_of = lambda user: _Slots(enclave, user)  # type: ignore[attr-defined]
             return connect
 
         yield begin
@@ -283,6 +284,31 @@ def test_in_a_new_life_too_only_its_owner_deletes_it(lives: Callable[[], As], st
     assert list(storage.iterdir()) == []
 
 
+def test_a_list_has_the_databases_that_a_user_may_use_in_a_new_life_too(lives: Callable[[], As]) -> None:
+    connect = lives()
+    for n in range(40):
+        with contextlib.closing(connect(ALICE, f"ledger-of-the-month-{n:02}")) as connection:
+            connection.execute("CREATE TABLE t(v)")
+            if not n % 10:
+                connection.grant(uid=4002)
+    connect(BOB, "his")
+    mine = [f"ledger-of-the-month-{n:02}" for n in range(40)]
+    for _ in range(2):
+        assert [(one.name, one.access) for one in listed(connect, ALICE)] == [
+            (name, Access.OWNER) for name in mine
+        ]
+        assert [(one.name, one.owner, one.access) for one in listed(connect, BOB)] == [
+            ("his", 4002, Access.OWNER),
+            *((name, 4001, Access.READ) for name in mine[::10]),
+        ]
+        assert listed(connect, CAROL) == []
+        connect = lives()
+
+
+def listed(connect: As, user: tuple[int, int]) -> list[db.Listing]:
+    return db.databases(connect.enclave_of(user))  # type: ignore[attr-defined]
+
+
 def test_a_copy_is_its_makers_and_not_those_of_whom_the_first_was_granted_to(as_user: As) -> None:
     alice = as_user(ALICE)
     alice.grant(uid=4002)
@@ -347,6 +373,10 @@ def test_the_command_imports_grants_describes_backs_up_exports_and_deletes(share
     assert not (folder / "stolen").exists()
     described = json.loads(run(shared, 4001, "describe", "db", "ledger", "--json")[1])
     assert described.pop("bytes") > 0
+    listed = json.loads(run(shared, 4002, "list", "db", "--json")[1])
+    assert listed == {"databases": [{"database": "ledger", "owner": 4001, "access": "read"}]}
+    assert json.loads(run(shared, 4003, "list", "db", "--json")[1]) == {"databases": []}
+    assert run(shared, 4001, "list", "db")[1] == "ledger\tuid 4001\tit is yours\n"
     assert described == {
         "size_limit": 0,
         "database": "ledger",

@@ -15,6 +15,7 @@
  *   db_interrupt  struct db_interrupt                    -> nothing
  *   db_statistics nothing                                -> struct db_statistics
  *   db_cache      nothing; without a connection too      -> struct db_cache
+ *   db_list       struct db_list                         -> struct db_listed, struct db_listing of each database
  *   db_describe   nothing: the database that is open     -> struct db_description, rights
  *   db_grant      struct db_right                        -> nothing, or struct db_error with DB_FAILED
  *   db_limit      struct db_limit                        -> nothing, or struct db_error with DB_FAILED
@@ -252,6 +253,20 @@ struct db_description {
     uint64_t pages_most; /* that it may have; 0: no limit of its own */
 };
 _Static_assert(sizeof(struct db_description) == 32, "db_description");
+
+/* From a slot with a connection: the databases that the caller may use, some of them at a time. */
+struct db_list {
+    uint64_t from; /* 0, then what db_listed said */
+};
+struct db_listed {
+    uint64_t next; /* 0: those were all */
+};
+struct db_listing {
+    uint32_t owner;
+    uint32_t access; /* enum db_access: the caller's */
+    char name[56];   /* zero padded */
+};
+_Static_assert(sizeof(struct db_listing) == 64, "db_listing");
 
 /* How large the database may become, whoever writes to it; what is larger stays so.  The owner's to say. */
 struct db_limit {

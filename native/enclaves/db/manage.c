@@ -7,6 +7,7 @@
 #include "reply.h"
 #include "vfs.h"
 
+#define LISTED_BYTES 1024u /* of names, in one call */
 #define CHANGE_ROUNDS 500u /* of 10 ms that another slot may take to open the database, or to change its rights */
 
 int manage_claim(const char *name, struct database **result)
@@ -207,4 +208,82 @@ TM_ECALL(db_describe)
     description.pages = self->database->files[FILE_MAIN].records;
     status = tm_reply(rq, &description, sizeof(description));
     return status ? status : tm_reply(rq, rights.list, description.count * sizeof(*rights.list));
+}
+
+/* ---- listing -------------------------------------------------------------------- */
+
+/* The head of a database that nobody has opened in this life. */
+static bool read_head(const char *name)
+{
+    struct record_file file = {.kind = FILE_MAIN};
+    bool found = false;
+
+    if (manage_claim(name, &file.database))
+        return false; /* somebody opens it, or makes it: it is there the next time */
+    if (!file.database->ready && !tm_file_open(name, TM_FILE_READ_ONLY, &file.handle)) {
+        found = !head_read(&file);
+        tm_file_close(file.handle);
+    }
+    database_drop(file.database, HOLDS_SETUP);
+    return found;
+}
+
+/* One that there is and that the caller may use. */
+static bool look(const char *name, struct db_listing *listing)
+{
+    struct database *database;
+    struct rights rights;
+    bool known;
+
+    if (database_find(name, &database))
+        return false;
+    known = database->ready || read_head(name);
+    head_rights(database, &rights);
+    listing->owner = rights.owner;
+    listing->access = head_access(database);
+    memcpy(listing->name, name, strlen(name) + 1);
+    /* The struct may have become another name's meanwhile. */
+    return known && database_is(database, name) && listing->access != DB_ACCESS_NONE;
+}
+
+TM_ECALL(db_list)
+{
+    struct db_listed listed = {0};
+    struct db_list request;
+    char *names;
+    int64_t got;
+    int status;
+
+    if (rq->in_len != sizeof(request))
+        return TM_E_ARGUMENT;
+    memcpy(&request, rq->in, sizeof(request));
+    if (!connection_self())
+        return TM_E_STATE;
+    if (tm_reply_room(rq) < sizeof(listed) + LISTED_BYTES / 2 * sizeof(struct db_listing)) {
+        rq->out_len = sizeof(listed) + LISTED_BYTES / 2 * sizeof(struct db_listing);
+        return TM_E_SPACE;
+    }
+    names = sqlite3_malloc(LISTED_BYTES + 1);
+    if (!names)
+        return answer(rq, SQLITE_NOMEM);
+    got = tm_file_list(request.from, names, LISTED_BYTES);
+    if (got < 0) {
+        sqlite3_free(names);
+        return answer(rq, file_code((int)got, SQLITE_IOERR));
+    }
+    names[got] = 0;
+    listed.next = request.from;
+    for (int64_t at = 0; at < got; at += (int64_t)strlen(names + at) + 1)
+        listed.next++;
+    if (!got)
+        listed.next = 0;
+    status = tm_reply(rq, &listed, sizeof(listed));
+    for (int64_t at = 0; at < got && !status; at += (int64_t)strlen(names + at) + 1) {
+        struct db_listing listing = {0};
+
+        if (connection_name_is_right(names + at, (uint32_t)strlen(names + at)) && look(names + at, &listing))
+            status = tm_reply(rq, &listing, sizeof(listing));
+    }
+    sqlite3_free(names);
+    return status;
 }
