@@ -168,7 +168,11 @@ def test_no_payload_makes_an_example_touch_what_is_not_its_own(
     assert ends[1] > 0
 
 
-def test_a_function_in_another_language_counts_words(deployed: Deployed) -> None:
+def test_a_function_in_another_language_counts_words(
+    deployed: Deployed, request: pytest.FixtureRequest
+) -> None:
+    if not request.config.getoption("--full"):
+        pytest.skip("has npm install a compiler: pytest --full tests/functions")
     deployed.functions.deploy("words", assemblyscript_module("words", deployed.folder))
     chance = random.Random(13)
     text = b" ".join(chance.choice([b"Foo", b"bar", b"x1", "québec".encode(), b"--"]) for _ in range(20_000))
