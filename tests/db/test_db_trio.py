@@ -192,7 +192,7 @@ async def test_copies_and_rights_are_there_too_and_a_cancelled_copy_leaves_nothi
             await connection.export(tmp_path / "second")
         assert scope.cancelled_caught
         assert await (await connection.execute("SELECT count(*) FROM t")).fetchone() == (1,)
-    assert names(storage) == {"ledger", "ledger-wal", "copy"}
+    assert names(storage) == {"ledger", "ledger-root", "ledger-wal", "copy", "copy-root"}
     assert names(tmp_path) == {"out", "storage"}
 
 

@@ -42,7 +42,7 @@ def test_a_database_outlives_broker_and_enclave(tmp_path: Path, monkeypatch: pyt
                 assert description.owner == os.getuid()
                 assert [right.id for right in description.rights] == [54321]
     files = {path.name: path for path in (tmp_path / "state" / "enclaves" / "db").iterdir()}
-    assert set(files) == {"ledger", "ledger-wal"}
+    assert set(files) == {"ledger", "ledger-root", "ledger-wal"}
     for path in files.values():
         assert path.stat().st_mode & 0o777 == 0o600
         assert b"xxxxxxxx" not in path.read_bytes()
