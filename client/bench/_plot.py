@@ -177,7 +177,8 @@ def _draw_floor(axes: Any, report: Report) -> None:
 
 
 def _draw_all(axes: Any, report: Report) -> None:
-    rows = [row for row in report.result.rows if row.met is not None and row.value]
+    # A difference that came out at nothing or less has no place on a logarithmic axis.
+    rows = [row for row in report.result.rows if row.met is not None and row.value > 0]
     numbers = [_of_target(row) for row in rows]
     colours = [_SHARED if row.met else _OTHER for row in rows]
     _dots(axes, [row.figure for row in rows], numbers, colours)

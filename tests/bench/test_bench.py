@@ -248,6 +248,15 @@ def test_the_command_draws_what_it_has_measured(
     assert (tmp_path / "all.svg").read_text().lstrip().startswith("<?xml")
 
 
+def test_a_difference_below_nothing_spoils_no_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    met = Row("call_scaling_2", 1.9, "times", None, 1, None, None, ">= 1.8", True)
+    faster = Row("empty_call_getppids", -2.97, "calls", None, 1, None, None, "<= 5", True)
+    host: dict[str, object] = {"cores": 2}
+    draw(Report("all", "sim", host, Result((met, faster))), tmp_path / "all.svg")
+    assert (tmp_path / "all.svg").stat().st_size > 1000
+
+
 def test_without_matplotlib_it_is_said_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch, everything: Report, tmp_path: Path
 ) -> None:
