@@ -401,10 +401,11 @@ def test_a_broker_killed_while_it_makes_or_destroys_neither_leaks_nor_loses_an_e
 
     def nothing_is_left() -> bool:
         names = [name for name in descriptors(kept.pid).values() if "memfd" in name]
-        return sum("memfd:teemate-state" in name for name in names) == len(names) == 1
+        own = ("memfd:teemate-state", "memfd:teemate-ahead")
+        return all(sum(kind in name for name in names) == 1 for kind in own) and len(names) == len(own)
 
     # The broker has asked the keeper to give them up, which may not have looked at that yet.
-    wait_until(nothing_is_left, "the keeper has the snapshot and nothing else")
+    wait_until(nothing_is_left, "the keeper has the snapshot, what is given ahead, and nothing else")
 
 
 def test_a_revocation_that_the_broker_did_not_finish_is_finished_by_the_next(
