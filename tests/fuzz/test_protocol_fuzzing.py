@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from pathlib import Path
 
@@ -53,11 +54,13 @@ def test_descriptors_that_are_forgotten_are_found(monkeypatch: pytest.MonkeyPatc
 
 
 def test_memory_that_is_kept_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[bytes] = []
+    kept: list[mmap.mmap] = []
     decode = wire.decode
 
     def keep(data: bytes) -> dict[str, object]:
-        kept.append(os.urandom(8192))
+        page = mmap.mmap(-1, 8192)  # what other tests have freed of the heap would hide it
+        page[:] = bytes(8192)
+        kept.append(page)
         return decode(data)
 
     monkeypatch.setattr(wire, "decode", keep)
