@@ -56,8 +56,8 @@ def test_floats_are_computed_by_sse_and_by_no_library() -> None:
     assert not re.search(r"\b__(add|sub|mul|div)[sd]f3\b", symbols)
 
 
-def check(path: str) -> subprocess.CompletedProcess[str]:
-    environment = {"PATH": path, "HOME": "/nonexistent", "CARGO_HOME": "/nonexistent"}
+def check(path: str, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": path, "HOME": "/nonexistent", "CARGO_HOME": "/nonexistent"} | more
     command = [sys.executable, str(LIBRARY), "--check"]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
@@ -78,3 +78,27 @@ def test_a_compiler_that_is_too_old_is_named(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "1.63, too old" in done.stderr
     assert "cargo-web" in done.stderr
+
+
+def played(folder: Path, *, cargo: str) -> str:
+    """A PATH with a compiler that is new enough, and a script in the place of cargo."""
+    for name, script in (("cargo", cargo), ("rustc", "echo 'release: 1.90.0'")):
+        program = folder / name
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+    return os.pathsep.join([str(folder), os.defpath])
+
+
+def test_where_cargo_cannot_get_the_crates_it_is_said_what_cargo_says(tmp_path: Path) -> None:
+    done = check(played(tmp_path, cargo="echo 'no way to the registry' >&2; exit 101"))
+    assert done.returncode == 1
+    assert "no way to the registry" in done.stderr
+
+
+def test_what_would_change_the_code_does_not_reach_cargo(tmp_path: Path) -> None:
+    changing = {"CARGO_PROFILE_RELEASE_LTO": "off", "RUSTC_WRAPPER": "wrapper", "CARGO_BUILD_RUSTFLAGS": "-g"}
+    told = check(
+        played(tmp_path, cargo="env >&2; exit 1"), **changing, RUSTFLAGS="-g", CARGO_NET_OFFLINE="true"
+    ).stderr
+    assert "CARGO_NET_OFFLINE=true" in told  # how to get crates does
+    assert not [name for name in (*changing, "RUSTFLAGS") if name in told]

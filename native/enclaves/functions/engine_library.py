@@ -8,6 +8,9 @@ cargo gets the crates that Cargo.lock pins, from wherever it is set up to look, 
 keeps them in its own cache; none is in this repository.  The library is kept in $XDG_CACHE_HOME/teemate
 (~/.cache/teemate) by what it was made of.
 
+What comes out depends on the sources and on rustc alone (`rustc -vV` of who wants the same MRENCLAVE has to
+say the same): not on folders, nor on how cargo is set up by the environment.
+
 The target is x86_64-unknown-linux-gnu, for its ready-made `core` and `alloc`: they compute floats with SSE2
 and pass them in registers, as System V's ABI has it.  (x86_64-unknown-none has soft floats.)  Nothing of
 Linux or libc is linked; the code is position independent, and chooses nothing at run time by what the
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -30,6 +34,8 @@ TARGET = "x86_64-unknown-linux-gnu"
 FLAGS = "-C relocation-model=pic -C target-cpu=x86-64 -C force-unwind-tables=no"
 NAME = "libteemate_functions.a"
 OLDEST = (1, 86)  # wasmi's
+# What of the environment changes what is compiled, or by whom; where cargo looks for crates does not.
+CHANGING = ("CARGO_BUILD_", "CARGO_ENCODED_", "CARGO_PROFILE_", "CARGO_TARGET_", "RUSTC", "RUSTFLAGS")
 
 
 class EngineMissingError(Exception):
@@ -57,13 +63,47 @@ def _sources() -> list[Path]:
     return [CRATE / "Cargo.toml", CRATE / "Cargo.lock", *sorted((CRATE / "src").glob("*.rs"))]
 
 
+def _environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(CHANGING)}
+    return kept | {"CARGO_TERM_COLOR": "never"}
+
+
+def _run(command: list[str], environment: dict[str, str]) -> str:
+    command += ["--locked", "--manifest-path", str(CRATE / "Cargo.toml")]
+    done = subprocess.run(  # noqa: S603 (a list, no shell)
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        said = done.stderr.strip() or f"status {done.returncode}"
+        raise EngineMissingError(f"cargo could not {command[1]} it: {said}")
+    return done.stdout
+
+
+def _crates(cargo: str) -> list[Path]:
+    """Return where the crates lie, which cargo gets unless it has them."""
+    command = [cargo, "metadata", "--quiet", "--format-version=1", f"--filter-platform={TARGET}"]
+    packages = json.loads(_run(command, _environment()))["packages"]
+    return sorted(Path(package["manifest_path"]).parent for package in packages)
+
+
+def check() -> None:
+    """Raise an error that says why when the library is not kept and cannot be made."""
+    cargo, version = _cargo()
+    if not _kept(version).is_file():
+        _crates(cargo)
+
+
+def _kept(version: bytes) -> Path:
+    text = b"\0".join([version, FLAGS.encode(), *(source.read_bytes() for source in _sources())])
+    base = Path(os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")) / "teemate"
+    return base / f"functions-engine-{hashlib.sha256(text).hexdigest()[:16]}" / NAME
+
+
 def engine_library() -> Path:
     """Return the static library, which is made unless it is kept."""
     cargo, version = _cargo()
-    text = b"\0".join([version, FLAGS.encode(), *(source.read_bytes() for source in _sources())])
-    base = Path(os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")) / "teemate"
-    folder = base / f"functions-engine-{hashlib.sha256(text).hexdigest()[:16]}"
-    library = folder / NAME
+    library = _kept(version)
+    folder = library.parent
     if library.is_file():
         return library
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,19 +116,12 @@ def engine_library() -> Path:
 
 def _build(cargo: str, folder: Path, library: Path) -> None:
     work = folder / f".build.{os.getpid()}"
-    home = Path(os.environ.get("CARGO_HOME") or str(Path.home() / ".cargo"))
     # Neither where crates are kept nor where this lies gets into the image.
-    maps = f"--remap-path-prefix={home}=cargo --remap-path-prefix={CRATE}=engine"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("CARGO_ENCODED")}
-    environment |= {"RUSTFLAGS": f"{FLAGS} {maps}", "CARGO_TERM_COLOR": "never"}
-    command = [cargo, "build", "--quiet", "--release", "--locked", "--target", TARGET]
-    command += ["--manifest-path", str(CRATE / "Cargo.toml"), "--target-dir", str(work)]
+    flags = [*FLAGS.split(), *(f"--remap-path-prefix={path}={path.name}" for path in _crates(cargo))]
+    environment = _environment() | {"CARGO_ENCODED_RUSTFLAGS": "\x1f".join(flags)}
+    command = [cargo, "build", "--quiet", "--release", "--target", TARGET, "--target-dir", str(work)]
     try:
-        done = subprocess.run(  # noqa: S603 (a list, no shell)
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise EngineMissingError(f"cargo could not build it: {done.stderr.strip()}")
+        _run(command, environment)
         (work / TARGET / "release" / NAME).replace(library)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -97,7 +130,7 @@ def _build(cargo: str, folder: Path, library: Path) -> None:
 if __name__ == "__main__":
     try:
         if sys.argv[1:] == ["--check"]:
-            _cargo()
+            check()
         else:
             print(engine_library())
     except EngineMissingError as missing:
