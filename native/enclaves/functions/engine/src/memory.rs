@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Memory is the slot's arena; what cannot go on leaves to C.
-use alloc::format;
 use core::{
     alloc::{GlobalAlloc, Layout},
+    fmt::{self, Write},
     panic::PanicInfo,
 };
 
@@ -45,14 +45,26 @@ unsafe impl GlobalAlloc for Arena {
 #[global_allocator]
 static ARENA: Arena = Arena;
 
+/// Last words, as many as C keeps: on the stack, since it may be memory that has run out.
+struct Words {
+    bytes: [u8; 240],
+    length: usize,
+}
+
+impl Write for Words {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let some = text.len().min(self.bytes.len() - self.length);
+        self.bytes[self.length..self.length + some].copy_from_slice(&text.as_bytes()[..some]);
+        self.length += some;
+        Ok(())
+    }
+}
+
 #[panic_handler]
 fn panic(info: &PanicInfo) -> ! {
-    // Where memory has run out there is none for a text either: then C knows why.
-    let text = match info.message().as_str() {
-        Some(text) => text.into(),
-        None => format!("{}", info.message()),
-    };
-    unsafe { fn_escape(text.as_ptr(), text.len()) }
+    let mut words = Words { bytes: [0; 240], length: 0 };
+    let _ = write!(words, "{}", info.message());
+    unsafe { fn_escape(words.bytes.as_ptr(), words.length) }
 }
 
 // What core and alloc, as they come compiled, name for unwinding.  Nothing unwinds.
