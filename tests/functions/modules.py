@@ -111,8 +111,8 @@ def command(
 ) -> bytes:
     """A WASI command: `data` lies at 0 of its memory of `pages`; `functions` take and return nothing.
 
-    With `table`, a table of so many elements whose first is ``_start``; with `start`, the code is the
-    module's start function too.  `locals_` are i64.
+    With `table`, a table of so many elements whose first are ``_start`` and `functions`; with `start`, the
+    code is the module's start function too.  `locals_` are i64.
     """
     types = [
         b"\x60" + vector([bytes([p]) for p in a]) + vector([bytes([r]) for r in b])
@@ -134,7 +134,8 @@ def command(
     if start:
         out += section(8, leb(START))
     if table:
-        out += section(9, vector([b"\x00" + i32(0) + END + vector([leb(START)])]))
+        elements = [leb(START + number) for number in range(1 + len(functions))]
+        out += section(9, vector([b"\x00" + i32(0) + END + vector(elements)]))
     out += section(10, vector(bodies))
     if data:
         out += section(11, vector([b"\x00" + i32(0) + END + leb(len(data)) + data]))

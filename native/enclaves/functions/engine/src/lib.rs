@@ -25,7 +25,8 @@ pub use run::{engine_finish, engine_run};
 const STACK_BYTES: usize = 1 << 20;
 const STACK_CALLS: usize = 10_000;
 
-/// A module that can be run: its code is compiled as its functions are first called, and stays.
+/// A module that can be run, with all of its code compiled: what wasmi compiles when it is first called it takes from
+/// the fuel of the call, which cannot be gone on with when that is a slice's and there is too little.
 pub struct Prepared {
     engine: Engine,
     module: Module,
@@ -47,11 +48,11 @@ impl Text {
     }
 }
 
-fn engine(mode: CompilationMode) -> Engine {
+fn engine() -> Engine {
     let mut config = Config::default();
     config
         .consume_fuel(true)
-        .compilation_mode(mode)
+        .compilation_mode(CompilationMode::Eager)
         .ignore_custom_sections(true)
         .wasm_memory64(false)
         .wasm_multi_memory(false)
@@ -92,8 +93,7 @@ fn check(bytes: &[u8]) -> Result<(), String> {
     if !bytes.starts_with(b"\0asm") {
         return Err("it is no WebAssembly module: it does not begin with \\0asm".into());
     }
-    let engine = engine(CompilationMode::Eager);
-    // Translated whole, so that no function can fail to be when it is first called.
+    let engine = engine();
     let module = Module::new(&engine, bytes).map_err(|error| format!("{error}"))?;
     wasi::check(&module)?;
     match module.get_export("_start") {
@@ -109,7 +109,7 @@ fn check(bytes: &[u8]) -> Result<(), String> {
 /// `engine_validate` has said 0 of the same bytes.
 #[no_mangle]
 pub unsafe extern "C" fn engine_prepare(module: *const u8, length: usize, text: *mut Text) -> *mut c_void {
-    let engine = engine(CompilationMode::Lazy);
+    let engine = engine();
     // Validated when it was deployed, and kept in the enclave since.
     let made = Module::new_unchecked(&engine, bytes(module, length))
         .and_then(|module| wasi::linker(&engine, &module).map(|linker| Prepared { engine, module, linker }));

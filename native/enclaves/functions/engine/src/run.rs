@@ -10,8 +10,11 @@ use wasmi_core::LimiterError;
 
 use crate::{bytes, Prepared, Text, STACK_CALLS};
 
-/// Fuel that is burnt between two looks at the clock: some milliseconds.
-const SLICE: u64 = 4_000_000;
+/// Fuel that is burnt between two looks at the clock: some tenths of a millisecond, or some hundred where calls of
+/// functions with very many locals, which are zeroed for next to no fuel, are all that is done.
+const SLICE: u64 = 100_000;
+/// The one slice of a start function, which commands do not have: it cannot be gone on with.
+const START_SLICE: u64 = 4_000_000;
 /// Elements of all tables, and how many things an instance may consist of.
 const TABLE_ELEMENTS: usize = 65_536;
 const TABLES: usize = 16;
@@ -31,7 +34,7 @@ pub enum Outcome {
 
 /// enum fn_limit of ../functions.h.
 #[repr(u32)]
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Limit {
     None = 0,
     Memory = 1,
@@ -80,8 +83,10 @@ pub struct Host {
     pub stderr: Vec<u8>,
     pub stderr_dropped: u64,
     pub memory: Option<Memory>,
-    /// Fuel that host functions have burnt and the store did not have.
-    pub owed: u64,
+    /// Fuel that host functions have burnt and the store did not have; what there is for that; and until when.
+    owed: u64,
+    spare: u64,
+    ends: u64,
     output: usize,
     limiter: Limiter,
 }
@@ -89,6 +94,8 @@ pub struct Host {
 struct Limiter {
     bytes: usize,
     elements: usize,
+    /// Elements that a table may have, and does not have yet.
+    growing: usize,
     denied: bool,
 }
 
@@ -104,17 +111,20 @@ impl ResourceLimiter for Limiter {
         let fits = more <= self.elements;
         if fits {
             self.elements -= more;
+            self.growing = more;
         }
         self.denied |= !fits;
         Ok(fits)
     }
 
-    fn memory_grow_failed(&mut self, _: &LimiterError) {
-        self.denied = true;
+    // Out of fuel: of its slice, and it is tried again with the next.
+    fn memory_grow_failed(&mut self, error: &LimiterError) {
+        self.denied |= !matches!(error, LimiterError::OutOfFuel { .. });
     }
 
-    fn table_grow_failed(&mut self, _: &LimiterError) {
-        self.denied = true;
+    fn table_grow_failed(&mut self, error: &LimiterError) {
+        self.elements += core::mem::take(&mut self.growing);
+        self.denied |= !matches!(error, LimiterError::OutOfFuel { .. });
     }
 
     fn instances(&self) -> usize {
@@ -130,17 +140,17 @@ impl ResourceLimiter for Limiter {
     }
 }
 
-/// What a host function ends the run with.
+/// What a host function ends the run with, beside an exit status: a limit that it has met.
 #[derive(Debug)]
-pub struct OutputFull;
+struct Met(Limit);
 
-impl core::fmt::Display for OutputFull {
+impl core::fmt::Display for Met {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        f.write_str("more output than its limit")
+        write!(f, "a limit was met: {:?}", self.0)
     }
 }
 
-impl wasmi::errors::HostError for OutputFull {}
+impl wasmi::errors::HostError for Met {}
 
 impl Host {
     /// For looking at types only.
@@ -155,16 +165,36 @@ impl Host {
             stderr_dropped: 0,
             memory: None,
             owed: 0,
+            spare: 0,
+            ends: 0,
             output: 0,
-            limiter: Limiter { bytes: 0, elements: 0, denied: false },
+            limiter: Limiter { bytes: 0, elements: 0, growing: 0, denied: false },
         }
     }
 
     pub fn write_stdout(&mut self, data: &[u8]) -> Result<(), Error> {
         if data.len() > self.output - self.stdout.len() {
-            return Err(Error::host(OutputFull));
+            return Err(Error::host(Met(Limit::Output)));
+        }
+        let needed = self.stdout.len() + data.len();
+        if needed > self.stdout.capacity() {
+            // Twice as much, but no more than it may become.
+            let room = needed.max(2 * self.stdout.capacity()).min(self.output);
+            self.stdout.reserve_exact(room - self.stdout.len());
         }
         self.stdout.extend_from_slice(data);
+        Ok(())
+    }
+
+    /// Owe fuel that the store's slice does not have.  Who needs more than a slice has looks at the clock, too.
+    pub fn owe(&mut self, fuel: u64) -> Result<(), Error> {
+        self.owed = self.owed.saturating_add(fuel);
+        if self.owed > self.spare {
+            return Err(Error::host(Met(Limit::Fuel)));
+        }
+        if unsafe { tm_time() } >= self.ends {
+            return Err(Error::host(Met(Limit::Time)));
+        }
         Ok(())
     }
 
@@ -205,7 +235,7 @@ pub unsafe extern "C" fn engine_run(prepared: *mut c_void, run: *mut Run) {
             env: bytes(run.env, run.env_length),
             stdin: bytes(run.stdin, run.stdin_length),
             output: run.output as usize,
-            limiter: Limiter { bytes: run.memory as usize, elements: TABLE_ELEMENTS, denied: false },
+            limiter: Limiter { bytes: run.memory as usize, elements: TABLE_ELEMENTS, growing: 0, denied: false },
             ..Host::nobody()
         },
     );
@@ -265,6 +295,9 @@ impl Tank {
             return Err(Limit::Time);
         }
         self.slice = self.left.min(SLICE.max(needed));
+        let host = store.data_mut();
+        host.spare = self.left - self.slice;
+        host.ends = if self.started == 0 { u64::MAX } else { self.started.saturating_add(self.time) };
         store.set_fuel(self.slice).map_err(|_| Limit::Fuel)
     }
 }
@@ -288,22 +321,23 @@ impl From<Limit> for Ended {
 }
 
 fn start(prepared: &Prepared, store: &mut Store<Host>, tank: &mut Tank) -> Result<(), Ended> {
-    tank.fill(store, 0)?;
-    // A start function, which commands do not have, cannot be gone on with: it has one slice.
+    tank.fill(store, tank.left.min(START_SLICE))?;
     let instance = prepared.linker.instantiate_and_start(&mut *store, &prepared.module).map_err(Ended::Unstartable)?;
     let memory = instance.get_memory(&*store, "memory");
     store.data_mut().memory = memory;
     let function = instance.get_typed_func::<(), ()>(&*store, "_start")?;
+    tank.fill(store, 0)?;
     let mut call = function.call_resumable(&mut *store, ())?;
     loop {
         call = match call {
             TypedResumableCall::Finished(()) => return Ok(()),
             // What a host function ends it with is one of two.
             TypedResumableCall::HostTrap(trap) => {
-                return Err(match trap.host_error().i32_exit_status() {
+                let error = trap.host_error();
+                return Err(match error.i32_exit_status() {
                     Some(status) => Error::i32_exit(status).into(),
-                    None => Limit::Output.into(),
-                })
+                    None => error.downcast_ref().map_or(Limit::Fuel, |&Met(limit)| limit).into(),
+                });
             }
             TypedResumableCall::OutOfFuel(more) => {
                 tank.fill(store, more.required_fuel())?;
@@ -338,8 +372,8 @@ fn cause(run: &mut Run, error: &Error, starting: bool) -> (Outcome, Limit) {
         run.exit_code = status;
         return (if status == 0 { Outcome::Done } else { Outcome::Exited }, Limit::None);
     }
-    if error.downcast_ref::<OutputFull>().is_some() {
-        return (Outcome::Limit, Limit::Output);
+    if let Some(&Met(limit)) = error.downcast_ref() {
+        return (Outcome::Limit, limit);
     }
     match error.as_trap_code() {
         Some(TrapCode::OutOfFuel) => return (Outcome::Limit, Limit::Fuel),

@@ -25,10 +25,14 @@ const RIGHT_READ: u64 = 1 << 1;
 const RIGHT_WRITE: u64 = 1 << 6;
 /// The time that is told comes several times a second.
 const RESOLUTION: u64 = 100_000_000;
-/// Fuel for 8 bytes of randomness, and for 64 that are copied: the engine counts only its own work.
+/// Fuel, which is paid before the work, as the engine counts only its own: for 8 bytes of randomness, for a buffer
+/// of a list, and for 64 bytes that are copied.
 const RANDOM_FUEL: u64 = 64;
+const VECTOR_FUEL: u64 = 8;
 const COPY_FUEL: u64 = 1;
-const VECTORS: usize = 1024;
+const VECTORS: u32 = 1024;
+/// Bytes of randomness between two payments.
+const RANDOM_PIECE: usize = 4096;
 
 extern "C" {
     fn tm_random(data: *mut u8, length: usize);
@@ -178,34 +182,41 @@ fn write(caller: &mut Call, at: u32, data: &[u8]) -> i32 {
     }
 }
 
-/// Burn fuel for work that the engine does not see.
+/// Burn fuel for work that the engine does not see, before it is done.
 fn pay(caller: &mut Call, fuel: u64) -> Result<(), Error> {
     let has = caller.get_fuel()?;
+    caller.set_fuel(has.saturating_sub(fuel))?;
     // The store has a slice only: what it lacks is taken from the next.
-    caller.data_mut().owed += fuel.saturating_sub(has);
-    caller.set_fuel(has.saturating_sub(fuel))
-}
-
-fn sizes(mut caller: Call, which: fn(&Host) -> &'static [u8], count: u32, size: u32) -> i32 {
-    let text = which(caller.data());
-    let number = text.iter().filter(|&&byte| byte == 0).count() as u32;
-    match write(&mut caller, count, &number.to_le_bytes()) {
-        SUCCESS => write(&mut caller, size, &(text.len() as u32).to_le_bytes()),
-        errno => errno,
+    match fuel.checked_sub(has) {
+        None | Some(0) => Ok(()),
+        Some(lacks) => caller.data_mut().owe(lacks),
     }
 }
 
-fn strings(mut caller: Call, which: fn(&Host) -> &'static [u8], mut list: u32, mut at: u32) -> i32 {
-    for string in which(caller.data()).split_inclusive(|&byte| byte == 0) {
+fn sizes(mut caller: Call, which: fn(&Host) -> &'static [u8], count: u32, size: u32) -> Answer {
+    let text = which(caller.data());
+    pay(&mut caller, text.len() as u64 / 4)?;
+    let number = text.iter().filter(|&&byte| byte == 0).count() as u32;
+    Ok(match write(&mut caller, count, &number.to_le_bytes()) {
+        SUCCESS => write(&mut caller, size, &(text.len() as u32).to_le_bytes()),
+        errno => errno,
+    })
+}
+
+fn strings(mut caller: Call, which: fn(&Host) -> &'static [u8], mut list: u32, mut at: u32) -> Answer {
+    let text = which(caller.data());
+    // They may be of one byte each, with its zero.
+    pay(&mut caller, text.len() as u64 * VECTOR_FUEL / 2)?;
+    for string in text.split_inclusive(|&byte| byte == 0) {
         for errno in [write(&mut caller, list, &at.to_le_bytes()), write(&mut caller, at, string)] {
             if errno != SUCCESS {
-                return errno;
+                return Ok(errno);
             }
         }
         list = list.wrapping_add(4);
         at = at.wrapping_add(string.len() as u32);
     }
-    SUCCESS
+    Ok(SUCCESS)
 }
 
 fn clock_res_get(mut caller: Call, clock: u32, out: u32) -> i32 {
@@ -235,29 +246,44 @@ fn fd_fdstat_get(mut caller: Call, fd: u32, out: u32) -> i32 {
     write(&mut caller, out, &stat)
 }
 
-/// (address, length) of a list of buffers.
-fn vectors(memory: &mut [u8], list: u32, count: u32) -> Option<Vec<(u32, usize)>> {
-    let count = (count as usize).min(VECTORS);
-    let words = range(memory, list, count * 8)?;
+/// (address, length) of a list of buffers that all lie in the memory, and the sum of the lengths; or an errno.
+fn vectors(caller: &mut Call, list: u32, count: u32) -> Result<Result<(Vec<(u32, usize)>, u32), i32>, Error> {
+    let count = count.min(VECTORS);
+    pay(caller, u64::from(count) * VECTOR_FUEL)?;
+    let Some((memory, _)) = split(caller) else { return Ok(Err(EFAULT)) };
+    let Some(words) = range(memory, list, count as usize * 8) else { return Ok(Err(EFAULT)) };
     let word = |at: &[u8]| u32::from_le_bytes([at[0], at[1], at[2], at[3]]);
-    Some(words.chunks_exact(8).map(|pair| (word(pair), word(&pair[4..]) as usize)).collect())
+    let vectors: Vec<_> = words.chunks_exact(8).map(|pair| (word(pair), word(&pair[4..]) as usize)).collect();
+    let mut total = 0u32;
+    for &(at, length) in &vectors {
+        if range(memory, at, length).is_none() {
+            return Ok(Err(EFAULT));
+        }
+        match total.checked_add(length as u32) {
+            Some(sum) => total = sum,
+            None => return Ok(Err(EINVAL)), // they overlap, many times over
+        }
+    }
+    Ok(Ok((vectors, total)))
 }
 
 fn fd_read(mut caller: Call, fd: u32, list: u32, count: u32, out: u32) -> Answer {
     if fd != 0 {
         return Ok(EBADF);
     }
+    let (vectors, room) = match vectors(&mut caller, list, count)? {
+        Ok(both) => both,
+        Err(errno) => return Ok(errno),
+    };
+    let total = (room as usize).min(caller.data().stdin.len() - caller.data().stdin_at);
+    pay(&mut caller, total as u64 / 64 * COPY_FUEL)?;
     let Some((memory, host)) = split(&mut caller) else { return Ok(EFAULT) };
-    let Some(vectors) = vectors(memory, list, count) else { return Ok(EFAULT) };
-    let mut total = 0;
     for (at, length) in vectors {
         let some = length.min(host.stdin.len() - host.stdin_at);
-        let Some(place) = range(memory, at, length) else { return Ok(EFAULT) };
-        place[..some].copy_from_slice(&host.stdin[host.stdin_at..host.stdin_at + some]);
+        let Some(place) = range(memory, at, some) else { return Ok(EFAULT) };
+        place.copy_from_slice(&host.stdin[host.stdin_at..host.stdin_at + some]);
         host.stdin_at += some;
-        total += some;
     }
-    pay(&mut caller, total as u64 / 64 * COPY_FUEL)?;
     Ok(write(&mut caller, out, &(total as u32).to_le_bytes()))
 }
 
@@ -265,9 +291,12 @@ fn fd_write(mut caller: Call, fd: u32, list: u32, count: u32, out: u32) -> Answe
     if fd != 1 && fd != 2 {
         return Ok(EBADF);
     }
+    let (vectors, total) = match vectors(&mut caller, list, count)? {
+        Ok(both) => both,
+        Err(errno) => return Ok(errno),
+    };
+    pay(&mut caller, u64::from(total) / 64 * COPY_FUEL)?;
     let Some((memory, host)) = split(&mut caller) else { return Ok(EFAULT) };
-    let Some(vectors) = vectors(memory, list, count) else { return Ok(EFAULT) };
-    let mut total = 0;
     for (at, length) in vectors {
         let Some(data) = range(memory, at, length) else { return Ok(EFAULT) };
         if fd == 1 {
@@ -275,16 +304,21 @@ fn fd_write(mut caller: Call, fd: u32, list: u32, count: u32, out: u32) -> Answe
         } else {
             host.write_stderr(data);
         }
-        total += length;
     }
-    pay(&mut caller, total as u64 / 64 * COPY_FUEL)?;
-    Ok(write(&mut caller, out, &(total as u32).to_le_bytes()))
+    Ok(write(&mut caller, out, &total.to_le_bytes()))
 }
 
 fn random_get(mut caller: Call, at: u32, length: u32) -> Answer {
-    let Some((memory, _)) = split(&mut caller) else { return Ok(EFAULT) };
-    let Some(place) = range(memory, at, length as usize) else { return Ok(EFAULT) };
-    unsafe { tm_random(place.as_mut_ptr(), place.len()) };
-    pay(&mut caller, u64::from(length).div_ceil(8) * RANDOM_FUEL)?;
+    let length = length as usize;
+    if split(&mut caller).and_then(|(memory, _)| range(memory, at, length)).is_none() {
+        return Ok(EFAULT);
+    }
+    for done in (0..length).step_by(RANDOM_PIECE) {
+        let some = RANDOM_PIECE.min(length - done);
+        pay(&mut caller, some.div_ceil(8) as u64 * RANDOM_FUEL)?;
+        let Some((memory, _)) = split(&mut caller) else { return Ok(EFAULT) };
+        let Some(place) = range(memory, at + done as u32, some) else { return Ok(EFAULT) };
+        unsafe { tm_random(place.as_mut_ptr(), some) };
+    }
     Ok(SUCCESS)
 }
