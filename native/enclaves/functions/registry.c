@@ -340,6 +340,12 @@ int registry_ended(const struct registry_key *key, const struct registry_end *en
     if (function && function->info.version == end->version) {
         struct fn_info *info = &function->info;
 
+#ifndef TM_TEST_TRIM_LATE /* Test build: more than there may be is there for a while. */
+        /* Room first: at every instruction there are no more than there may be, whoever dies there. */
+        while (log && function->oldest &&
+               (function->log_count >= FN_LOGS_COUNT || function->log_bytes + length > FN_LOGS_BYTES))
+            tm_free(unlink_oldest(function));
+#endif
         tm_txn_begin(&txn);
         tm_txn_set(&txn, &info->invocations, info->invocations + 1);
         tm_txn_set(&txn, &info->failures, info->failures + (end->status != 0));
@@ -354,8 +360,11 @@ int registry_ended(const struct registry_key *key, const struct registry_end *en
         }
         tm_txn_commit(&txn);
         log = NULL;
-        while (function->log_count > FN_LOGS_COUNT || function->log_bytes > FN_LOGS_BYTES)
-            tm_free(unlink_oldest(function));
+#ifdef TM_TEST_STAY_IN_LOG
+        /* Test build: who has invoked a function so often stays here, to be killed. */
+        while (info->invocations == TM_TEST_STAY_IN_LOG)
+            __asm__ volatile("pause");
+#endif
     }
     unlock();
     tm_free(log);
@@ -426,6 +435,8 @@ int registry_logs(const struct registry_key *key, uint64_t after, uint8_t **resu
             status = FN_NOT_FOUND;
         for (const struct log *log = function ? function->oldest : NULL; log; log = log->next)
             if (log->head.invocation > after) {
+                if (sizeof(log->head) + log->head.text_length > room - (size_t)(at - (uint8_t *)block))
+                    break; /* registry_ended() keeps no more than fit */
                 memcpy(at, &log->head, sizeof(log->head));
                 memcpy(at + sizeof(log->head), log->text, log->head.text_length);
                 at += sizeof(log->head) + log->head.text_length;
