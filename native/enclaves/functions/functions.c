@@ -169,6 +169,7 @@ static int run_module(void *argument)
     it->prepared = slot_warm(slot, it->function.version);
     it->warm = it->prepared != NULL;
     if (!it->warm) {
+        slot_make_room(slot);
         it->prepared = engine_prepare(it->function.copy + it->function.env_length, it->function.module_length,
                                       &it->run.text);
         if (!it->prepared)

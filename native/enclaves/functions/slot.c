@@ -19,7 +19,7 @@ void slot_trim(struct slot *slot)
 {
     /* Interrupted in the engine, and gone on with by nobody: the slot would have been reset. */
     tm_assert(!slot->escape);
-    if (slot->arena.used > WARM_BYTES || slot->warm[WARM_MAX - 1].version)
+    if (slot->arena.used > WARM_BYTES)
         slot_forget(slot);
 }
 
@@ -77,6 +77,15 @@ void *slot_warm(struct slot *slot, uint64_t version)
         if (slot->warm[i].version == version)
             return slot->warm[i].prepared;
     return NULL;
+}
+
+void slot_make_room(struct slot *slot)
+{
+    if (!slot->warm[WARM_MAX - 1].version)
+        return;
+    engine_forget(slot->warm[0].prepared);
+    memmove(slot->warm, slot->warm + 1, sizeof(slot->warm) - sizeof(slot->warm[0]));
+    slot->warm[WARM_MAX - 1].version = 0;
 }
 
 void slot_keep(struct slot *slot, uint64_t version, void *prepared)

@@ -2,9 +2,9 @@
 /*
  * What a slot has of the engine: its arena, and modules that are ready.
  *
- * A module is made ready when its function is first invoked through the slot, and stays so for the next time: its
- * code is compiled as it is called.  There are WARM_MAX of them at most, with WARM_BYTES of memory, or all are
- * forgotten.  They are the slot's own, as everything that the engine allocates: no
+ * A module is made ready when its function is first invoked through the slot, all of it compiled, and stays so for
+ * the next time.  There are WARM_MAX of them at most: the oldest makes room.  With more than WARM_BYTES of memory
+ * all are forgotten.  They are the slot's own, as everything that the engine allocates: no
  * lock of the engine's is ever shared, and a killed client's modules go with its slot.
  */
 #ifndef FUNCTIONS_SLOT_H
@@ -32,7 +32,7 @@ struct slot {
 _Static_assert(sizeof(struct slot) <= TM_SLOT_DATA, "slot data");
 
 struct slot *slot_self(void);
-/* Forget what is ready when that is much, or as many modules as there may be: before anybody counts on one. */
+/* Forget what is ready when that is much: before anybody counts on one. */
 void slot_trim(struct slot *slot);
 /* Have `budget` bytes for what is done next, beside what is ready. */
 void slot_begin(struct slot *slot, uint64_t budget);
@@ -43,6 +43,8 @@ void slot_begin(struct slot *slot, uint64_t budget);
 int slot_engine(struct slot *slot, int (*body)(void *), void *argument, struct engine_text *why, uint32_t *refused);
 /* The module of that deployment when it is ready, or NULL. */
 void *slot_warm(struct slot *slot, uint64_t version);
+/* Before one is made ready: forget the oldest when there are as many as there may be.  With the engine. */
+void slot_make_room(struct slot *slot);
 void slot_keep(struct slot *slot, uint64_t version, void *prepared);
 /* Forget all that is ready. */
 void slot_forget(struct slot *slot);
