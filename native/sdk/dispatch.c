@@ -11,6 +11,13 @@ extern const struct tm_ecall_entry __tm_controls_start[], __tm_controls_end[];
 
 #define INPUT_ON_STACK 2048u
 
+/*
+ * An image can define these to have a word before anything of a call is copied in (a status other than 0 is what the
+ * caller gets), and to be told when nothing of it is left.
+ */
+int tm_on_call(uint64_t in_len);
+void tm_on_called(void);
+
 static const struct tm_ecall_entry *find(const struct tm_ecall_entry *entry,
                                          const struct tm_ecall_entry *end, const char *name, uint64_t length)
 {
@@ -97,6 +104,13 @@ static int run_large(const struct tm_ecall_entry *entry, struct tm_request *rq, 
     return status;
 }
 
+static int run_sized(const struct tm_ecall_entry *entry, struct tm_request *rq, uint64_t in)
+{
+    if (!rq->in_len)
+        return run(entry, rq);
+    return rq->in_len <= INPUT_ON_STACK ? run_small(entry, rq, in) : run_large(entry, rq, in);
+}
+
 int64_t ecall(struct thread *self, uint64_t address, uint64_t *length)
 {
     struct tm_call *call = &self->call;
@@ -128,14 +142,12 @@ int64_t ecall(struct thread *self, uint64_t address, uint64_t *length)
     rq.out = call->out;
     rq.out_cap = call->out_cap;
     self->in_call = true;
-    if (!rq.in_len)
-        status = run(entry, &rq);
-    else if (rq.in_len <= INPUT_ON_STACK)
-        status = run_small(entry, &rq, call->in);
-    else
-        status = run_large(entry, &rq, call->in);
+    status = tm_on_call(rq.in_len);
+    if (!status)
+        status = run_sized(entry, &rq, call->in);
     /* An author that keeps a mutex would lock everybody out. */
     tm_assert(!self->lock_count);
+    tm_on_called();
     self->in_call = false;
     *length = rq.out_len;
     return status;
@@ -163,6 +175,16 @@ int64_t author_control(const uint8_t data[256], struct tm_control_result *result
     tm_assert(!thread_self()->lock_count);
     result->length = rq.out_len;
     return status;
+}
+
+__attribute__((weak)) int tm_on_call(uint64_t in_len)
+{
+    (void)in_len;
+    return 0;
+}
+
+__attribute__((weak)) void tm_on_called(void)
+{
 }
 
 __attribute__((weak)) int tm_on_start(void)

@@ -1,9 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "arena.h"
 
+#include "functions.h"
+
 #define SMALL_MAX 16384u
 #define SPAN_MIN 65536u
 #define SHARES 256u /* slots, the warden's too: the image has fewer (images.toml) */
+#define REQUEST_ON_STACK 2048u /* dispatch.c copies no longer one to the heap */
+/* The longest request: an invocation's. */
+#define REQUEST_MAX (sizeof(struct fn_invoke) + FN_NAME_MAX + 2 * FN_STRINGS_MAX + (uint64_t)FN_PAYLOAD_MAX)
+_Static_assert(sizeof(struct fn_deploy) + FN_NAME_MAX + FN_STRINGS_MAX + FN_MODULE_MAX < REQUEST_MAX, "request");
 
 /* At the start of each block of the heap; what it holds follows, aligned to 16. */
 struct span {
@@ -29,23 +35,13 @@ static unsigned class_of(size_t size, size_t *rounded)
 }
 
 /*
- * What the arena of each slot has, for everybody to add up.  Written by the slot's own thread; of a holder that
- * is gone it is forgotten when the slot is reset, after its blocks were freed.
+ * What the arena of each slot has, and what its call has beside, for everybody to add up.  Written by the
+ * slot's own thread; of a holder that is gone it is forgotten when the slot is reset, after its blocks were freed.
  */
 static struct share {
     uint8_t owner[32];
-    _Atomic uint64_t used;
+    _Atomic uint64_t used, beside;
 } shares[SHARES];
-
-static void share_set(uint64_t used)
-{
-    struct tm_caller caller = tm_caller();
-    struct share *share = &shares[caller.slot];
-
-    if (!share->used)
-        memcpy(share->owner, caller.identity.principal, sizeof(share->owner));
-    share->used = used;
-}
 
 static uint32_t slots(void)
 {
@@ -62,24 +58,77 @@ int tm_on_start(void)
 void tm_on_slot_reset(uint32_t slot)
 {
     shares[slot].used = 0;
+    shares[slot].beside = 0;
 }
 
-static bool owner_may(uint64_t more)
+static struct share *own_share(void)
+{
+    return &shares[tm_caller().slot];
+}
+
+static bool owner_fits(const struct share *own)
 {
 #ifdef TM_TEST_NO_SHARE
     /* Test build: who comes first has the whole heap. */
-    (void)more;
+    (void)own;
     return true;
 #else
     const volatile struct tm_image_header *image = tm_enclave_base();
-    struct tm_caller caller = tm_caller();
-    uint64_t all = more;
+    uint64_t all = 0;
 
-    for (uint32_t slot = 0; slot < slots(); slot++)
-        if (shares[slot].used && !memcmp(shares[slot].owner, caller.identity.principal, sizeof(shares[slot].owner)))
-            all += shares[slot].used;
+    for (uint32_t slot = 0; slot < slots(); slot++) {
+        uint64_t has = shares[slot].used + shares[slot].beside;
+
+        if (has && !memcmp(shares[slot].owner, own->owner, sizeof(own->owner)))
+            all += has;
+    }
     return all <= image->heap_size / ARENA_OWNER_SHARE;
 #endif
+}
+
+/*
+ * Counted first and looked at then: of two that take the last at once none may have it, but never both.  And before
+ * it is had: a death in between counts too much, until the slot is reset.
+ */
+static bool share_take(_Atomic uint64_t *part, uint64_t more)
+{
+    *part += more;
+    if (owner_fits(own_share()))
+        return true;
+    *part -= more;
+    return false;
+}
+
+int tm_on_call(uint64_t in_len)
+{
+    struct tm_caller caller = tm_caller();
+    struct share *share = &shares[caller.slot];
+
+    if (!share->used) /* what is kept ready is its owner's already */
+        memcpy(share->owner, caller.identity.principal, sizeof(share->owner));
+    share->beside = 0;
+    if (in_len > REQUEST_MAX)
+        return TM_E_ARGUMENT;
+    return in_len <= REQUEST_ON_STACK || share_take(&share->beside, in_len) ? 0 : TM_E_NOMEM;
+}
+
+void tm_on_called(void)
+{
+    own_share()->beside = 0;
+}
+
+int share_alloc(size_t size, void **block)
+{
+    _Atomic uint64_t *beside = &own_share()->beside;
+    int status;
+
+    *block = NULL;
+    if (!share_take(beside, size))
+        return TM_E_NOMEM;
+    status = tm_try_alloc(size, block);
+    if (status)
+        *beside -= size;
+    return status;
 }
 
 static struct span *span_take(struct arena *arena, size_t size)
@@ -90,14 +139,12 @@ static struct span *span_take(struct arena *arena, size_t size)
         arena->refused |= ARENA_OVER_BUDGET;
         return NULL;
     }
-    if (!owner_may(size)) {
+    if (!share_take(&own_share()->used, size)) {
         arena->refused |= ARENA_OWNER_FULL;
         return NULL;
     }
-    /* Counted first: a death in between counts too much, until the slot is reset. */
-    share_set(arena->used + size);
     if (tm_try_alloc(size, &block)) {
-        share_set(arena->used);
+        own_share()->used -= size;
         arena->refused |= ARENA_HEAP_FULL;
         return NULL;
     }
@@ -114,15 +161,17 @@ static struct span *span_take(struct arena *arena, size_t size)
 
 static void span_give(struct arena *arena, struct span *span)
 {
+    uint64_t size = span->size;
+
     if (span->next)
         span->next->previous = span->previous;
     if (span->previous)
         span->previous->next = span->next;
     else
         arena->spans = span->next;
-    arena->used -= span->size;
+    arena->used -= size;
     tm_free(span);
-    share_set(arena->used);
+    own_share()->used -= size;
 }
 
 static void *small(struct arena *arena, size_t size)
@@ -207,5 +256,5 @@ void arena_drop(struct arena *arena)
         tm_free(span);
         span = next;
     }
-    share_set(0);
+    own_share()->used = 0;
 }

@@ -6,6 +6,9 @@
  * client was killed, repair frees them, and the arena's head goes with the slot's data.  An arena
  * never takes more than its budget, and those of one owner together no more than ARENA_OWNER_SHARE of the heap: so
  * neither one function nor one owner can have the heap of all.
+ *
+ * The owner's share is of all that his calls have of the heap at once: the copy of a request and what a call
+ * allocates beside the arena (share_alloc) count until the call ends.
  */
 #ifndef FUNCTIONS_ARENA_H
 #define FUNCTIONS_ARENA_H
@@ -37,5 +40,12 @@ void *arena_realloc(struct arena *arena, void *old, size_t old_size, size_t size
 void arena_free(struct arena *arena, void *memory, size_t size);
 /* Free everything. */
 void arena_drop(struct arena *arena);
+
+/* A block of the slot's own that counts in the owner's share until the call ends: TM_E_NOMEM when it is full. */
+int share_alloc(size_t size, void **block);
+
+/* dispatch.c: before anything of a call is copied in, and when nothing of it is left. */
+int tm_on_call(uint64_t in_len);
+void tm_on_called(void);
 
 #endif

@@ -142,6 +142,7 @@ TM_ECALL(deploy)
     status = check(rq, new.module, new.module_length);
     if (status)
         return status;
+    slot_trim(slot_self()); /* room for it in the owner's share */
     tm_sha256(new.module, new.module_length, new.digest);
     status = registry_deploy(&new, head.flags & FN_REPLACE, &info);
     return status ? status : reply_info(rq, &info, &new.key);
@@ -266,7 +267,7 @@ static int join_strings(const struct fn_invoke *head, const struct registry_key 
     const uint8_t *strings = key->name + key->name_length;
     size_t args = key->name_length + 1 + head->args_length;
     void *room;
-    int status = tm_try_alloc(args + it->function.env_length + head->env_length, &room);
+    int status = share_alloc(args + it->function.env_length + head->env_length, &room);
 
     if (status)
         return status;

@@ -39,7 +39,7 @@
 #define FN_LOGS_BYTES 65536u      /* and of all of a function's */
 #define FN_LOGS_COUNT 64u
 #define FN_OWNER_FUNCTIONS 64u    /* functions of one owner, and */
-#define FN_OWNER_SHARE 4u         /* what their modules may fill: this part of the heap; */
+#define FN_OWNER_SHARE 4u         /* what their modules and logs may fill: this part of the heap; */
 #define FN_ALL_SHARE 2u           /* and those of all owners together */
 #define FN_MEMORY_SHARE 4u        /* the largest limit of memory: this part of the heap */
 

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "registry.h"
 
+#include "arena.h"
+
 #define BUCKETS 256u
 
 struct log {
@@ -92,16 +94,24 @@ static struct function **find(const struct registry_key *key)
     return link;
 }
 
+/* Modules and environments; and what else is kept of them. */
+struct sum {
+    uint64_t count, bytes, logs;
+};
+
 /* Under the lock: what `owner` has (everybody, when NULL). */
-static void sum(const uint8_t *owner, uint64_t *count, uint64_t *bytes)
+static struct sum sum(const uint8_t *owner)
 {
-    *count = *bytes = 0;
+    struct sum all = {0};
+
     for (unsigned i = 0; i < BUCKETS; i++)
         for (const struct function *function = registry.heads[i]; function; function = function->next)
             if (!owner || owns(function, owner)) {
-                ++*count;
-                *bytes += function->info.size + function->info.env_length;
+                all.count++;
+                all.bytes += function->info.size + function->info.env_length;
+                all.logs += function->log_bytes + function->log_count * sizeof(struct log);
             }
+    return all;
 }
 
 /* Under the lock, one step: the oldest log is nobody's but the slot's. */
@@ -131,15 +141,16 @@ static void drop_logs(struct function *function)
 int registry_deploy(const struct registry_new *new, bool replace, struct fn_info *info)
 {
     struct function *fresh, *old, **link;
-    uint64_t count, bytes, all_count, all_bytes, size = new->module_length + new->env_length;
+    uint64_t size = new->module_length + new->env_length;
+    struct sum own, all;
     struct tm_txn txn;
     void *block, *module;
-    int status = tm_try_alloc(sizeof(*fresh) + new->env_length, &block);
+    int status = share_alloc(sizeof(*fresh) + new->env_length, &block);
 
     if (status)
         return status;
     fresh = block;
-    status = tm_try_alloc(new->module_length, &module);
+    status = share_alloc(new->module_length, &module);
     if (status) {
         tm_free(fresh);
         return status;
@@ -160,19 +171,19 @@ int registry_deploy(const struct registry_new *new, bool replace, struct fn_info
         goto out;
     link = find(&new->key);
     old = *link;
-    sum(new->key.owner, &count, &bytes);
-    sum(NULL, &all_count, &all_bytes);
+    own = sum(new->key.owner);
+    all = sum(NULL);
     if (old) {
         uint64_t less = old->info.size + old->info.env_length;
 
-        bytes -= less;
-        all_bytes -= less;
-        count--;
+        own.bytes -= less;
+        all.bytes -= less;
+        own.count--;
     }
     if (old && !replace)
         status = FN_EXISTS;
-    else if (count >= FN_OWNER_FUNCTIONS || bytes + size > heap_share(FN_OWNER_SHARE) ||
-             all_bytes + size > heap_share(FN_ALL_SHARE))
+    else if (own.count >= FN_OWNER_FUNCTIONS || own.bytes + own.logs + size > heap_share(FN_OWNER_SHARE) ||
+             all.bytes + all.logs + size > heap_share(FN_ALL_SHARE))
         status = FN_QUOTA;
     if (status) {
         unlock();
@@ -303,7 +314,7 @@ int registry_take(const struct registry_key *key, bool (*ready)(uint64_t version
         tm_free(taken->copy);
         taken->copy = NULL;
         if (!status)
-            status = tm_try_alloc(needed, &block);
+            status = share_alloc(needed, &block);
         if (status)
             return status;
         taken->copy = block;
@@ -387,7 +398,7 @@ int registry_list(const uint8_t owner[32], uint8_t **result, size_t *length)
     unsigned count = 0;
     void *block;
     uint8_t *at;
-    int status = tm_try_alloc(room, &block);
+    int status = share_alloc(room, &block);
 
     if (status)
         return status;
@@ -423,7 +434,7 @@ int registry_logs(const struct registry_key *key, uint64_t after, uint8_t **resu
     struct function *function;
     void *block;
     uint8_t *at;
-    int status = tm_try_alloc(room, &block);
+    int status = share_alloc(room, &block);
 
     if (status)
         return status;
@@ -455,12 +466,15 @@ int registry_logs(const struct registry_key *key, uint64_t after, uint8_t **resu
 int registry_usage(const uint8_t owner[32], struct fn_usage *usage)
 {
     struct tm_heap_stats heap;
+    struct sum own;
     int status = lock();
 
     if (status)
         return status;
-    sum(owner, &usage->functions, &usage->bytes);
+    own = sum(owner);
     unlock();
+    usage->functions = own.count;
+    usage->bytes = own.bytes;
     status = tm_heap_check(&heap);
     if (status)
         return status;
