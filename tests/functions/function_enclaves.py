@@ -22,6 +22,7 @@ from teemate.image import SigParams, layout_image, sign_with_key
 
 sys.path.append(str(Path(__file__).parents[1] / "sdk"))
 from gate import (  # the tests of the SDK have it
+    ARGUMENT,
     CLEAR,
     ECALL,
     ERESUME,
@@ -86,6 +87,7 @@ def weakened(images: Images, folder: Path, *defines: str) -> BuiltImage:
 
 
 __all__ = [
+    "ARGUMENT",
     "CLEAR",
     "ECALL",
     "ERESUME",

@@ -57,7 +57,7 @@ def test_an_infinite_loop_ends_at_its_limit_of_fuel(functions: Functions) -> Non
     with pytest.raises(FunctionLimit) as caught:
         functions.invoke("hostile")
     assert (caught.value.limit, caught.value.maximum) == ("fuel", 9_000_000)
-    assert 9_000_000 - 10 < functions.describe("hostile").fuel <= 9_000_000  # but for what its next turn costs
+    assert 9_000_000 - 10 < functions.describe("hostile").fuel <= 9_000_000  # but for what a turn costs
     (log,) = functions.logs("hostile")
     assert (log.outcome, log.limit) == ("limit", "fuel")
 

@@ -9,6 +9,7 @@ import modules as wasm
 import pytest
 from backends import PATIENCE
 from function_enclaves import (
+    ARGUMENT,
     CLEAR,
     ECALL,
     ERESUME,
@@ -33,6 +34,8 @@ from teemate.functions import FunctionLimit, FunctionLimits
 from teemate.functions import _wire as wire
 
 ALICE, BOB = 1001, 1002
+STAY_IN_LOG = "TM_TEST_STAY_IN_LOG=5"
+"""Who has invoked a function for the fifth time stays where its log has just become the function's."""
 
 
 @pytest.fixture
@@ -67,7 +70,8 @@ def test_functions_of_two_owners_know_nothing_of_each_other(gate: Gate) -> None:
 @pytest.fixture(scope="module")
 def careless(images: Images, tmp_path_factory: pytest.TempPathFactory) -> BuiltImage:
     """The image without what the tests of this file guard."""
-    return weakened(images, tmp_path_factory.mktemp("careless"), "TM_TEST_NO_OWNERS", "TM_TEST_NO_SHARE")
+    weak = ("TM_TEST_NO_OWNERS", "TM_TEST_NO_SHARE", "TM_TEST_TRIM_LATE", STAY_IN_LOG)
+    return weakened(images, tmp_path_factory.mktemp("careless"), *weak)
 
 
 def test_who_does_not_compare_owners_is_found(careless: BuiltImage) -> None:
@@ -158,13 +162,28 @@ def stay_inside(gate: Gate, slot: int, uid: int, *, generation: int = 1) -> tupl
     module = wasm.command(wasm.ENDLESS, pages=320)
     limits = FunctionLimits(memory=20 << 20, fuel=1 << 60)
     functions_of(holder).deploy("endless", module, limits=limits, replace=True)
-    call = Call(b"invoke", wire.invoke("endless", b"", (), None, None), wire.room_for(1 << 20))
+    return holder, leave_inside(gate, holder, "endless")
+
+
+def leave_inside(gate: Gate, holder: Holder, name: str) -> Call:
+    """Interrupt an invocation that does not end, and leave it where it is."""
+    slot = holder.slot
+    call = Call(b"invoke", wire.invoke(name, b"", (), None, None), wire.room_for(1 << 20))
     left = gate.interrupt(slot, holder.key, ECALL, call.address)
     begin = time.thread_time()
     while time.thread_time() - begin < 0.1 * PATIENCE:  # of its own: it has begun long before
         assert left.outcome == PAUSED
         left = gate.enter(slot, bytes(16), function=ERESUME, pause_after_ns=10_000_000, finish=False)
-    return holder, call
+    return call
+
+
+def kill(gate: Gate, holder: Holder) -> None:
+    """Have the slot of a call that was left inside repaired, as when its client was killed."""
+    slot, generation = holder.slot, holder.generation
+    assert gate.control(CLEAR, slot, generation=generation).status == OK
+    assert gate.enter(slot, gate.key, UNWIND, generation).nonce == 1
+    gate.enter(slot, bytes(16), function=ERESUME)
+    assert gate.control(RESET, slot).status == OK
 
 
 def half_is_left(gate: Gate) -> None:
@@ -195,13 +214,90 @@ def test_what_a_killed_clients_invocation_had_is_freed_by_the_repair(gate: Gate)
     for generation in (1, 2):
         holder, _call = stay_inside(gate, 2, ALICE, generation=generation)
         assert bob.usage().heap_used > before.heap_used + (20 << 20)
-        assert gate.control(CLEAR, 2, generation=generation).status == OK
-        assert gate.enter(2, gate.key, UNWIND, generation).nonce == 1
-        gate.enter(2, bytes(16), function=ERESUME)
-        assert gate.control(RESET, 2).status == OK
+        kill(gate, holder)
         assert bob.usage().heap_used < before.heap_used + 4096
         assert bob.usage().blocks_owned == before.blocks_owned
         assert holder.generation == generation
+
+
+def test_what_a_request_takes_is_its_owners_share_too(gate: Gate) -> None:
+    inside = [stay_inside(gate, slot, ALICE) for slot in (2, 3)]
+    alice, bob = owner(gate, 4, ALICE), owner(gate, 5, BOB)
+    for functions in (alice, bob):
+        functions.deploy("echo", wasm.echo(1000))
+    large = bytes(12 << 20)
+    with pytest.raises(teemate.LimitReached):
+        alice.invoke("echo", large)
+    assert alice.invoke("echo", large[:1000]) == bytes(1000)
+    assert bob.invoke("echo", large) == bytes(1000)
+    assert bob.invoke("echo", large) == bytes(1000)  # the first is counted no longer
+    assert len(inside) == 2
+
+
+def test_a_request_that_is_longer_than_any_may_be_is_not_copied_in(gate: Gate) -> None:
+    holder = gate.assign(2, uid=ALICE)
+    assert holder.call(b"empty", bytes(16 << 20)) == (OK, b"")
+    assert holder.call(b"empty", bytes(17 << 20)) == (ARGUMENT, b"")
+
+
+def test_who_finds_not_even_room_to_begin_in_meets_the_limit(gate: Gate) -> None:
+    bob = owner(gate, 7, BOB)
+    before = bob.usage()
+    inside = [stay_inside(gate, slot, ALICE) for slot in (2, 3)]
+    owner(gate, 4, ALICE).deploy("small", wasm.echo(1000))
+    alice = owner(gate, 5, ALICE)
+    half = before.heap // 2
+    left = half - (bob.usage().heap_used - before.heap_used)
+    with pytest.raises(FunctionLimit) as caught:
+        alice.invoke("small", bytes(left - (40 << 10)))  # less than the engine's first step is left
+    assert caught.value.limit == "heap"
+    assert alice.invoke("small", b"x") == b"x"
+    assert len(inside) == 2
+
+
+def logged(gate: Gate) -> list[int]:
+    """Numbers of the invocations whose logs are there after somebody was killed as the fifth was written."""
+    holder = gate.assign(2, uid=ALICE)
+    alice = functions_of(holder)
+    alice.deploy("writes", wasm.printing(b"", errors=b"x" * 16_384))
+    for _ in range(4):
+        alice.invoke("writes")
+    assert len(alice.logs("writes")) == 4  # as many as fit
+    call = leave_inside(gate, holder, "writes")
+    kill(gate, holder)
+    assert call.capacity
+    return [log.invocation for log in owner(gate, 3, ALICE).logs("writes")]
+
+
+def test_logs_are_never_more_than_fit_whoever_dies(
+    images: Images, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with Gate(weakened(images, tmp_path_factory.mktemp("staying"), STAY_IN_LOG)) as gate:
+        assert logged(gate) == [2, 3, 4, 5]
+
+
+def test_who_makes_room_for_a_log_too_late_is_found(careless: BuiltImage) -> None:
+    with Gate(careless) as gate:
+        assert logged(gate) == [1, 2, 3, 4]  # the fifth does not fit
+
+
+def test_of_modules_that_are_ready_the_oldest_makes_room(gate: Gate) -> None:
+    holder = gate.assign(2, uid=ALICE)
+    alice = functions_of(holder)
+    for number in range(9):
+        alice.deploy(f"function-{number}", wasm.printing(bytes([number])))
+
+    def is_ready(number: int) -> bool:
+        call = wire.invoke(f"function-{number}", b"", (), None, None)
+        status, reply = holder.call(b"invoke", call, wire.room_for(1 << 20))
+        assert status == OK
+        return reply[40] == 1  # fn_result.warm
+
+    assert [is_ready(number) for number in range(8)] == [False] * 8
+    assert [is_ready(number) for number in range(8)] == [True] * 8
+    assert not is_ready(8)
+    assert [is_ready(number) for number in range(1, 9)] == [True] * 8
+    assert not is_ready(0)
 
 
 def test_the_limit_of_time_is_the_enclaves_clock(gate: Gate) -> None:
