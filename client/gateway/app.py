@@ -39,8 +39,8 @@ LATE_SECONDS = 3.0
 """By how much an invocation may miss its deadline before its call is given up, which costs its slot a repair:
 the enclave ends it by itself, by a coarse clock."""
 LEFTOVER_SECONDS = 1.0
-"""For how long, and up to twice `max_body`, a client that is refused is listened to: many read their answer
-when they have sent all, or never."""
+"""For how long, and up to twice `max_body`, a client is listened to before it gets an answer that does not
+need its body: many read their answer when they have sent all, or never."""
 
 _NAME = re.compile(NAME_PATTERN)
 _TIMEOUT = re.compile(TIMEOUT_PATTERN.encode())
@@ -113,8 +113,7 @@ class Gateway:
         except Exception as error:  # whatever it is, this request is told and the others go on
             self._log.error("internal error", request=request, path=scope["path"], exc_info=error)
             answer = problem(500, "internal-error", "the gateway failed: its log says more")
-        if answer.status >= 400:
-            await body.discard()
+        await body.discard()
         self._log.info(
             "request",
             request=request,
@@ -126,7 +125,12 @@ class Gateway:
             seconds=round(trio.current_time() - began, 6),
         )
         close = not body.complete and scope["http_version"].startswith("1")
-        await _send(send, answer, request, head=scope["method"] == "HEAD", close=close)
+        async with trio.open_nursery() as nursery:
+            # The server says from within our `send` that the connection is closed, and what it has to
+            # tell has to be taken all the while: it waits for room behind what the client sends still.
+            nursery.start_soon(body.gone)
+            await _send(send, answer, request, head=scope["method"] == "HEAD", close=close)
+            nursery.cancel_scope.cancel()
 
     async def _answer(self, scope: Mapping[str, Any], body: _Body, began: float) -> Answer:
         self._check_origin(scope)

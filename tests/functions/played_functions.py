@@ -81,10 +81,13 @@ class Client:
         self.functions = PlayedFunctions()
         self.records = CapturingLogger()
         self.broker_answers = True
+        self.broker_waits: trio.Event | None = None
         log: Any = structlog.wrap_logger(self.records, processors=[])
         self.gateway = Gateway(self.functions, Settings(**settings), log, ping=self._ping, loopback=loopback)
 
     async def _ping(self) -> None:
+        if self.broker_waits is not None:
+            await self.broker_waits.wait()
         if not self.broker_answers:
             raise teemate.ConnectionLost("the broker is away")
 
