@@ -108,7 +108,7 @@ def main(
     Whoever can connect may invoke the functions of the user that this runs as.
     """
     try:
-        from .supervisor import Supervisor
+        from .supervisor import ENDING, Supervisor
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error}: pip install 'teemate[gateway]'") from None
     try:
@@ -133,8 +133,9 @@ def main(
                 raise click.UsageError("say where to listen: --listen unix:PATH, or 127.0.0.1:PORT")
             log = configure_log(log_format, pid=os.getpid())
             log.info("listening", sockets=[_name(sock) for sock in listeners])
-            for number in (signal.SIGTERM, signal.SIGINT):  # what holds again when trio's receiver is gone
-                signal.signal(number, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the supervisor hears them
+            for number in ENDING:  # what holds again when trio's receiver is gone
+                signal.signal(number, lambda *_: None)  # SIG_IGN would drop what is blocked
             trio.run(Supervisor(settings, listeners, workers, log, log_format).run)
     except GatewayError as error:
         raise click.ClickException(str(error)) from error

@@ -22,7 +22,9 @@ from structlog.typing import FilteringBoundLogger
 from .settings import Settings
 from .worker import READY
 
-__all__ = ["Supervisor", "SupervisorStatistics"]
+__all__ = ["ENDING", "Supervisor", "SupervisorStatistics"]
+
+ENDING = (signal.SIGTERM, signal.SIGINT)
 
 WORKER: Sequence[str] = (sys.executable, "-m", "teemate.gateway.worker")
 
@@ -72,8 +74,12 @@ class Supervisor:
         )
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT; a second one ends what is under way at once."""
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        """Serve until SIGTERM or SIGINT; a second one ends what is under way at once.
+
+        Both may be blocked until here, so that none is lost.
+        """
+        with trio.open_signal_receiver(*ENDING) as signals:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)  # what came until now is heard
             async with trio.open_nursery() as helping:
                 helping.start_soon(self._obey, signals, helping)
                 helping.start_soon(self._announce)
@@ -112,14 +118,15 @@ class Supervisor:
         pause = FIRST_PAUSE
         while not self._stopping.is_set():
             began = trio.current_time()
-            status = await self._run_worker(number)
+            try:
+                facts: dict[str, object] = {"status": await self._run_worker(number)}
+            except OSError as error:  # the machine has no process or descriptor left, for now
+                facts = {"status": None, "reason": str(error)}
             if self._stopping.is_set():
                 break
             lived = trio.current_time() - began
             pause = FIRST_PAUSE if lived >= LONGEST_PAUSE else min(2 * pause, LONGEST_PAUSE)
-            self._log.error(
-                "worker ended", number=number, status=status, seconds=round(lived, 3), pause=pause
-            )
+            self._log.error("worker ended", number=number, **facts, seconds=round(lived, 3), pause=pause)
             with trio.move_on_after(pause):
                 await self._stopping.wait()
 
@@ -140,15 +147,17 @@ class Supervisor:
                 )  # fmt: skip
             self._starts += 1
             self._running[number] = process
-            pidfd = os.pidfd_open(process.pid)
             try:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._await_ready, number, process.pid, ours)
-                    await trio.lowlevel.wait_readable(pidfd)
-                    nursery.cancel_scope.cancel()
+                pidfd = os.pidfd_open(process.pid)
+                try:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(self._await_ready, number, process.pid, ours)
+                        await trio.lowlevel.wait_readable(pidfd)
+                        nursery.cancel_scope.cancel()
+                finally:
+                    os.close(pidfd)
                 return process.wait()
             finally:
-                os.close(pidfd)
                 self._ready.discard(number)
                 del self._running[number]
                 if process.poll() is None:

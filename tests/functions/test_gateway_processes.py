@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import importlib.util
 import os
@@ -16,8 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
+import trio
 from processes import wait_for_end, wait_for_stop, wait_until
 from running_gateway import CUT, DEADLINE, Killer, RunningGateway, run_gateway
+from structlog.testing import CapturingLogger
+
+from teemate.gateway.settings import Settings
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("hypercorn") is None, reason="needs hypercorn: pip install 'teemate[gateway]'"
@@ -144,6 +150,61 @@ def test_workers_end_with_a_supervisor_that_was_killed() -> None:
         gateway.process.kill()
         gateway.process.wait()
         wait_for_end(workers)
+
+
+@pytest.mark.parametrize("lacking", ["processes", "descriptors"])
+async def test_a_worker_that_cannot_be_started_is_started_when_it_can_be(
+    monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    from teemate.gateway import supervisor
+
+    records, again = CapturingLogger(), trio.Event()
+
+    def note(_logger: object, _method: str, record: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        if len(records.calls) == 1:
+            again.set()
+        return record
+
+    log = structlog.wrap_logger(records, processors=[note])
+    keeper = supervisor.Supervisor(Settings(), [], 1, log, "json")
+    module, name = (subprocess, "Popen") if lacking == "processes" else (os, "pidfd_open")
+    real = getattr(module, name)
+
+    def lack(*_: object, **__: object) -> None:
+        monkeypatch.setattr(module, name, real)
+        raise OSError(errno.EAGAIN, "there are no more")
+
+    monkeypatch.setattr(supervisor, "WORKER", (sys.executable, "-c", ""))
+    monkeypatch.setattr(module, name, lack)
+    with trio.fail_after(DEADLINE):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keeper._keep, 0)
+            await again.wait()
+            nursery.cancel_scope.cancel()
+    first, second = (record.kwargs for record in records.calls[:2])
+    assert (first["status"], "no more" in first["reason"]) == (None, True)
+    assert second["status"] == 0
+    assert keeper.statistics().pids == ()
+
+
+def test_who_is_told_to_end_before_it_is_ready_ends() -> None:
+    program = """
+import os, signal, sys
+from teemate.gateway import supervisor
+run = supervisor.Supervisor.run
+async def told(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+    await run(self)
+supervisor.Supervisor.run = told
+supervisor.WORKER = (sys.executable, sys.argv[1], "--worker")
+sys.argv = ["teemate-gateway", "--listen", "127.0.0.1:0"]
+from teemate.gateway.main import main
+main()
+"""
+    played = Path(__file__).with_name("played_gateway.py")
+    done = subprocess.run([sys.executable, "-c", program, str(played)], capture_output=True, timeout=DEADLINE)
+    assert done.returncode == 0, done.stderr
+    assert b"stopping" in done.stderr
 
 
 def test_every_request_is_answered_once_or_its_connection_closed_while_workers_are_killed(
