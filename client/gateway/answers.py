@@ -39,11 +39,14 @@ _STATUS: dict[str, int] = {
     "enclave-fault": 502,
 }
 _TOLD = ("limit", "maximum", "exit_code")
-# What the broker says of its policy is for the log, what a function logs for its owner (`teemate fn logs`).
+# What the broker and the enclave say of themselves is for the log, what a function logs for its owner
+# (`teemate fn logs`).
 _OPAQUE = {
     403: "the gateway may not use the enclave: its log says more",
     500: "the gateway failed: its log says more",
     502: "the enclave failed: the gateway's log says more",
+    503: "the enclave is not to be had for now: the gateway's log says more",
+    504: "the function was not done by the deadline",
 }
 
 
@@ -87,6 +90,8 @@ def of_error(error: Error) -> Answer:
     message = _OPAQUE.get(status, error.message)
     if error.code.startswith("function-"):
         facts = {name: error.detail[name] for name in _TOLD if name in error.detail}
+        if status in (503, 504):
+            message = error.message  # of its limits, not of the machine
     if error.code == "function-failed":
         message = f"the function ended with exit code {facts.get('exit_code')}"
     return problem(status, error.code, message, **facts)

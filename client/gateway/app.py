@@ -14,6 +14,7 @@ import trio
 from structlog.typing import FilteringBoundLogger
 
 from ..errors import Error
+from ..functions._wire import PAYLOAD_MAX
 from .admission import Admission, FunctionBusyError, QueueFullError
 from .answers import Answer, Refused, of_error, problem
 from .openapi import (
@@ -85,6 +86,7 @@ class Gateway:
         self._ping = ping
         self._loopback = loopback
         self._document = openapi_json(settings)
+        self._max_body = min(settings.max_body, PAYLOAD_MAX)
         self.admission = Admission(
             slots=settings.slots, queue=settings.queue, concurrency=settings.concurrency
         )
@@ -102,7 +104,7 @@ class Gateway:
     async def _serve(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         request = uuid.uuid4().hex
         began = trio.current_time()
-        body = _Body(receive, self._settings.max_body)
+        body = _Body(receive, self._max_body)
         try:
             answer = await self._answer(scope, body, began)
         except Refused as refused:
@@ -179,8 +181,8 @@ class Gateway:
         deadline = began + seconds
         late = 504 if told else 408  # a deadline of the client's, or too slow for us
         length = _header(scope, b"content-length")
-        if length is not None and int(length) > self._settings.max_body:  # h11 takes digits alone
-            raise Refused(_too_large(self._settings.max_body))
+        if length is not None and int(length) > self._max_body:  # h11 takes digits alone
+            raise Refused(_too_large(self._max_body))
         if self.draining:
             raise Refused(problem(503, "draining", "this gateway is stopping"))
         try:
@@ -343,7 +345,7 @@ def _allow(method: str, allowed: str) -> None:
 
 
 def _too_large(limit: int) -> Answer:
-    return problem(413, "limit-reached", f"a request's body has at most {limit} bytes (--max-body)")
+    return problem(413, "limit-reached", f"a request's body has at most {limit} bytes here")
 
 
 def _json(status: int, body: Mapping[str, object]) -> Answer:

@@ -7,7 +7,7 @@ import sys
 from typing import cast
 
 import structlog
-from structlog.typing import FilteringBoundLogger
+from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
 
 __all__ = ["configure_log"]
 
@@ -23,6 +23,7 @@ def configure_log(form: str, **facts: object) -> FilteringBoundLogger:
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *([] if form == "json" else [_printable]),
             structlog.processors.format_exc_info,
             render,
         ],
@@ -31,3 +32,11 @@ def configure_log(form: str, **facts: object) -> FilteringBoundLogger:
         cache_logger_on_first_use=False,
     )
     return cast(FilteringBoundLogger, structlog.get_logger().bind(**facts))
+
+
+def _printable(_logger: WrappedLogger, _method: str, record: EventDict) -> EventDict:
+    """Escape what a terminal would obey: paths and methods are the clients' choice."""
+    return {
+        name: ascii(value)[1:-1] if isinstance(value, str) and not value.isprintable() else value
+        for name, value in record.items()
+    }

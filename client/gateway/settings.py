@@ -30,7 +30,7 @@ class Settings:
     queue: int = 32
     """How many requests may wait for a slot beside those that run."""
     max_body: int = 8 << 20
-    """How large a request's body may be."""
+    """How large a request's body may be; functions take 16 MiB at most."""
     timeout: float = 10.0
     """A request's deadline when it names none."""
     max_timeout: float = 60.0

@@ -6,12 +6,16 @@ import json
 from typing import Any
 
 import pytest
+import structlog
 import trio
 import trio.testing
 from played_functions import Client, Response
 
 import teemate
+from teemate.functions import FunctionLimit
+from teemate.functions._wire import PAYLOAD_MAX
 from teemate.gateway.app import LATE_SECONDS
+from teemate.gateway.log import configure_log
 from teemate.gateway.settings import GatewayError, Settings, parse_listen
 
 
@@ -59,13 +63,14 @@ async def test_what_is_not_there_is_told_from_what_is_asked_for_wrongly(
     [
         (teemate.NotFound("no"), 404, {}),
         (teemate.Denied("rule 7 of user 1000"), 403, {}),
-        (teemate.Busy("no slot"), 503, {}),
+        (teemate.Busy("slot 0x1234 of uid 1000"), 503, {}),
         (teemate.Draining("no"), 503, {}),
         (teemate.Revoked("no"), 503, {}),
         (teemate.EnclaveLost("no"), 503, {}),
-        (teemate.ConnectionLost("no"), 503, {}),
+        (teemate.ConnectionLost("/run/secret/broker.sock"), 503, {}),
         (teemate.LimitReached("no"), 503, {}),
-        (teemate.CallTimeout("no"), 504, {}),
+        (teemate.CallTimeout("slot 0x1234"), 504, {}),
+        (FunctionLimit("the heap is full", "heap", 0, {}), 503, {"limit": "heap", "detail": "the heap is full"}),
         (teemate.EnclaveFault("at 0x1234"), 502, {}),
         (teemate.InternalError("at 0x1234"), 500, {}),
         (ZeroDivisionError("secret"), 500, {}),
@@ -93,6 +98,14 @@ async def test_a_body_that_is_too_large_is_refused_by_its_length_or_when_it_is()
         assert response.status == 413
         assert "1000" in response.problem()["detail"]
     assert len(client.functions.calls) == 1
+
+
+async def test_a_body_larger_than_functions_take_is_too_large_whatever_the_gateway_takes() -> None:
+    client = Client(max_body=PAYLOAD_MAX + 1000)
+    headers = {"Content-Length": str(PAYLOAD_MAX + 1)}
+    response = await client.request("POST", "/fn/echo", b"x", headers=headers)
+    assert (response.status, client.functions.calls) == (413, [])
+    assert str(PAYLOAD_MAX) in response.problem()["detail"]
 
 
 @pytest.mark.parametrize("value", ["", "0", "0.0", "-1", "1e3", "nan", "inf", "1s", "1.", "1 2", "9" * 10])
@@ -242,6 +255,14 @@ async def test_each_request_is_logged_once_without_what_it_carries() -> None:
     assert (record.kwargs["status"], record.kwargs["received"], record.kwargs["sent"]) == (200, 21, 21)
     assert "customer" not in repr(record)
     assert "private" not in repr(record)
+
+
+def test_what_a_terminal_obeys_is_escaped_in_a_log_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_log("text").info("request", path="/fn/\x1b]0;owned\x07\x9b\\", method="GET")
+    structlog.reset_defaults()
+    told = capsys.readouterr().err
+    assert "path=/fn/\\x1b]0;owned\\x07\\x9b\\\\" in told
+    assert told.removesuffix("\n").isprintable()
 
 
 async def test_the_document_names_every_status_that_is_given() -> None:
