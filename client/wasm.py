@@ -24,8 +24,8 @@ __all__ = ["BUILD_SECONDS", "MODULE_BYTES", "STACK_BYTES", "BuiltModule", "build
 
 BUILD_SECONDS = 600.0
 """Most compiles take a second; the first one compiles the C library too, and keeps it."""
-MODULE_BYTES = 16 << 20
-"""A module that is larger is taken for a mistake."""
+MODULE_BYTES = 8 << 20
+"""What is larger cannot be deployed (FN_MODULE_MAX)."""
 STACK_BYTES = 64 << 10
 """The C stack, which lies below the data: what overflows it traps instead of writing over others' bytes."""
 

@@ -17,6 +17,7 @@ from example_programs import EXAMPLES
 import teemate
 from teemate import wasm
 from teemate.cli.main import cli
+from teemate.functions._wire import MODULE_MAX
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("ziglang") is None and shutil.which("zig") is None,
@@ -143,3 +144,16 @@ def test_what_a_compiler_says_is_bounded(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(teemate.BuildFailed, match="status 1") as failed:
         wasm.build_module([EXAMPLES / "sha256.c"], tmp_path / "x.wasm")
     assert len(str(failed.value)) < 40_000
+
+
+def test_a_module_that_could_not_be_deployed_is_not_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zig = tmp_path / "zig"
+    zig.write_text(f'#!/bin/sh\nfor made; do :; done\nhead -c {MODULE_MAX + 1} /dev/zero > "$made"\n')
+    zig.chmod(0o755)
+    monkeypatch.setattr(wasm, "find_compiler", lambda: zig)
+    with pytest.raises(teemate.BuildFailed, match=str(MODULE_MAX)) as failed:
+        wasm.build_module([EXAMPLES / "sha256.c"], tmp_path / "x.wasm")
+    assert failed.value.detail["reason"] == "size"
+    assert not (tmp_path / "x.wasm").exists()
