@@ -39,6 +39,9 @@ HEALTH_SECONDS = 2.0
 LATE_SECONDS = 3.0
 """By how much an invocation may miss its deadline before its call is given up, which costs its slot a repair:
 the enclave ends it by itself, by a coarse clock."""
+BODY_RATE = 16 << 10
+"""Bytes a second that a body comes at, at least, once it has taken as long as requests have that name no
+deadline: while it comes its sender holds a place."""
 LEFTOVER_SECONDS = 1.0
 """For how long, and up to twice `max_body`, a client is listened to before it gets an answer that does not
 need its body: many read their answer when they have sent all, or never."""
@@ -187,7 +190,7 @@ class Gateway:
             raise Refused(problem(503, "draining", "this gateway is stopping"))
         try:
             with self.admission.place(name):
-                payload = await _until(deadline, body.read, late, "the body was not whole by the deadline")
+                payload = await self._read(body, began, deadline, late)
                 return await self._run(name, payload, arguments, deadline, body)
         except FunctionBusyError:
             raise Refused(
@@ -201,6 +204,17 @@ class Gateway:
             raise Refused(
                 problem(503, "busy", f"all slots are taken, and {self._settings.queue} requests wait already")
             ) from None
+
+    async def _read(self, body: _Body, began: float, deadline: float, late: int) -> bytes:
+        """Read the body by the deadline, however late that is, or for as long as it comes fast enough."""
+        patience = began + self._settings.timeout
+        try:
+            return await body.read(lambda received: min(deadline, patience + received / BODY_RATE))
+        except trio.TooSlowError:
+            if trio.current_time() >= deadline:
+                raise Refused(problem(late, "call-timeout", "the body was not whole by the deadline")) from None
+            why = f"the body came more slowly than {BODY_RATE} bytes a second"
+            raise Refused(problem(408, "call-timeout", why)) from None
 
     async def _run(
         self, name: str, payload: bytes, arguments: list[str], deadline: float, body: _Body
@@ -266,13 +280,17 @@ class _Body:
         self.received = 0
         self.complete = False
 
-    async def read(self) -> bytes:
+    async def read(self, deadline: Callable[[int], float]) -> bytes:
+        """Return all; raises TooSlowError at the `deadline`, which is told how many bytes were received."""
         pieces = bytearray()
-        while not self.complete:
-            pieces += await self._next()
-            if self.received > self._limit:
-                raise Refused(_too_large(self._limit))
-        return bytes(pieces)
+        with trio.CancelScope(deadline=deadline(0)) as scope:
+            while not self.complete:
+                pieces += await self._next()
+                if self.received > self._limit:
+                    raise Refused(_too_large(self._limit))
+                scope.deadline = deadline(self.received)
+            return bytes(pieces)
+        raise trio.TooSlowError
 
     async def discard(self) -> None:
         """Take what is still on its way, within bounds, so that the answer is read."""

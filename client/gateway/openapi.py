@@ -52,7 +52,7 @@ _FAILURES = {
     403: "The gateway may not use the enclave, or a browser asked.",
     404: "There is no such function.",
     405: "That method is not for this path.",
-    408: "The body was not whole in time.",
+    408: "The body was not whole in time, or came too slowly.",
     413: "The body is larger than this gateway takes.",
     422: "The function ended with an exit code, trapped, or met one of its limits.",
     429: "The function has as many requests under way as it may have.",

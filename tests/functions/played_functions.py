@@ -101,9 +101,13 @@ class Client:
         headers: dict[str, str] | None = None,
         leaves: trio.Event | None = None,
         pieces: int = 1 << 16,
+        pause: float = 0.0,
         response: Response | None = None,
     ) -> Response:
-        """Send a request, whose `body` never comes if it is None; `leaves`: when the client does."""
+        """Send a request, whose `body` never comes if it is None; `leaves`: when the client does.
+
+        `pause` is in seconds, before each of the `pieces`.
+        """
         response = response or Response()
         left = trio.Event() if leaves is None else leaves
         parts = (
@@ -113,7 +117,7 @@ class Client:
         )
 
         async def receive() -> dict[str, Any]:
-            await trio.lowlevel.checkpoint()
+            await trio.sleep(pause)
             if parts:
                 return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
             await left.wait()

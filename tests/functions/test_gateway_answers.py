@@ -14,7 +14,7 @@ from played_functions import Client, Response
 import teemate
 from teemate.functions import FunctionLimit
 from teemate.functions._wire import PAYLOAD_MAX
-from teemate.gateway.app import LATE_SECONDS
+from teemate.gateway.app import BODY_RATE, LATE_SECONDS, LEFTOVER_SECONDS
 from teemate.gateway.log import configure_log
 from teemate.gateway.settings import GatewayError, Settings, parse_listen
 
@@ -180,6 +180,21 @@ async def test_a_body_that_does_not_come_costs_its_sender_the_deadline_and_nobod
     assert own.status == 504
     assert slow.status == 408
     assert slow.headers["connection"] == "close"
+
+
+async def test_a_late_deadline_is_for_bodies_that_come(autojump_clock: trio.testing.MockClock) -> None:
+    client = Client(timeout=5, max_timeout=60)
+    body = bytes(20 * BODY_RATE)
+    for pieces, status, seconds in ((BODY_RATE, 200, 20), (BODY_RATE // 4, 408, 6)):
+        began = trio.current_time()
+        response = await client.request(
+            "POST", "/fn/echo", body, headers={"TeeMate-Timeout": "60"}, pieces=pieces, pause=1.0
+        )
+        assert response.status == status
+        assert began + seconds <= trio.current_time() < began + seconds + 2 + LEFTOVER_SECONDS
+    response = await client.request("POST", "/fn/echo", None, headers={"TeeMate-Timeout": "60"})
+    assert response.status == 408
+    assert str(BODY_RATE) in response.problem()["detail"]
 
 
 async def test_a_client_that_leaves_ends_what_it_asked_for() -> None:
