@@ -21,6 +21,8 @@ _CLOCK = 2.0
 """Seconds by which a call may outlast its timeout: the enclave ends the function by a coarse clock, and keeps
 the slot."""
 
+_SLICE = 0.05
+
 
 class Functions:
     """The caller's functions in one enclave.  Thread safe: each call takes a slot of its own.
@@ -180,7 +182,7 @@ class Functions:
         room: int = 4096,
         timeout: float | None = None,
     ) -> bytes:
-        enclave, slot = self._take(check)
+        enclave, slot = self._take(timeout, check)
         limit = None if timeout is None else timeout + _CLOCK
         try:
             return slot._run(ecall, request, limit, None, room, check)
@@ -191,16 +193,17 @@ class Functions:
         finally:
             enclave._give_back(slot)
 
-    def _take(self, check: Check | None) -> tuple[Enclave, Slot]:
+    def _take(self, timeout: float | None, check: Check | None) -> tuple[Enclave, Slot]:
         """Return a free slot; the one that was given back last, which has modules ready."""
-        deadline = time.monotonic() + WAIT
+        wait = WAIT if timeout is None else min(WAIT, timeout)
+        deadline = time.monotonic() + wait
         while True:
             enclave = self._attached(check)
             try:
                 return enclave, enclave._take(0, check)
             except Busy:
                 if not isinstance(enclave, GrantedEnclave):
-                    return enclave, enclave._take(WAIT, check)
+                    return enclave, enclave._take(wait, check)
             left = max(0.0, deadline - time.monotonic())
             mine = enclave.statistics().slots
             try:
@@ -212,7 +215,16 @@ class Functions:
                 return enclave, enclave._take(left, check)
 
     def _attached(self, check: Check | None) -> Enclave:
-        with self._lock:
+        enclave = self._enclave
+        if enclave is not None and enclave.gone is None:
+            return enclave
+        # Whoever attaches may wait for long, and others have to be able to give up meanwhile.
+        while not self._lock.acquire(timeout=-1 if check is None else _SLICE):
+            if check is not None:
+                check()
+        try:
             if self._enclave is None or self._enclave.gone is not None:
                 self._enclave = self._attach(check)
             return self._enclave
+        finally:
+            self._lock.release()
