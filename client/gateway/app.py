@@ -35,6 +35,9 @@ Send = Callable[[Message], Awaitable[None]]
 
 PIECE = 64 << 10
 """Bytes of a result that are handed on at once: more only when the client has taken these."""
+SEND_SECONDS = 30.0
+SEND_RATE = 16 << 10
+"""A client takes its answer within this, and a second more for as many bytes, or is cut off."""
 HEALTH_SECONDS = 2.0
 LATE_SECONDS = 3.0
 """By how much an invocation may miss its deadline before its call is given up, which costs its slot a repair:
@@ -134,7 +137,10 @@ class Gateway:
             # The server says from within our `send` that the connection is closed, and what it has to
             # tell has to be taken all the while: it waits for room behind what the client sends still.
             nursery.start_soon(body.gone)
-            await _send(send, answer, request, head=scope["method"] == "HEAD", close=close)
+            with trio.move_on_after(SEND_SECONDS + len(answer.body) / SEND_RATE) as scope_of_send:
+                await _send(send, answer, request, head=scope["method"] == "HEAD", close=close)
+            if scope_of_send.cancelled_caught:
+                self._log.warning("answer not taken", request=request, path=scope["path"])
             nursery.cancel_scope.cancel()
 
     async def _answer(self, scope: Mapping[str, Any], body: _Body, began: float) -> Answer:
@@ -212,7 +218,9 @@ class Gateway:
             return await body.read(lambda received: min(deadline, patience + received / BODY_RATE))
         except trio.TooSlowError:
             if trio.current_time() >= deadline:
-                raise Refused(problem(late, "call-timeout", "the body was not whole by the deadline")) from None
+                raise Refused(
+                    problem(late, "call-timeout", "the body was not whole by the deadline")
+                ) from None
             why = f"the body came more slowly than {BODY_RATE} bytes a second"
             raise Refused(problem(408, "call-timeout", why)) from None
 

@@ -20,6 +20,7 @@ from structlog.typing import FilteringBoundLogger
 import teemate
 
 from .app import Functions, Gateway
+from .connection import use_connections
 from .log import configure_log
 from .settings import Settings
 
@@ -41,6 +42,7 @@ async def _serve(
     config.graceful_timeout = settings.grace
     config.keep_alive_timeout = KEEP_ALIVE_SECONDS
     config.h2_max_concurrent_streams = settings.slots + settings.queue
+    use_connections(log)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with open_functions(settings) as (functions, ping):
             gateway = Gateway(functions, settings, log, ping=ping, loopback=any(map(_is_tcp, listeners)))

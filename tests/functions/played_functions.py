@@ -82,8 +82,10 @@ class Client:
         self.records = CapturingLogger()
         self.broker_answers = True
         self.broker_waits: trio.Event | None = None
-        log: Any = structlog.wrap_logger(self.records, processors=[])
-        self.gateway = Gateway(self.functions, Settings(**settings), log, ping=self._ping, loopback=loopback)
+        self.log: Any = structlog.wrap_logger(self.records, processors=[])
+        self.gateway = Gateway(
+            self.functions, Settings(**settings), self.log, ping=self._ping, loopback=loopback
+        )
 
     async def _ping(self) -> None:
         if self.broker_waits is not None:

@@ -70,7 +70,11 @@ async def test_what_is_not_there_is_told_from_what_is_asked_for_wrongly(
         (teemate.ConnectionLost("/run/secret/broker.sock"), 503, {}),
         (teemate.LimitReached("no"), 503, {}),
         (teemate.CallTimeout("slot 0x1234"), 504, {}),
-        (FunctionLimit("the heap is full", "heap", 0, {}), 503, {"limit": "heap", "detail": "the heap is full"}),
+        (
+            FunctionLimit("the heap is full", "heap", 0, {}),
+            503,
+            {"limit": "heap", "detail": "the heap is full"},
+        ),
         (teemate.EnclaveFault("at 0x1234"), 502, {}),
         (teemate.InternalError("at 0x1234"), 500, {}),
         (ZeroDivisionError("secret"), 500, {}),

@@ -1,0 +1,60 @@
+"""One client's connection: what goes wrong on it ends it alone, and who does not take an answer is cut off.
+
+hypercorn has a worker end with whatever a connection raises, waits for ever until what it sends is taken,
+and cannot be told otherwise, so its class for connections is replaced.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, final
+
+import hypercorn.trio.run
+import trio
+from hypercorn.trio.tcp_server import TCPServer
+from structlog.typing import FilteringBoundLogger
+
+from .app import SEND_SECONDS
+
+__all__ = ["Connection", "use_connections"]
+
+
+def use_connections(log: FilteringBoundLogger) -> None:
+    """Have hypercorn serve every connection by :class:`Connection`."""
+    hypercorn.trio.run.TCPServer = partial(Connection, log)
+
+
+@final
+class Connection(TCPServer):
+    """hypercorn's, with bounds."""
+
+    def __init__(self, log: FilteringBoundLogger, *given: Any) -> None:
+        *others, stream = given
+        super().__init__(*others, _Stream(stream))
+        self._log = log
+
+    async def run(self) -> None:
+        """Serve until it is closed."""
+        try:
+            await super().run()
+        except* Exception as group:
+            self._log.error("connection failed", exc_info=group)
+
+
+@final
+class _Stream:
+    """A stream whose other end has to take each piece in time; no subclass, which trio does not allow."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+        self.socket = stream.socket
+        self.receive_some = stream.receive_some
+        self.send_eof = stream.send_eof
+        self.aclose = stream.aclose
+
+    async def send_all(self, data: bytes) -> None:
+        with trio.move_on_after(SEND_SECONDS) as scope:
+            await self._stream.send_all(data)
+        if scope.cancelled_caught:
+            await trio.aclose_forcefully(self._stream)
+            raise trio.BrokenResourceError("what was sent was not taken in time")
