@@ -178,6 +178,7 @@ class Attendant:
         return (
             self._native != ffi.NULL
             and enclave.state is EnclaveState.READY
+            and self._service.generations.pending(enclave) is None  # who asks for it waits for the next one
             and self._service.enclaves.get(enclave.name) is enclave
             and enclave.warden is not None
             and not enclave.policy.with_cgroup  # a group's rights may change at any moment

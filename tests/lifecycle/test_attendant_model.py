@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import trio
 from charged_slots import charged_slots, owned_slots
 from modelled_process import ModelledProcess, Reply
 from modelled_restart import MortalWorld
@@ -154,6 +155,33 @@ def test_a_drained_enclave_gives_nothing(world: MortalWorld, process: ModelledPr
     assert reply.error is not None
     assert reply.error["code"] == "draining"
     assert given(world) == 0
+
+
+def begin_upgrade(world: MortalWorld) -> trio.Event:
+    """What `upgrade` does before it builds: the enclave is `ready` until it is drained."""
+
+    def begin() -> trio.Event:
+        world.service.attendant.call_all_in()
+        return world.service.generations.begin(world.broker_enclave)
+
+    return world.step(begin)
+
+
+def end_upgrade(world: MortalWorld, done: trio.Event) -> None:
+    world.step(lambda: world.service.generations.finish(world.broker_enclave, done))
+
+
+def test_an_enclave_that_is_upgraded_gives_nothing(world: MortalWorld, process: ModelledProcess) -> None:
+    done = begin_upgrade(world)
+    assert SlotState.AHEAD not in states(world)
+    world.step(lambda: process.post("attach", enclave=ENCLAVE, slots=1))
+    assert not process.hear(), "it waits for the upgrade, as everybody does"
+    end_upgrade(world, done)
+    (reply,) = process.hear()
+    grant, _index, _key = granted(reply)
+    assert given(world) == 0
+    ask(world, process, "detach", grant=grant, clean=True)
+    attach(world, process)
 
 
 def test_a_grant_that_was_just_given_is_revoked_with_all_others(
