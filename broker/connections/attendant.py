@@ -317,6 +317,7 @@ class Attendant:
             or not self._service.policy.broker.ahead
             or client.grants
             or client.withheld
+            or connection.waits  # maybe for a grant
             or len(client.tokens) > 1  # its next request ends the older one
             or connection.outbox.queued_messages
             or connection.closing

@@ -75,6 +75,11 @@ class Connection:
         """Whether it is over, or about to be."""
         return self.outbox.closed
 
+    @property
+    def waits(self) -> bool:
+        """Whether a request has no reply yet."""
+        return self._waiting > 0
+
     # -- reading ---------------------------------------------------------------
 
     async def serve(self) -> str:

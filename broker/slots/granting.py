@@ -70,7 +70,7 @@ class Granting:
         self._require_ready(enclave)
         policy = enclave.policy
         uid = client.identity.uid
-        first = not any(grant.enclave is enclave for grant in client.grants.values())
+        first = self._is_first(client, enclave)
         seats = len(client.account.seats)
         if first and seats and enclave.clients_by_uid.get(uid, 0) + seats >= policy.clients_per_uid:
             self._service.attendant.call_in(client.account)
@@ -102,6 +102,11 @@ class Granting:
             return self._attached(grant, ticket.slots, asked)
         return self._attach_later(grant, ticket, args.wait, asked)
 
+    @staticmethod
+    def _is_first(client: Client, enclave: Enclave) -> bool:
+        """Whether the client has no grant on the enclave yet."""
+        return not any(grant.enclave is enclave for grant in client.grants.values())
+
     def _list(self, grant: Grant, *, first: bool) -> None:
         client, enclave = grant.client, grant.enclave
         client.grants[grant.number] = grant
@@ -119,7 +124,7 @@ class Granting:
         grant = Grant(number, client, enclave, account.owe(Resource.GRANTS))
         grant.charges[index] = account.owe(Resource.SLOTS)
         enclave.slots.take_ahead(index, client.identity.uid, number)
-        self._list(grant, first=True)
+        self._list(grant, first=self._is_first(client, enclave))
         enclave.attaches += 1
         grant.handed_out = True
         client.requests += 1

@@ -184,6 +184,24 @@ def test_an_enclave_that_is_upgraded_gives_nothing(world: MortalWorld, process: 
     attach(world, process)
 
 
+def test_whoever_waits_for_the_end_of_an_upgrade_is_given_nothing_besides(
+    world: MortalWorld, process: ModelledProcess
+) -> None:
+    """When its attach is granted nobody asks again whether its seat is good still."""
+    done = begin_upgrade(world)
+    before = world.service.attendant.statistics().seats
+    world.step(lambda: process.post("attach", enclave=ENCLAVE, slots=1))
+    assert world.service.attendant.statistics().seats == before - 1
+    end_upgrade(world, done)
+    ask(world, world.administrator, "ping")  # with which the shelf is filled again
+    assert SlotState.AHEAD in states(world)
+    process.hear()
+    second = ask(world, process, "attach", enclave=ENCLAVE, slots=1)
+    assert second.ok is not None
+    assert given(world) == 0
+    assert world.broker_enclave.clients_by_uid == {1000: 1}
+
+
 def test_a_grant_that_was_just_given_is_revoked_with_all_others(
     world: MortalWorld, process: ModelledProcess
 ) -> None:
