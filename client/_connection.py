@@ -279,7 +279,11 @@ class Connection(Link):
         )
         needed.acquire()
         try:
-            self._open_watch()
+            try:
+                self._open_watch()
+            except OSError:  # mostly since the process has no descriptors left
+                self._read_always()
+                return
             try:
                 while self._lost is None:
                     self._listen_once()
@@ -290,17 +294,34 @@ class Connection(Link):
             raise
 
     def _open_watch(self) -> None:
-        watch = select.epoll()
-        try:
-            self._kicks = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            watch.register(self._kicks, select.EPOLLIN)
-        except BaseException:
-            watch.close()
-            raise
-        with self._lock:
-            self._watch = watch
-            self._socket_is_here()
-            self._kick()  # what happened until now
+        with contextlib.ExitStack() as opened:
+            watch = opened.enter_context(select.epoll())
+            kicks = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            opened.callback(os.close, kicks)
+            watch.register(kicks, select.EPOLLIN)
+            with self._lock:
+                self._watch, self._kicks = watch, kicks
+                try:
+                    self._socket_is_here()
+                    self._kick()  # what happened until now
+                except BaseException:
+                    self._watch = None
+                    raise
+            opened.pop_all()
+
+    def _read_always(self) -> None:
+        """Listen without a watch: read whenever nobody else does; who asks waits for this thread then."""
+        while True:
+            with self._lock:
+                while self._reading and self._lost is None:
+                    self._wake.wait()
+                if self._lost is not None:
+                    return
+                self._reading = True
+            try:
+                self._read(None)
+            finally:
+                self._stop_reading()
 
     def _close_watch(self) -> None:
         with self._lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import threading
@@ -205,6 +206,36 @@ def test_the_listener_hears_events_without_any_request_and_still_serves_requests
     assert heard.wait(10)
     assert connection.request("ping").ok == {"second": True}
     connection.close()
+
+
+@pytest.mark.parametrize("call", ["select.epoll", "os.eventfd"])
+def test_without_descriptors_to_spare_events_are_heard_and_requests_answered_all_the_same(
+    script: Script, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    tried, heard = threading.Event(), threading.Semaphore(0)
+
+    def none_left(*_: object) -> None:
+        tried.set()
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def broker(peer: Peer) -> None:
+        peer.greet()
+        peer.say({"id": peer.read()["id"], "ok": {}})
+        for number in range(2):
+            peer.say({"event": "lost", "grant": 1, "enclave": "vault"})
+            peer.say({"id": peer.read()["id"], "ok": {"number": number}})
+        assert peer.sock.recv(1) == b""
+
+    script.run(broker)
+    monkeypatch.setattr(f"teemate._connection.{call}", none_left)
+    with contextlib.closing(Connection(script.path)) as connection:
+        connection.on_event = lambda _event: heard.release()
+        connection.request("ping")
+        connection.listen()
+        assert tried.wait(10)
+        for number in range(2):
+            assert heard.acquire(timeout=10)
+            assert connection.request("ping").ok == {"number": number}
 
 
 def test_an_answer_whose_caller_was_interrupted_is_given_back_and_its_descriptors_closed(

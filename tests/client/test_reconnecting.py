@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import threading
@@ -205,7 +206,15 @@ def test_requests_of_many_threads_are_answered_each_once_over_many_deaths(
 # -- who reconnects ---------------------------------------------------------------------
 
 
-def test_a_process_that_asks_nothing_comes_back_by_its_listener(broker: FakeBroker) -> None:
+@pytest.mark.parametrize("spare", [True, False], ids=["descriptors to spare", "none to spare"])
+def test_a_process_that_asks_nothing_comes_back_by_its_listener(
+    broker: FakeBroker, monkeypatch: pytest.MonkeyPatch, spare: bool
+) -> None:
+    def none_left(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    if not spare:
+        monkeypatch.setattr("teemate._connection.os.eventfd", none_left)
     with connected(broker) as connection:
         connection.request("attach", {"enclave": "vault"})
         connection.listen()
