@@ -52,8 +52,8 @@ class Connection(Link):
 
     def __init__(self, path: str, client: str = "") -> None:
         super().__init__(path, client)
-        self._asking = 0
-        """Threads that wait for an answer."""
+        self._asking: set[object] = set()
+        """One for each thread that waits for an answer."""
         self._watch: select.epoll | None = None
         """What the listener waits in, while there is one."""
         self._kicks = -1
@@ -116,8 +116,8 @@ class Connection(Link):
 
         """
         request = Request(next(self._numbers), op, args, fds=fds, wait=wait, session=session)
-        self._begin_asking()  # before the answer can be there: else the listener would be woken for it
         try:
+            self._begin_asking(request)  # before the answer can be there: else the listener is woken for it
             self._send(request)
             try:
                 if meanwhile is not None:
@@ -127,7 +127,7 @@ class Connection(Link):
                 self._disown(request, undo)
                 raise
         finally:
-            self._end_asking()
+            self._end_asking(request)
         if isinstance(answer, Error):
             raise answer
         return answer
@@ -137,12 +137,13 @@ class Connection(Link):
 
         While it is away this does not wait: it hears of it when it is back.
         """
-        self._begin_asking()
+        asker = object()
         try:
+            self._begin_asking(asker)
             with contextlib.suppress(ConnectionLost, EnclaveLost, _AwayError):
                 self._await(self._give_back(op, args, session), self._check_here)
         finally:
-            self._end_asking()
+            self._end_asking(asker)
 
     def post(self, op: str, args: Mapping[str, object], session: int) -> None:
         """Give something back without waiting for the answer; a lost connection is no error."""
@@ -174,17 +175,22 @@ class Connection(Link):
 
     # ---- who asks, and the listener -----------------------------------------------------
 
-    def _begin_asking(self) -> None:
-        """Read for oneself from now on; the listener hears nothing meanwhile."""
+    def _begin_asking(self, asker: object) -> None:
+        """Read for oneself from now on; the listener hears nothing meanwhile.
+
+        Ctrl-C can end it anywhere in here: :meth:`_end_asking` makes up for as much as was done.
+        """
         self.check_process()
         with self._lock:
-            self._asking += 1
-            if self._asking == 1:
+            self._asking.add(asker)
+            if len(self._asking) == 1:
                 self._socket_goes()
 
-    def _end_asking(self) -> None:
+    def _end_asking(self, asker: object) -> None:
+        if asker not in self._asking:  # in a child of fork() nothing has begun, and the lock may be held
+            return
         with self._lock:
-            self._asking -= 1
+            self._asking.remove(asker)
             if not self._asking:
                 self._socket_is_here()
                 if self._absence is not None or self._lost is not None:

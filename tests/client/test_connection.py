@@ -238,6 +238,35 @@ def test_without_descriptors_to_spare_events_are_heard_and_requests_answered_all
             assert connection.request("ping").ok == {"number": number}
 
 
+def test_after_ctrl_c_at_the_begin_of_a_request_the_listener_hears_events_still(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted, heard = threading.Event(), threading.Event()
+    begin = Connection._begin_asking
+
+    def broker(peer: Peer) -> None:
+        peer.greet()
+        peer.say({"id": peer.read()["id"], "ok": {}})
+        assert interrupted.wait(10)
+        peer.say({"event": "lost", "grant": 1, "enclave": "vault"})
+        assert peer.sock.recv(1) == b""
+
+    def interrupt(connection: Connection, *args: object) -> None:
+        begin(connection, *args)
+        raise KeyboardInterrupt
+
+    script.run(broker)
+    with contextlib.closing(Connection(script.path)) as connection:
+        connection.on_event = lambda _event: heard.set()
+        connection.request("ping")
+        connection.listen()
+        monkeypatch.setattr(Connection, "_begin_asking", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            connection.request("ping")
+        interrupted.set()
+        assert heard.wait(10)
+
+
 def test_an_answer_whose_caller_was_interrupted_is_given_back_and_its_descriptors_closed(
     script: Script, tmp_path: Path
 ) -> None:
