@@ -243,16 +243,19 @@ class Attendant:
     def withdraw(self, enclave: Enclave) -> None:
         """Take everything from the enclave's shelf: what was given until now is known afterwards."""
         shelf = self._shelves.get(enclave)
-        if shelf is None:
+        if shelf is None or self._native == ffi.NULL:
             return
         lib.attendant_withdraw(self._native, shelf.native)
         self.settle()
         for cell, ready in list(shelf.ready.items()):
-            self._empty(cell)
+            self._take(cell)
+            self._clear(cell)
             enclave.slots.put_back(ready.slot)
 
     def close(self, enclave: Enclave) -> None:
         """As :meth:`withdraw`, and the shelf is no more."""
+        if self._native == ffi.NULL:  # all were, with the attendant
+            return
         self.withdraw(enclave)
         shelf = self._shelves.pop(enclave, None)
         if shelf is not None:
@@ -284,12 +287,15 @@ class Attendant:
     def count(self, enclave: Enclave) -> None:
         """Tell what replies say of the enclave's slots now."""
         shelf = self._shelves.get(enclave)
-        if shelf is not None:
+        if shelf is not None and self._native != ffi.NULL:
             lib.attendant_count(self._native, shelf.native, enclave.counts())
 
-    def _empty(self, cell: int) -> None:
+    def _take(self, cell: int) -> _Ready:
         ready = self._ready.pop(cell)
         del ready.shelf.ready[cell]
+        return ready
+
+    def _clear(self, cell: int) -> None:
         lib.attendant_clear(self._native, cell)
         self._unused.append(cell)
 
@@ -381,6 +387,8 @@ class Attendant:
         self._recall(list(account.seats))
 
     def _recall(self, seats: list[Seat]) -> None:
+        if self._native == ffi.NULL:
+            return
         for seat in seats:
             if lib.attendant_recall(self._native, seat.number):
                 self._leave(seat)
@@ -421,12 +429,17 @@ class Attendant:
                     self._leave(seat)
 
     def _given(self, seat: Seat, cell: int, request: int, seconds: float) -> None:
-        ready, client = self._ready[cell], seat.connection.client
+        ready, client = self._take(cell), seat.connection.client
         enclave = ready.shelf.enclave
         seat.answered = True
         self._short.add(enclave)
-        self._service.granting.given(client, enclave, ready.grant, ready.slot, request, seconds)
-        self._empty(cell)  # not before: the client's record says it now
+        try:
+            self._service.granting.given(client, enclave, ready.grant, ready.slot, request, seconds)
+        except BaseException:
+            seat.connection.close()  # what it was given ends with it
+            raise
+        finally:
+            self._clear(cell)  # not before: the client's record says it now
         seat.connection.outbox.note_sent(2)
         monitoring = self._service.monitoring
         if monitoring.viewers:

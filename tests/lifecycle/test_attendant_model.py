@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +14,7 @@ from modelled_process import ModelledProcess, Reply
 from modelled_restart import MortalWorld
 from modelled_world import ENCLAVE
 
+from teemate.broker._door import ffi
 from teemate.broker.connections.attendant import Attendant
 from teemate.broker.policy.limits import Resource
 from teemate.broker.restart.cells import Cells
@@ -248,6 +251,52 @@ def test_while_somebody_waits_nothing_is_given_ahead_of_it(
     ask(world, third, "attach", enclave=ENCLAVE, slots=1, wait=0.0)
     assert given(world) == before
     ask(world, process, "detach", grant=grant, clean=True)
+
+
+def test_what_cannot_be_recorded_ends_with_its_clients_connection_and_harms_nobody_else(
+    world: MortalWorld, process: ModelledProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = world.start_process(1001)
+    other.hear()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(world.service.state), "answered", full)
+        world.step(lambda: process.post("attach", enclave=ENCLAVE, slots=1))
+    assert len(world.errors()) == 1
+    world.records.clear()
+    process.hear()
+    assert process.sock is None
+    assert not world.service.grants
+    assert states(world).count(SlotState.WITHHELD) == 1
+    world.step(process.end)
+    attach(world, other)  # as nobody's shelf and cell is in disorder
+    world.step(lambda: world.service.attendant.close(world.broker_enclave))
+    assert SlotState.AHEAD not in states(world)
+    assert charged_slots(world.service) == owned_slots(world.service)
+
+
+def test_an_attendant_that_has_ended_takes_back_and_counts_nothing(
+    world: MortalWorld, process: ModelledProcess
+) -> None:
+    """What ends after it, as an enclave does, has nothing there any more."""
+    attendant, enclave = world.service.attendant, world.broker_enclave
+
+    def use() -> None:
+        native, attendant._native = attendant._native, ffi.NULL
+        try:
+            attendant.count(enclave)
+            attendant.withdraw(enclave)
+            attendant.close(enclave)
+            attendant.call_in(next(iter(world.service.clients.values())).account)
+        finally:
+            attendant._native = native
+
+    assert SlotState.AHEAD in states(world)
+    world.step(use)
+    attach(world, process)
 
 
 def test_a_user_gets_no_more_grants_than_its_limit_however_many_of_its_connections_are_seated(
