@@ -339,6 +339,16 @@ static bool send_reply(const struct attendant_shelf *shelf, int fd, uint8_t *rep
     return sendmsg(fd, &header, MSG_NOSIGNAL | MSG_DONTWAIT) == (ssize_t)size;
 }
 
+/* Takes the request, which was looked at only, out of the socket. */
+static void take_request(int fd)
+{
+    uint8_t used;
+
+    /* That the client has closed its end meanwhile is told once, and before anything that lies here. */
+    if (recv(fd, &used, sizeof(used), MSG_DONTWAIT) < 0 && errno == ECONNRESET)
+        (void)!recv(fd, &used, sizeof(used), MSG_DONTWAIT);
+}
+
 /* struct tm_bind, as broker/control.py makes it. */
 static void bind_slot(const struct attendant_shelf *shelf, const struct attendant_client *client,
                       struct plain_slot *slot)
@@ -385,7 +395,6 @@ static int give(struct attendant *attendant, struct seat *seat, struct attendant
     struct plain_counts counts = shelf->counts;
     struct plain_slot slot = {
         .grant = cell->grant, .slot = cell->slot, .tcs = ready->tcs, .generation = cell->generation};
-    uint8_t used;
     int given = ready->cell;
     size_t size;
 
@@ -409,7 +418,7 @@ static int give(struct attendant *attendant, struct seat *seat, struct attendant
     }
     crypto_wipe(attendant->buffer, size);
     if (alive_locked(attendant))
-        (void)!recv(seat->fd, &used, sizeof(used), MSG_DONTWAIT); /* the request, which was looked at only */
+        take_request(seat->fd);
     take_first(shelf);
     return given;
 }

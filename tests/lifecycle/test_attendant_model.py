@@ -14,7 +14,7 @@ from modelled_process import ModelledProcess, Reply
 from modelled_restart import MortalWorld
 from modelled_world import ENCLAVE
 
-from teemate.broker._door import ffi
+from teemate.broker._door import ffi, lib
 from teemate.broker.connections.attendant import Attendant
 from teemate.broker.policy.limits import Resource
 from teemate.broker.restart.cells import Cells
@@ -297,6 +297,29 @@ def test_an_attendant_that_has_ended_takes_back_and_counts_nothing(
     assert SlotState.AHEAD in states(world)
     world.step(use)
     attach(world, process)
+
+
+def test_who_leaves_while_its_attach_is_answered_is_not_heard_a_second_time(
+    world: MortalWorld, process: ModelledProcess
+) -> None:
+    """Its reply lies unread: so the next call of the broker's on the socket fails, and takes no message."""
+    seen = 0
+
+    def leave() -> int:
+        nonlocal seen
+        seen += 1
+        if seen == 3:  # of POINTS: it was answered, and its request is still there
+            process.disconnect()
+        return 1
+
+    callback = ffi.callback("int(void)", leave)
+    world.step(lambda: lib.attendant_mortal(world.service.attendant._native, callback))
+    world.step(lambda: process.post("attach", enclave=ENCLAVE, slots=1))
+    assert process.sock is None, "the guard of this test: it left"
+    assert given(world) == 1
+    assert world.broker_enclave.attaches == 1
+    assert states(world).count(SlotState.WITHHELD) == 1
+    world.step(lambda: lib.attendant_mortal(world.service.attendant._native, world._attendant_lives))
 
 
 def test_a_user_gets_no_more_grants_than_its_limit_however_many_of_its_connections_are_seated(
