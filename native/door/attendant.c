@@ -22,6 +22,7 @@
 #define AT_ONCE 64
 #define REPLY_MAX 65536u
 #define STACK_SIZE (256u << 10)
+#define NO_SEAT UINT64_MAX /* find() finds none of that number */
 /*
  * After a grant the broker has a note to take, and its client a mapping to make and a first call: if the
  * broker were woken at once, it would often have the processor that the client wants.  Whoever says
@@ -522,6 +523,7 @@ static void *run(void *argument)
 
 struct attendant *attendant_new(struct attendant_cell *cells, size_t count, bool threaded)
 {
+    struct epoll_event silent = {.data.u64 = NO_SEAT}; /* until end_thread() */
     struct attendant *attendant = calloc(1, sizeof(*attendant));
     int error;
 
@@ -533,7 +535,8 @@ struct attendant *attendant_new(struct attendant_cell *cells, size_t count, bool
     attendant->bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     attendant->epoll = epoll_create1(EPOLL_CLOEXEC);
     pthread_mutex_init(&attendant->lock, NULL);
-    if (attendant->bell < 0 || attendant->epoll < 0) {
+    if (attendant->bell < 0 || attendant->epoll < 0 ||
+        epoll_ctl(attendant->epoll, EPOLL_CTL_ADD, attendant->bell, &silent) != 0) {
         error = errno;
         attendant_free(attendant);
         errno = error;
@@ -542,21 +545,15 @@ struct attendant *attendant_new(struct attendant_cell *cells, size_t count, bool
     return attendant;
 }
 
-/* Wakes the thread, which then sees that it is to end. */
+/* Wakes the thread by the bell, which nobody hears any more: for this nothing has to be had first. */
 static void end_thread(struct attendant *attendant)
 {
-    const uint64_t one = 1;
-    struct epoll_event event = {.events = EPOLLIN, .data.u64 = UINT64_MAX};
-    int end = eventfd(0, EFD_CLOEXEC);
+    struct epoll_event event = {.events = EPOLLIN, .data.u64 = NO_SEAT};
 
     __atomic_store_n(&attendant->ending, true, __ATOMIC_RELEASE);
-    /* Without a descriptor for this the bell serves: it is ours, and nobody collects any more. */
-    if (end < 0)
-        end = dup(attendant->bell);
-    if (epoll_ctl(attendant->epoll, EPOLL_CTL_ADD, end, &event) == 0)
-        (void)!write(end, &one, sizeof(one));
+    ring(attendant);
+    epoll_ctl(attendant->epoll, EPOLL_CTL_MOD, attendant->bell, &event);
     pthread_join(attendant->thread, NULL);
-    close(end);
 }
 
 void attendant_free(struct attendant *attendant)
