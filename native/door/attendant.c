@@ -279,12 +279,18 @@ static int more_seats(struct attendant *attendant)
     return 0;
 }
 
-static void free_seat(struct attendant *attendant, struct seat *seat)
+/* There is a slot's key in it. */
+static void forget_reply(struct seat *seat)
 {
     if (seat->reply != NULL)
         crypto_wipe(seat->reply, seat->reply_size);
     free(seat->reply);
     seat->reply = NULL;
+}
+
+static void free_seat(struct attendant *attendant, struct seat *seat)
+{
+    forget_reply(seat);
     seat->state = SEAT_UNUSED;
     seat->turn = (seat->turn + 1) & INT32_MAX; /* numbers are positive */
     seat->next = attendant->unused;
@@ -408,16 +414,16 @@ static int give(struct attendant *attendant, struct seat *seat, struct attendant
     crypto_wipe(&slot, sizeof(slot));
     seat->reply = size != 0 ? copy(attendant->buffer, size) : NULL;
     seat->reply_size = size;
+    crypto_wipe(attendant->buffer, size != 0 ? size : sizeof(attendant->buffer));
     if (seat->reply == NULL || !alive_locked(attendant))
         return -1;
     cell->request = id;
     commit(&cell->client, seat->client.number);
-    if (!alive_locked(attendant) || !send_reply(shelf, seat->fd, attendant->buffer, size)) {
+    if (!alive_locked(attendant) || !send_reply(shelf, seat->fd, seat->reply, size)) {
         if (!attendant->dead)
             commit(&cell->client, 0); /* nobody has seen it */
         return -1;
     }
-    crypto_wipe(attendant->buffer, size);
     if (alive_locked(attendant))
         take_request(seat->fd);
     take_first(shelf);
@@ -563,7 +569,7 @@ void attendant_free(struct attendant *attendant)
     while (attendant->shelves != NULL)
         attendant_close(attendant, attendant->shelves);
     for (size_t i = 0; i < attendant->seat_count; i++)
-        free(attendant->seats[i].reply);
+        forget_reply(&attendant->seats[i]);
     if (attendant->bell >= 0)
         close(attendant->bell);
     if (attendant->epoll >= 0)
