@@ -333,7 +333,11 @@ class Attendant:
             or client.identity.pid in self._service.reclaimer.left_behind
         ):
             return None
-        taken = min(len(account.seats) + 1, _SEATS)
+        if len(account.seats) >= _SEATS:  # first, as it may have been given something
+            oldest = next(iter(account.seats))
+            oldest.left = True
+            self._recall([oldest])
+        taken = len(account.seats) + 1
         if account.exhausted(Resource.REQUESTS, 2) or any(
             account.exhausted(resource, taken * each) for resource, each in GIVEN_AHEAD.items()
         ):
@@ -348,10 +352,6 @@ class Attendant:
             return None
         for shelf in shelves:
             self.restock(shelf.enclave)
-        if len(account.seats) >= _SEATS:
-            oldest = next(iter(account.seats))
-            oldest.left = True
-            self._recall([oldest])
         mine = self._client
         mine.number, mine.uid, mine.gid = client.number, uid, client.identity.gid
         mine.least_id = max(client.recalled) + 1 if client.recalled else 0

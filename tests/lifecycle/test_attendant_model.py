@@ -342,6 +342,30 @@ def test_a_user_gets_no_more_grants_than_its_limit_however_many_of_its_connectio
     assert {reply.error["code"] for reply in replies if reply.error} == {"limit-reached"}
 
 
+def test_what_the_seat_that_makes_room_was_given_counts_before_another_is_taken(
+    world: MortalWorld, process: ModelledProcess
+) -> None:
+    world.step(lambda: world.service.ledger.bounds.update({Resource.GRANTS: 16}))
+    more = [world.start_process(1000) for _ in range(16)]
+    (client,) = (c for c in world.service.clients.values() if c.identity.pid == world.pid(process))
+    account = client.account
+    assert len(account.seats) == 16
+    assert all(seat.connection is not client.connection for seat in account.seats)
+
+    def take_one_more() -> int:
+        more[0].post("attach", enclave=ENCLAVE, slots=1)
+        assert world.service.attendant.step()
+        assert not world.service.grants, "the guard of this test: nobody knows of it yet"
+        assert client.connection is not None
+        seat = world.service.attendant._take_seat(client.connection)
+        most = account.used[Resource.GRANTS] + len(account.seats)
+        if seat is not None:
+            world.service.attendant._recall([seat])
+        return most
+
+    assert world.step(take_one_more) <= 16
+
+
 def test_a_slot_that_was_not_taken_back_before_it_goes_to_another_is_found_out(
     world: MortalWorld, process: ModelledProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
