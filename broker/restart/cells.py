@@ -66,8 +66,10 @@ class Cells:
             raise DamagedSnapshotError(f"what was kept of grants given ahead has not {_SIZE} bytes")
         return cls(fd)
 
-    def take_up(self, snapshot: Snapshot) -> None:
+    def take_up(self, snapshot: Snapshot) -> set[int]:
         """Write what was given into the records of the clients, and empty the cells.
+
+        Returns the grants that only a cell told of: nobody has noted them in the audit records either.
 
         It may be in there already, and all of this may be done again: a broker can die at any point.
 
@@ -77,14 +79,17 @@ class Cells:
             There is no record of a client that got something: one is written before it can.
 
         """
+        taken = set()
         for number in range(CELLS):
             given = _Given(*_CELL.unpack_from(self.memory, number * _CELL.size))
-            if given.enclave and given.client:
-                self._record(snapshot, given)
+            if given.enclave and given.client and self._record(snapshot, given):
+                taken.add(given.grant)
             _WORD.pack_into(self.memory, number * _CELL.size + _ENCLAVE, 0)
+        return taken
 
     @staticmethod
-    def _record(snapshot: Snapshot, given: _Given) -> None:
+    def _record(snapshot: Snapshot, given: _Given) -> bool:
+        """Whether it was in no record yet."""
         name = Name("client", given.client)
         content: dict[str, Any] | None = snapshot.contents.get(name)
         if content is None:
@@ -93,7 +98,7 @@ class Cells:
             )
         try:
             if any(grant[0] == given.grant for grant in content["grants"]):
-                return
+                return False
             slots = [[given.slot, given.generation, given.key, ""]]
             content["grants"].append([given.grant, given.enclave, False, False, slots])
             outcome = {"grant": given.grant, "slots": [given.slot]}
@@ -103,6 +108,7 @@ class Cells:
                 f"the record of client {given.client} is not as this broker writes it"
             ) from error
         snapshot.write(name, content)
+        return True
 
     def close(self) -> None:
         """Forget them; the store keeps what it has."""

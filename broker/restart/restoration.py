@@ -66,6 +66,8 @@ class Found:
     enclaves: list[EnclaveRecord] = field(default_factory=list)
     clients: dict[int, ClientRecord] = field(default_factory=dict)
     stored: list[StoredRecord] = field(default_factory=list)
+    given: set[int] = field(default_factory=set)
+    """Grants that the last broker gave, and did not come to note in the audit records."""
     emptied: str = ""
 
 
@@ -90,7 +92,7 @@ def read_found(kept: list[Inherited]) -> Found:
     cells = found.descriptors.pop(AHEAD, None)  # a broker that gave nothing ahead has left none
     if cells is not None:
         found.cells = Cells.open(cells)
-        found.cells.take_up(found.snapshot)
+        found.given = found.cells.take_up(found.snapshot)
     for (kind, number), content in found.snapshot.contents.items():
         if kind == "enclave":
             found.enclaves.append(read_enclave(number, content))
@@ -228,6 +230,12 @@ class Restoration:
 
     def _place_client(self, number: int, record: ClientRecord) -> None:
         service = self._service
+        for grant in record.grants:
+            if grant.number in self._found.given and grant.enclave in self._enclaves:
+                service.audit.granted(
+                    record.identity, client=number, enclave=self._enclaves[grant.enclave].name,
+                    grant=grant.number, slots=[slot.index for slot in grant.slots],
+                )  # fmt: skip
         pidfd = reopen_process(record.identity.pid, record.started)
         for (serial, index), generation in record.returning.items():
             self._note_holder(serial, index, generation, dead=pidfd is None)

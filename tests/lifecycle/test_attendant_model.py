@@ -98,6 +98,8 @@ def test_a_broker_that_dies_anywhere_in_an_attach_has_given_one_grant_to_one_cli
     assert world.service.grants[grant].slots == [index]
     assert world.enclave.slots[index].opens(key)
     assert world.service.grants[grant].client.identity.pid == world.pid(process)
+    audited = [record for record in world.records if record.get("audit") == "grant"]
+    assert [(record["grant"], record["slots"]) for record in audited] == [(grant, [index])]
     assert charged_slots(world.service) == owned_slots(world.service)
     assert ask(world, process, "detach", grant=grant, clean=True).ok is not None
     assert states(world).count(SlotState.ASSIGNED) == 0
@@ -108,7 +110,7 @@ def test_without_what_stands_in_the_cells_a_grant_is_lost(
     world: MortalWorld, process: ModelledProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the test above: some point is between the reply and the client's record."""
-    monkeypatch.setattr(Cells, "take_up", lambda *_: None)
+    monkeypatch.setattr(Cells, "take_up", lambda *_: set())
     lost = 0
     for points in range(POINTS):
         other = world.start_process(1000)
