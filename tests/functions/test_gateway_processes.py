@@ -113,6 +113,24 @@ def test_what_is_no_http_gets_400_and_harms_nobody(gateway: RunningGateway) -> N
     assert gateway.request("GET", "/healthz").json()["status"] == "ok"
 
 
+def test_a_connection_that_the_server_cannot_serve_ends_no_worker(gateway: RunningGateway) -> None:
+    from h2.config import H2Configuration
+    from h2.connection import H2Connection
+
+    peer = H2Connection(H2Configuration(client_side=True, validate_outbound_headers=False))
+    peer.initiate_connection()
+    head = [(":method", "GET"), (":scheme", "http"), (":authority", "here"), (":path", b"/\xff")]
+    peer.send_headers(1, head, end_stream=True)
+    connection = gateway.connection()
+    connection.connect()
+    connection.sock.sendall(peer.data_to_send())
+    while connection.sock.recv(1 << 16):
+        pass
+    connection.close()
+    wait_until(lambda: gateway.log("connection failed"), "it is logged")
+    assert not gateway.log("worker ended")
+
+
 def test_a_worker_that_dies_takes_its_own_requests_along_and_no_others(held: Path) -> None:
     with run_gateway("--workers", "2", "--slots", "2") as gateway:
         victim, other = gateway.workers()
