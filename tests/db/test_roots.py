@@ -230,6 +230,38 @@ def test_a_log_of_a_branch_is_not_believed_with_the_pages_of_another(
     assert look(life) == {10}
 
 
+def test_a_log_of_a_fork_is_not_believed_though_both_begin_with_the_same_frames(
+    two: tuple[Files, Files], life: Life, storage: Path
+) -> None:
+    put(storage, {**two[1], LOG: b""})
+    with life() as enclave, enclave.slot() as slot:
+        Connection(slot, MAIN).sql("UPDATE t SET n = 3 WHERE id = 1")
+        shared = snapshot(storage)
+    forks = []
+    for statement, number, times in (("", 10, 1), (" WHERE id < 5", 20, 20)):
+        put(storage, shared)
+        with life() as enclave, enclave.slot() as slot:
+            db = Connection(slot, MAIN)
+            db.sql("PRAGMA wal_autocheckpoint = 0")
+            for _ in range(times):
+                number += 1
+                db.sql(f"UPDATE t SET n = ?{statement}", number)
+            if times == 1:
+                db.sql("PRAGMA wal_checkpoint(PASSIVE)")
+            forks.append(snapshot(storage))
+    assert len(forks[1][LOG]) > len(forks[0][LOG]) > len(shared[LOG])
+    put(storage, {**forks[0], LOG: forks[1][LOG]})
+    assert look(life) is None
+    for number in (0, 3):  # nor with some frames of each
+        at = LOG_HEAD + (len(shared[LOG]) - LOG_HEAD) // FRAME * FRAME + number * FRAME
+        put(storage, {**forks[0], LOG: forks[0][LOG][:at] + forks[1][LOG][at:]})
+        assert look(life) is None
+        put(storage, {**forks[0], LOG: forks[1][LOG][: at + FRAME] + forks[0][LOG][at + FRAME :]})
+        assert look(life) is None
+    put(storage, forks[0])
+    assert look(life) == {11}
+
+
 def test_without_freshness_a_mixture_is_believed(images: Images, tmp_path: Path) -> None:
     holes = altered_database(images, tmp_path, "DB_TEST_NO_FRESHNESS")
     storage = tmp_path / "altered"

@@ -140,6 +140,19 @@ int record_log_root(const struct record_file *log, uint8_t bound[ROOT_ID], uint6
     return 0;
 }
 
+int record_frame_tag(const struct record_file *log, uint64_t record, uint64_t *tag)
+{
+    uint8_t raw[LARGEST], *frame = sqlite3_malloc(FRAME_SIZE);
+    int64_t got = frame ? tm_file_read(log->handle, place_of(FILE_WAL, record), raw, sizeof(raw)) : RECORD_MEMORY;
+    bool right = got == (int64_t)sizeof(raw) && open_record(log, record, raw, frame);
+
+    sqlite3_free(frame);
+    if (!right)
+        return got < 0 ? (int)got : RECORD_TAMPERED;
+    *tag = short_tag(raw + NONCE + FRAME_SIZE);
+    return known_is_right(log->database, FILE_WAL, record, *tag) ? 0 : RECORD_TAMPERED;
+}
+
 /* A frame of the log, of the same life of the log as `salt`: neither judged for freshness nor kept. */
 static bool peek_frame(const struct record_file *file, uint64_t record, const uint8_t salt[8], uint8_t *frame)
 {

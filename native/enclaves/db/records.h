@@ -55,5 +55,7 @@ int records_cut(struct record_file *file, uint64_t count);
  * a negative tm_errno.
  */
 int record_log_root(const struct record_file *log, uint8_t bound[ROOT_ID], uint64_t *tag);
+/* The short tag that a frame of the log has in the file: 0, RECORD_TAMPERED, RECORD_MEMORY, a negative tm_errno. */
+int record_frame_tag(const struct record_file *log, uint64_t record, uint64_t *tag);
 
 #endif

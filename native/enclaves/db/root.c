@@ -138,7 +138,10 @@ static int write_root(struct record_file *file, const struct record_file *log, u
     head.root.pages = (uint64_t)pages;
     tm_random(head.root.id, ROOT_ID);
     head.root.frames = frames;
-    status = open_file(database, TM_FILE_CREATE, &handle);
+    if (log && frames)
+        status = record_frame_tag(log, frames, &head.root.last);
+    if (!status)
+        status = open_file(database, TM_FILE_CREATE, &handle);
     if (status)
         return status;
     status = write_chunks(database, handle, &head);
@@ -258,6 +261,10 @@ int root_read(struct record_file *file, struct record_file *log)
         if (tag != root->log)
             return RECORD_TAMPERED;
         database->frames_needed = root->frames;
+        if (root->frames && known_reserve(database, FILE_WAL, root->frames))
+            return RECORD_MEMORY;
+        if (root->frames)
+            known_set(database, FILE_WAL, root->frames, root->last);
         if (database->files[FILE_WAL].records < 1 + root->frames)
             database->files[FILE_WAL].records = 1 + root->frames;
     }

@@ -13,7 +13,9 @@
  *   - the log was begun under the root that is there.  The main file is what the root says, and the log has what
  *     was committed since, from its beginning.
  *   - the root was made from the log that is there, or from an earlier part of it.  Pages that are not as
- *     the root says are in the log, which has at least as many frames as the root was made from.
+ *     the root says are in the log, which has at least as many frames as the root was made from.  The last of these
+ *     is known by its tag: a log that went another way from a state that was brought back has another there, and
+ *     SQLite's checksum, which goes on from frame to frame, holds it to those before it.
  *
  * Anything else was put together by the host of states that never were together.  What it can still bring
  * back is one earlier state of the whole database, or one without the last transactions of the log.

@@ -63,6 +63,7 @@ struct root {
     uint8_t base[ROOT_ID]; /* the root under which the log that it was made from was begun */
     uint64_t log;          /* short tag of that log's head: there may be others, of a state that was brought back */
     uint64_t frames;       /* of that log */
+    uint64_t last;         /* short tag of the last of them; 0: there are none */
     uint64_t pages;
 };
 
