@@ -147,6 +147,7 @@ static int come_in(const char *name, struct database **result)
 static int admit(struct file *file, const char *name, int *flags)
 {
     struct connection *connection = connection_self();
+    uint64_t head = file->records.database->head; /* first: rights that change meanwhile are looked at with the next call */
     enum db_access access = head_access(file->records.database);
     int status = 0;
 
@@ -154,7 +155,7 @@ static int admit(struct file *file, const char *name, int *flags)
         return file_code(RECORD_DENIED, SQLITE_CANTOPEN);
     connection->granted = access;
     connection->database = file->records.database;
-    connection->head = file->records.database->head;
+    connection->head = head;
     if (access == DB_ACCESS_READ && *flags & SQLITE_OPEN_READWRITE) {
         *flags = (*flags & ~(SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE)) | SQLITE_OPEN_READONLY;
         tm_file_close(file->records.handle);
