@@ -28,6 +28,7 @@ from teemate.image import SigParams, layout_image, sign_with_key
 HERE = Path(__file__).parent
 WRITE, TRUNCATE, SYNC, DELETE, MARK = range(5)
 SECTOR = 512
+HEAD = 4096
 _ENTRY = struct.Struct("<IIQQ")
 
 
@@ -63,13 +64,17 @@ class File:
             if fate == 0:
                 steps.append((kind, offset, data))
             elif fate == 1 and kind == WRITE:
-                at = offset
-                while at < offset + len(data):
-                    end = min(at - at % SECTOR + SECTOR, offset + len(data))
-                    if dice.random() < 0.5:
-                        steps.append((kind, at, data[at - offset : end - offset]))
-                    at = end
+                steps += [sector for sector in sectors(offset, data) if dice.random() < 0.5]
         return self.after(steps)
+
+
+def sectors(offset: int, data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Cut one write into those of its sectors."""
+    at = offset
+    while at < offset + len(data):
+        end = min(at - at % SECTOR + SECTOR, offset + len(data))
+        yield WRITE, at, data[at - offset : end - offset]
+        at = end
 
 
 def entries(record: bytes) -> Iterator[tuple[int, str, int, bytes]]:
@@ -153,3 +158,25 @@ def test_what_was_committed_survives_a_power_cut_and_nothing_else_does(
         for path in folder.iterdir():
             path.unlink()
     assert torn > points // 4
+
+
+def test_a_database_whose_making_was_cut_short_can_be_made_again(small_image: Path, tmp_path: Path) -> None:
+    files: dict[str, File] = {}
+    heads = looks = 0
+    for kind, name, offset, data in recorded(small_image, tmp_path, 0):
+        if kind == MARK:
+            break
+        if kind == WRITE and name == "cut" and offset < HEAD:
+            heads += 1
+            torn = list(sectors(offset, data))
+            for which in range(1 << len(torn)):
+                written = [sector for number, sector in enumerate(torn) if which >> number & 1]
+                folder = tmp_path / f"made-{heads}-{which}"
+                folder.mkdir()
+                for other, file in files.items():
+                    (folder / other).write_bytes(file.after(file.since + (written if other == name else [])))
+                assert look(small_image, folder) is None
+                looks += 1
+        files.setdefault(name, File()).do(kind, offset, data)
+    assert heads == 2
+    assert looks >= 8

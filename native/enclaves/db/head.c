@@ -53,7 +53,7 @@ int head_read(struct record_file *file)
     struct database *database = file->database;
     uint8_t binding[80], sealed[SEALED];
     struct head head, best = {.number = 0};
-    bool any = false, found = false;
+    bool made = false, found = false;
 
     bind(database, binding);
     for (uint64_t place = 0; place < 2; place++) {
@@ -65,7 +65,7 @@ int head_read(struct record_file *file)
             return (int)got;
         if (!memcmp(sealed, nothing, sizeof(sealed)))
             continue;
-        any = true;
+        made = made || !place; /* which is written last when a database is made */
         if (tm_unseal(binding, sizeof(binding), sealed, sizeof(sealed), &head) || head.number % 2 != place)
             continue;
         if (!found || head.number > best.number)
@@ -78,7 +78,7 @@ int head_read(struct record_file *file)
     }
     tm_wipe(&head, sizeof(head));
     tm_wipe(&best, sizeof(best));
-    return found ? 0 : any ? RECORD_TAMPERED : -TM_ENOENT;
+    return found ? 0 : made ? RECORD_TAMPERED : -TM_ENOENT;
 }
 
 int head_begin(struct record_file *file, const char *log)
@@ -99,11 +99,18 @@ int head_begin(struct record_file *file, const char *log)
 
 int head_finish(struct record_file *file)
 {
+    struct rights rights = file->database->rights[0];
     int status = tm_file_sync(file->handle);
 
     if (!status)
         status = root_write(file);
-    return status ? status : write(file, 0, &file->database->rights[0]);
+    if (!status)
+        status = write(file, 1, &rights);
+    if (!status)
+        status = write(file, 0, &rights);
+    if (!status)
+        adopt(file->database, 1, &rights);
+    return status;
 }
 
 int head_change(struct record_file *file, const struct rights *rights)

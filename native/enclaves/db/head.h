@@ -3,9 +3,10 @@
  * The head of a database's file: its key, who may use it, and how large it may be.
  *
  * There are two places for it, of 2048 bytes each; head number n lies in place n modulo 2, so that a change which power cuts
- * short leaves the last one.  Of two that are right the higher number counts.  Heads are sealed under the database's
- * name.  In one life of the enclave its memory says what the rights are; across lives the host can bring an older head
- * back, and with it rights that were taken away since.
+ * short leaves the last one.  Of two that are right the higher number counts.  A new database gets number 1 first, and
+ * number 0 when that is on the disk: power that is cut meanwhile leaves place 0 empty, which is no database unless number 1
+ * is whole, or number 1.  Heads are sealed under the database's name.  In one life of the enclave its memory says what the
+ * rights are; across lives the host can bring an older head back, and with it rights that were taken away since.
  */
 #ifndef DB_HEAD_H
 #define DB_HEAD_H
