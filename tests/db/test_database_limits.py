@@ -15,6 +15,7 @@ from running_broker import RunningBroker
 
 import teemate
 from teemate import db
+from teemate.db._wire import encode_execute, encode_set
 
 Open = Callable[..., Any]
 
@@ -73,13 +74,18 @@ def test_statement_time(connect: Open) -> None:
 def test_size_of_a_database_whoever_writes_and_whatever_they_set(connect: Open) -> None:
     owner, other = connect("ledger"), connect("ledger")
     owner.execute("CREATE TABLE t(v)")
+    anything = "PRAGMA max_page_count = 100000"
+    other.execute("SELECT * FROM t").fetchall()  # or its statements are made anew, with the schema
+    with pytest.raises(db.ProgrammingError):  # it has no parameter: the enclave keeps it, and it has not run
+        other._run(encode_execute(anything.encode(), [encode_set([1])], parameters=1, rows=1))
     owner.limit(1 << 20)
     assert owner.describe().size_limit == 1 << 20
     for connection in (other, owner, connect("ledger")):
-        connection.execute("PRAGMA max_page_count = 100000").fetchall()
-        with reached("size of a database", "teemate db limit"):
+        connection.execute(anything).fetchall()
+        with reached("size of a database", "teemate db limit"), connection:
             connection.execute(f"INSERT INTO t {FILL}", (2000,))
-        connection.rollback()
+        assert not connection.in_transaction
+        assert owner.describe().size <= 1 << 20
     with other:
         other.execute(f"INSERT INTO t {FILL}", (500,))
     owner.limit(0)

@@ -3,6 +3,9 @@
 #include "file.h"
 
 #include "files.h"
+#include "head.h"
+
+#define INDEX_PAGES 5 /* SQLite's wal-index (walformat.html): pages of the database after the last commit */
 
 static uint8_t *frame_at(const struct file *file, uint32_t index)
 {
@@ -57,6 +60,18 @@ static int rewrite(struct file *file, uint64_t record, const void *data, uint32_
     return file_code(status == RECORD_END ? -TM_EIO : status, SQLITE_IOERR_WRITE);
 }
 
+/* The head of a transaction's last frame says how many pages the database has then; of the others, 0. */
+static bool may_commit(const struct file *file, const uint8_t *head)
+{
+    struct database *database = file->records.database;
+    const volatile uint32_t *index = database->regions[0];
+    uint64_t now = index && index[INDEX_PAGES] ? index[INDEX_PAGES] : database->files[FILE_MAIN].records;
+    uint32_t pages;
+
+    memcpy(&pages, head + 4, sizeof(pages));
+    return head_has_room(database, __builtin_bswap32(pages), now);
+}
+
 int batch_write(struct file *file, uint64_t record, const void *data, uint32_t length, uint32_t offset)
 {
     bool next = file->batch_count && record == file->batch_first + file->batch_count;
@@ -64,6 +79,8 @@ int batch_write(struct file *file, uint64_t record, const void *data, uint32_t l
     uint8_t *frame;
     int code;
 
+    if (!offset && length == FRAME_HEAD && !may_commit(file, data))
+        return SQLITE_FULL; /* it is rolled back, and what was gathered of it forgotten */
     /* What was written before in this transaction is written again: to the batch, or where it is. */
     if (file->batch_count && place < file->batch_count && !(file->half && place == file->batch_count - 1)) {
         memcpy(frame_at(file, (uint32_t)place) + offset, data, length);

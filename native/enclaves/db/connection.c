@@ -233,19 +233,24 @@ int connection_set_up(struct connection *self, sqlite3 *db)
     return sqlite3_exec(db, pragma, NULL, NULL, NULL);
 }
 
-/* What the owner says of the size; SQLite has it per connection. */
-static void limit_size(struct connection *self)
+/*
+ * What the owner says of the size; SQLite has it per connection.  A statement that would be too large ends early by this;
+ * what holds whoever writes to it, whatever they have prepared, is that no larger commit goes into the log (batch.c).
+ */
+static int limit_size(struct connection *self)
 {
     struct rights rights;
     char pragma[64];
+    int code;
 
     head_rights(self->database, &rights);
     self->limited = rights.pages_most != 0;
     sqlite3_snprintf(sizeof(pragma), pragma, "PRAGMA max_page_count=%lld",
                      (long long)(rights.pages_most ? rights.pages_most : PAGES_MOST));
     self->setting = true;
-    sqlite3_exec(self->db, pragma, NULL, NULL, NULL);
+    code = sqlite3_exec(self->db, pragma, NULL, NULL, NULL);
     self->setting = false;
+    return code;
 }
 
 int connection_allowed(struct connection *self)
@@ -257,8 +262,8 @@ int connection_allowed(struct connection *self)
     if (!self->database || (head = self->database->head) == self->head)
         return 0;
     if (head_access(self->database) >= (self->readonly ? DB_ACCESS_READ : self->granted)) {
-        self->head = head;
-        limit_size(self);
+        if (!limit_size(self)) /* else it is set with the next call */
+            self->head = head;
         return 0;
     }
     /* It was taken back, and with it what is not committed. */
@@ -289,7 +294,7 @@ static int open(struct connection *self, const struct db_open *request, const ch
     if (!code && !memory)
         code = sqlite3_exec(self->db, "SELECT 1 FROM sqlite_schema LIMIT 1", NULL, NULL, NULL);
     if (!code && !memory)
-        limit_size(self);
+        code = limit_size(self);
     return code;
 }
 

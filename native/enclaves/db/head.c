@@ -133,6 +133,17 @@ void head_rights(const struct database *database, struct rights *rights)
     } while (database->head != number);
 }
 
+bool head_has_room(const struct database *database, uint64_t pages, uint64_t now)
+{
+    uint64_t number, most;
+
+    do {
+        number = database->head;
+        most = __atomic_load_n(&database->rights[number % 2].pages_most, __ATOMIC_SEQ_CST);
+    } while (database->head != number);
+    return !most || pages <= most || pages <= now;
+}
+
 enum db_access head_access(const struct database *database)
 {
     struct tm_identity identity = tm_caller().identity;

@@ -32,6 +32,8 @@ int head_change(struct record_file *file, const struct rights *rights);
 
 /* What the running slot's identity may do with it, as it is open now or about to be. */
 enum db_access head_access(const struct database *database);
+/* May a transaction leave it with so many pages, when it has `now`?  What is too large already need not shrink. */
+bool head_has_room(const struct database *database, uint64_t pages, uint64_t now);
 /* A consistent copy of the rights. */
 void head_rights(const struct database *database, struct rights *rights);
 
