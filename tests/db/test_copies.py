@@ -315,6 +315,17 @@ def test_a_copy_needs_a_database_in_a_file_and_no_open_transaction(connect: Open
         connection.backup(sqlite3.connect(":memory:"))
 
 
+def test_a_copy_that_is_refused_leaves_a_transaction_what_it_is(connect: Open) -> None:
+    connection = connect("ledger")
+    connection.execute("CREATE TABLE t(v)")
+    connection.execute("INSERT INTO t VALUES (1)")
+    for kind, name in ((1, b""), (2, b"copy")):
+        with pytest.raises(teemate.CallFailed):
+            connection._slot.call("db_copy", struct.pack("<IIQ", kind, len(name), 0) + name)
+    connection.rollback()
+    assert connection.execute("SELECT count(*) FROM t").fetchone() == (0,)
+
+
 def test_while_it_is_copied_a_connection_does_nothing_else(connect: Open) -> None:
     connection = connect("ledger")
     connection.executescript("CREATE TABLE t(id INTEGER PRIMARY KEY, v)")

@@ -21,6 +21,7 @@ struct copy {
     uint64_t done, pages;
     struct record_file to; /* no database: DB_COPY_OUT */
     bool made;             /* it is a database now */
+    bool reading;          /* the transaction that is open is the copy's */
     char said[160];
 };
 
@@ -62,6 +63,7 @@ static int begin_reading(struct connection *self, struct copy *copy)
         return DB_E_REQUEST;
     if (head_access(self->database) != DB_ACCESS_OWNER)
         return DB_E_DENIED;
+    copy->reading = true;
     code = sqlite3_exec(self->db, "BEGIN; SELECT 1 FROM sqlite_schema LIMIT 1", NULL, NULL, NULL);
     copy->pages = code ? 0 : pages_count(self->db);
     return code;
@@ -96,7 +98,7 @@ void copy_end(struct connection *self)
         return;
     self->copy = NULL;
     self->said = NULL;
-    if (copy->kind != DB_COPY_IN && !sqlite3_get_autocommit(self->db))
+    if (copy->reading && !sqlite3_get_autocommit(self->db))
         sqlite3_exec(self->db, "COMMIT", NULL, NULL, NULL);
     if (copy->to.database) {
         tm_file_close(copy->to.handle);
