@@ -91,7 +91,7 @@ TM_ECALL(db_delete)
 {
     char name[DB_NAME_MAX + 1] = {0};
 
-    if (!connection_name_is_right((const char *)rq->in, (uint32_t)rq->in_len))
+    if (rq->in_len > DB_NAME_MAX || !connection_name_is_right((const char *)rq->in, (uint32_t)rq->in_len))
         return TM_E_ARGUMENT;
     if (!connection_self())
         return TM_E_STATE; /* SQLite's memory is the connection's */
