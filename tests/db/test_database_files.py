@@ -167,6 +167,13 @@ def test_an_enclave_without_storage_says_so(diskless: teemate.Enclave) -> None:
         Connection(slot, "accounts")
 
 
+def test_a_deletion_that_was_cut_short_is_gone_on_with(connect: Connect, storage: Path) -> None:
+    for name in ("accounts-wal", "accounts-root"):
+        (storage / name).write_bytes(b"left")
+    connect().slot.call("db_delete", b"accounts")
+    assert list(storage.iterdir()) == []
+
+
 def test_a_database_is_deleted_when_nobody_has_it(connect: Connect, storage: Path) -> None:
     db, boss = connect("accounts"), connect()
     fill(db, 3)

@@ -77,7 +77,7 @@ static int delete(const char *name)
         cache_drop((uint64_t)database);
         vfs_log_name(name, log);
         status = tm_file_delete(name);
-        if (!status)
+        if (!status || status == -TM_ENOENT) /* a deletion that was cut short is gone on with */
             status = tm_file_delete(log);
         if (!status || status == -TM_ENOENT)
             status = root_delete(name);
