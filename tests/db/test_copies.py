@@ -216,6 +216,22 @@ def test_the_enclave_itself_looks_at_what_comes_in(enclave: teemate.Enclave, tmp
             assert struct.unpack_from("<i", failed.value.reply, 4)[0] == keep
 
 
+def test_an_interruption_that_comes_late_is_not_the_end_of_what_comes_in_next(
+    connect: Open, tmp_path: Path
+) -> None:
+    data = plain(tmp_path / "plain.sqlite").read_bytes()
+    pages = len(data) // 4096
+    connection, other = connect(), connect()
+    call, opened = connection._slot.call, connection._opened
+    call("db_copy", struct.pack("<IIQ", 3, 6, pages) + b"ledger")
+    for at in range(0, pages, 64):
+        some = min(64, pages - at)
+        call("db_pages", struct.pack("<II", some, 0) + data[at * 4096 : (at + some) * 4096])
+    other._slot.call("db_interrupt", struct.pack("<IIQ", opened.slot, 0, opened.connection))
+    call("db_copied", struct.pack("<IIQ", 1, 0, 0))
+    assert content(connect("ledger")) == plain_content(tmp_path / "plain.sqlite")
+
+
 def test_an_export_overwrites_only_what_it_is_told_to(connect: Open, tmp_path: Path) -> None:
     connection = connect("ledger")
     connection.executescript("CREATE TABLE t(id INTEGER PRIMARY KEY, v)")

@@ -312,6 +312,7 @@ TM_ECALL(db_copied)
     if (!copy || (request.keep && copy->done != copy->pages))
         return fail(rq, self, DB_E_COPYING);
     if (request.keep && copy->to.database) {
+        running[tm_caller().slot].stop = 0; /* that was for a statement, which it ended or came too late for */
         connection_begin(self, (const volatile uint32_t *)request.interrupt);
         if (copy->kind == DB_COPY_IN)
             code = check(self, copy);
