@@ -56,13 +56,16 @@ def _opened(path: str | None, enclave: str, database: str, *, readonly: bool = F
 
 
 @contextlib.contextmanager
-def _shown(label: str) -> Iterator[Callable[[int, int], None]]:
+def _shown(label: str, connection: Connection) -> Iterator[Callable[[int, int], None]]:
     """Yield what is told how far a copy is: a bar at a terminal, and where Ctrl-C ends it in order."""
+    from ..db import OperationalError
+
     pressed = False
 
     def press(*_: object) -> None:
         nonlocal pressed
         pressed = True
+        connection.interrupt()  # the enclave's look at all of what came in takes its time
 
     with contextlib.ExitStack() as stack:
         bar: Any = None
@@ -80,6 +83,10 @@ def _shown(label: str) -> Iterator[Callable[[int, int], None]]:
         before = signal.signal(signal.SIGINT, press)
         try:
             yield step
+        except OperationalError as error:
+            if pressed and error.sqlite_errorname == "SQLITE_INTERRUPT":
+                raise KeyboardInterrupt from None
+            raise
         finally:
             signal.signal(signal.SIGINT, before)
 
@@ -95,10 +102,15 @@ def import_(enclave: str, file: Path, database: str, path: str | None) -> None:
     DATABASE is yours, and there when all of FILE is in it and sound. FILE stays as it is: plain. Where its
     pages are not of 4096 bytes, a copy whose are lies below TMPDIR meanwhile.
     """
-    from ..db import import_file
+    from ..db import connect
+    from ..db._copying import import_by
 
-    with _attached(path, enclave) as attached, _shown(f"{file.name} into {database}") as progress:
-        import_file(attached, file, database, progress=progress)
+    with (
+        _attached(path, enclave) as attached,
+        contextlib.closing(connect(attached)) as connection,
+        _shown(f"{file.name} into {database}", connection) as progress,
+    ):
+        import_by(connection, file, database, progress=progress)
 
 
 @click.command()
@@ -115,7 +127,7 @@ def export(enclave: str, database: str, file: Path, force: bool, path: str | Non
     """
     with (
         _opened(path, enclave, database, readonly=True) as connection,
-        _shown(f"{database} to {file.name}") as progress,
+        _shown(f"{database} to {file.name}", connection) as progress,
     ):
         connection.export(file, force=force, progress=progress)
 
@@ -132,7 +144,7 @@ def backup(enclave: str, database: str, new: str, path: str | None) -> None:
     """
     with (
         _opened(path, enclave, database, readonly=True) as connection,
-        _shown(f"{database} to {new}") as progress,
+        _shown(f"{database} to {new}", connection) as progress,
     ):
         connection.backup(new, progress=lambda _, left, pages: progress(pages - left, pages))
 

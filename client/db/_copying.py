@@ -34,7 +34,7 @@ from teemate.db._wire import (
 if TYPE_CHECKING:
     from teemate.db._whole import Whole
 
-__all__ = ["Progress", "backup", "databases", "delete", "export_file", "import_file"]
+__all__ = ["Progress", "backup", "databases", "delete", "export_file", "import_by", "import_file"]
 
 Progress = Callable[[int, int], object]
 """Called with the pages that are copied, and how many there are."""
@@ -131,14 +131,23 @@ def import_file(
     """
     from teemate.db._connection import connect
 
+    with contextlib.closing(connect(enclave)) as connection:
+        import_by(connection, Path(path), database, progress=progress)
+
+
+def import_by(connection: Whole, path: Path, database: str, *, progress: Progress | None) -> None:
+    """Do :func:`import_file` by way of a connection that is open, whose interrupt() ends it."""
     name = name_of(database)
-    with plain_file(Path(path)) as file, contextlib.closing(connect(enclave)) as connection:
-        with connection._locked(), _copying(connection, CopyKind.IN, name, file.pages) as copy:
-            while copy.done < copy.pages:
-                copy.move(file.read(copy.done, min(PAGES, copy.pages - copy.done)))
-                if progress is not None:
-                    progress(copy.done, copy.pages)
-            file.check_unchanged()
+    with (
+        plain_file(path) as file,
+        connection._locked(),
+        _copying(connection, CopyKind.IN, name, file.pages) as copy,
+    ):
+        while copy.done < copy.pages:
+            copy.move(file.read(copy.done, min(PAGES, copy.pages - copy.done)))
+            if progress is not None:
+                progress(copy.done, copy.pages)
+        file.check_unchanged()
 
 
 def databases(enclave: Enclave | str) -> list[Listing]:

@@ -73,7 +73,8 @@ async def open_connection(
     """Open a database for the time of the block: :func:`connect`, whose options these are, for trio.
 
     Tasks may share the connection; their statements are done one after the other, and a transaction is
-    everybody's.  At the end what was not committed is rolled back.
+    everybody's.  At the end what was not committed is rolled back, and a statement that still runs for
+    another task is interrupted.
     """
     limiter = trio.CapacityLimiter(math.inf)
     options["check_same_thread"] = False
@@ -94,9 +95,12 @@ async def _opened(
     connection: Connection = await trio.to_thread.run_sync(
         lambda: connect(source, database, **options), limiter=limiter
     )
+    opened = AsyncConnection(connection, limiter)
     try:
-        yield AsyncConnection(connection, limiter)
+        yield opened
     finally:
+        opened._closing = True
+        connection._stop()
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(connection.close, limiter=limiter)
 
@@ -110,6 +114,7 @@ class AsyncConnection:
         """The connection as the synchronous API has it; not while a task waits for this one."""
         self._limiter = limiter
         self._turn = trio.Lock()
+        self._closing = False
 
     # ---- statements -----------------------------------------------------------------
 
@@ -235,7 +240,8 @@ class AsyncConnection:
                 await trio.to_thread.run_sync(run, limiter=self._limiter)
             done = True
             nursery.cancel_scope.cancel()
-        self.sync._go_on()
+        if not self._closing:
+            self.sync._go_on()
         if failure is None:
             return results[0]
         if stopped and getattr(failure, "sqlite_errorcode", None) == _INTERRUPT:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sqlite3
 import struct
 import threading
@@ -18,6 +19,8 @@ from running_broker import RunningBroker
 
 import teemate
 from teemate import db
+from teemate.cli import db_whole
+from teemate.db._plain import PlainFile
 
 Open = Callable[..., Any]
 Life = Callable[[], teemate.Enclave]
@@ -230,6 +233,25 @@ def test_an_interruption_that_comes_late_is_not_the_end_of_what_comes_in_next(
     other._slot.call("db_interrupt", struct.pack("<IIQ", opened.slot, 0, opened.connection))
     call("db_copied", struct.pack("<IIQ", 1, 0, 0))
     assert content(connect("ledger")) == plain_content(tmp_path / "plain.sqlite")
+
+
+def test_ctrl_c_ends_an_import_also_when_all_of_it_is_in(
+    enclave: teemate.Enclave, storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = plain(tmp_path / "plain.sqlite")
+    whole = []
+
+    def press(self: PlainFile) -> None:
+        whole.append(self)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(PlainFile, "check_unchanged", press)
+    monkeypatch.setattr(db_whole, "_attached", lambda *_: contextlib.nullcontext(enclave))
+    assert db_whole.import_.callback is not None
+    with pytest.raises(KeyboardInterrupt):
+        db_whole.import_.callback(enclave="db", file=source, database="ledger", path=None)
+    assert whole
+    assert list(storage.iterdir()) == []
 
 
 def test_an_export_overwrites_only_what_it_is_told_to(connect: Open, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from connections import database_image
 from raw_client import raw_client
 from running_broker import RunningBroker
@@ -152,6 +153,21 @@ async def test_tasks_share_a_connection_by_turns_and_one_interrupts_another(encl
             with pytest.raises(db.OperationalError, match="interrupted"):
                 await connection.execute(SLOW)
             over.set()
+
+
+async def test_leaving_the_block_ends_what_runs_for_other_tasks(enclave: teemate.Enclave) -> None:
+    async def count(connection: db.AsyncConnection) -> None:
+        with pytest.raises(db.Error, match=r"interrupted|closed"):
+            await connection.execute(SLOW)
+        ended.append(connection)
+
+    ended: list[db.AsyncConnection] = []
+    async with trio.open_nursery() as nursery:
+        async with db.open_connection(enclave) as connection:
+            nursery.start_soon(count, connection)
+            nursery.start_soon(count, connection)
+            await trio.testing.wait_all_tasks_blocked()
+    assert len(ended) == 2
 
 
 async def test_the_loop_goes_on_while_a_statement_runs(enclave: teemate.Enclave) -> None:
