@@ -64,7 +64,11 @@ class Whole:
         self._right(uid, gid, Access.READ if readonly else Access.WRITE)
 
     def revoke(self, *, uid: int | None = None, gid: int | None = None) -> None:
-        """Take a right back; connections that have it get :class:`Denied` from their next call on."""
+        """Take a right back; connections that have it get :class:`Denied` from their next call on.
+
+        With that call a transaction that one of them has open is rolled back: one that writes keeps others
+        from writing until then, or until its client is gone.
+        """
         self._right(uid, gid, Access.NONE)
 
     def limit(self, size: int) -> None:
