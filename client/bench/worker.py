@@ -245,6 +245,7 @@ def _start(options: argparse.Namespace, program: int) -> int:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() == parent:
             record = Journal(options.journal, options.programs).records[program]
+            record.write(Field.READY, 0)  # who was killed has left it: before the PID makes it this one's
             record.write(Field.PID, os.getpid())
             record.write(Field.SLOT, 0)  # none of a client's
             record.write(Field.RESUMES, 0)
