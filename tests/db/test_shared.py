@@ -20,7 +20,7 @@ from teemate import db
 from teemate._grant import GrantedEnclave
 
 Brokers = Callable[..., RunningBroker]
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "database.md"
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def shared(broker: Brokers, monkeypatch: pytest.MonkeyPatch) -> RunningBroker:
 def test_the_readmes_example_prints_what_it_says(
     shared: RunningBroker, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (example,) = re.findall(r"<!-- database -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
-    exec(compile(example, str(README), "exec"), {})
+    (example,) = re.findall(r"<!-- database -->\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    exec(compile(example, str(PAGE), "exec"), {})
     assert capsys.readouterr().out == "Ada 1815\n"
 
 

@@ -23,7 +23,7 @@ import teemate
 from teemate.cli.main import run as run_command
 from teemate.functions import FunctionExists, FunctionLimit, FunctionLimits
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "functions.md"
 HELLO = wasm.printing(b"hello\n", errors=b"a word")
 
 
@@ -73,10 +73,10 @@ def test_a_function_is_deployed_invoked_looked_at_and_removed(connection: teemat
 
 
 def test_the_readmes_example_works(socket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (example,) = re.findall(r"<!-- functions -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
+    (example,) = re.findall(r"<!-- functions -->\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     monkeypatch.setenv("TEEMATE_SOCKET", socket)
     names = {"module": HELLO}
-    exec(compile(example, str(README), "exec"), names)
+    exec(compile(example, str(PAGE), "exec"), names)
     with teemate.connect(socket) as connection:
         assert connection.functions.describe("hello").invocations == 1
 
