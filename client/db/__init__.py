@@ -17,7 +17,8 @@
 Each connection takes a slot and has SQLite's own memory in it.  Statements, parameters and rows
 pass through this process; pages, caches and temporary tables stay in the enclave.
 
-:func:`open_connection` has the same names for trio.
+:func:`open_connection` has the same names for trio; :func:`async_import_file`, :func:`async_databases` and
+:func:`async_delete` do what :func:`import_file`, :func:`databases` and :func:`delete` do.
 
 What of sqlite3 is not here calls back into the program (functions, collations, authorizers, progress
 handlers), or reads the database as bytes (serialize, extensions): such methods raise
@@ -72,7 +73,14 @@ from teemate.db._types import (
 from teemate.db._wire import Access, Description, Grantee, Listing, Right
 
 if TYPE_CHECKING:
-    from teemate.db._trio import AsyncConnection, AsyncCursor, open_connection
+    from teemate.db._trio import (
+        AsyncConnection,
+        AsyncCursor,
+        async_databases,
+        async_delete,
+        async_import_file,
+        open_connection,
+    )
 
 __all__ = [
     "PARSE_COLNAMES",
@@ -113,6 +121,9 @@ __all__ = [
     "adapt",
     "adapters",
     "apilevel",
+    "async_databases",
+    "async_delete",
+    "async_import_file",
     "complete_statement",
     "connect",
     "converters",
@@ -128,7 +139,16 @@ __all__ = [
     "threadsafety",
 ]
 
-_TRIO = frozenset({"AsyncConnection", "AsyncCursor", "open_connection"})
+_TRIO = frozenset(
+    {
+        "AsyncConnection",
+        "AsyncCursor",
+        "async_databases",
+        "async_delete",
+        "async_import_file",
+        "open_connection",
+    }
+)
 apilevel = "2.0"
 threadsafety = 1
 """Threads may share the module; connections only where `check_same_thread` is off."""

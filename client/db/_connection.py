@@ -19,6 +19,7 @@ from teemate.db._attached import slot_of
 from teemate.db._blob import Blob
 from teemate.db._codes import NUMBERS
 from teemate.db._cursor import Cursor, Parameters
+from teemate.db._dump import dump
 from teemate.db._errors import ROOM, error_of
 from teemate.db._opening import LEVELS, answered, isolation, named
 from teemate.db._statement import Statement, statement_of
@@ -291,6 +292,15 @@ class Connection(Whole):
                 self._unsupported()
             self._functions.add(name.lower())
 
+    def iterdump(self, *, filter: str | None = None) -> Iterator[str]:  # noqa: A002
+        """Yield statements that make the database again, in the clear, as the shell's ``.dump`` writes them.
+
+        `filter` is a LIKE pattern that names of tables, indices, views and triggers have to fit.  Within a
+        transaction (``BEGIN``) it is one state of the database; without, others may write between two tables.
+        """
+        self._check()
+        return dump(self, filter)
+
     def _unsupported(self, *_args: object, **_options: object) -> Any:
         self._check()
         raise _errors.NotSupportedError(
@@ -299,7 +309,7 @@ class Connection(Whole):
         )
 
     create_aggregate = create_collation = _unsupported
-    create_window_function = deserialize = enable_load_extension = iterdump = load_extension = _unsupported
+    create_window_function = deserialize = enable_load_extension = load_extension = _unsupported
     serialize = set_authorizer = set_progress_handler = _unsupported
 
     # ---- for cursors ---------------------------------------------------------------------------

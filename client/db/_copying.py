@@ -34,7 +34,17 @@ from teemate.db._wire import (
 if TYPE_CHECKING:
     from teemate.db._whole import Whole
 
-__all__ = ["Progress", "backup", "databases", "delete", "export_file", "import_by", "import_file"]
+__all__ = [
+    "Progress",
+    "backup",
+    "databases",
+    "databases_by",
+    "delete",
+    "delete_by",
+    "export_file",
+    "import_by",
+    "import_file",
+]
 
 Progress = Callable[[int, int], object]
 """Called with the pages that are copied, and how many there are."""
@@ -157,9 +167,15 @@ def databases(enclave: Enclave | str) -> list[Listing]:
     """
     from teemate.db._connection import connect
 
+    with contextlib.closing(connect(enclave)) as connection:
+        return databases_by(connection)
+
+
+def databases_by(connection: Whole) -> list[Listing]:
+    """Do :func:`databases` by way of a connection that is open."""
     found: dict[str, Listing] = {}
     following = 0
-    with contextlib.closing(connect(enclave)) as connection, connection._locked():
+    with connection._locked():
         while True:
             following, listings = decode_listed(connection._ask("db_list", encode_list(following)))
             found.update((listing.name, listing) for listing in listings)
@@ -182,6 +198,12 @@ def delete(enclave: Enclave | str, database: str) -> None:
     """
     from teemate.db._connection import connect
 
+    with contextlib.closing(connect(enclave)) as connection:
+        delete_by(connection, database)
+
+
+def delete_by(connection: Whole, database: str) -> None:
+    """Do :func:`delete` by way of a connection that is open."""
     name = name_of(database)
-    with contextlib.closing(connect(enclave)) as connection, connection._locked():
+    with connection._locked():
         connection._ask("db_delete", name)

@@ -20,26 +20,37 @@ import math
 import os
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, Any, Self, TypeVar, final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar, final
 
 import trio
 
 from teemate import _trio
 from teemate._enclave import Enclave
+from teemate.db import _copying
 from teemate.db._attached import slot_of
 from teemate.db._codes import NUMBERS
 from teemate.db._connection import Connection, connect
+from teemate.db._copying import Progress
 from teemate.db._cursor import Cursor, Parameters
-from teemate.db._wire import Access, Description
+from teemate.db._wire import Access, Description, Listing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from teemate._slot import Slot
 
-__all__ = ["AsyncConnection", "AsyncCursor", "open_connection"]
+__all__ = [
+    "AsyncConnection",
+    "AsyncCursor",
+    "async_databases",
+    "async_delete",
+    "async_import_file",
+    "open_connection",
+]
 
 _Result = TypeVar("_Result")
+_Source: TypeAlias = _trio.AsyncEnclave | Enclave | str
 _INTERRUPT = NUMBERS["SQLITE_INTERRUPT"]
 
 
@@ -66,7 +77,7 @@ class _Held:
 
 @asynccontextmanager
 async def open_connection(
-    enclave: _trio.AsyncEnclave | Enclave | str,
+    enclave: _Source,
     database: str | bytes | os.PathLike[str] | os.PathLike[bytes] = ":memory:",
     **options: Any,
 ) -> AsyncGenerator[AsyncConnection, None]:
@@ -198,13 +209,23 @@ class AsyncConnection:
         """See :meth:`Connection.limit`."""
         await self._do(lambda: self.sync.limit(size))
 
-    async def backup(self, target: str) -> None:
+    async def backup(
+        self, target: str, *, pages: int = -1, progress: Callable[[int, int, int], object] | None = None
+    ) -> None:
         """See :meth:`Connection.backup`; when it is cancelled nothing is left of `target`."""
-        await self._do(lambda: self.sync.backup(target))
+        await self._do(lambda: self.sync.backup(target, pages=pages, progress=progress))
 
-    async def export(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+    async def export(
+        self, path: str | os.PathLike[str], *, force: bool = False, progress: Progress | None = None
+    ) -> None:
         """See :meth:`Connection.export`; when it is cancelled `path` is what it was."""
-        await self._do(lambda: self.sync.export(path, force=force))
+        await self._do(lambda: self.sync.export(path, force=force, progress=progress))
+
+    async def iterdump(self, *, filter: str | None = None) -> AsyncGenerator[str, None]:  # noqa: A002
+        """See :meth:`Connection.iterdump`."""
+        statements = self.sync.iterdump(filter=filter)
+        while (statement := await self._do(lambda: next(statements, None))) is not None:
+            yield statement
 
     # ---- for cursors ----------------------------------------------------------------------
 
@@ -247,6 +268,35 @@ class AsyncConnection:
         if stopped and getattr(failure, "sqlite_errorcode", None) == _INTERRUPT:
             await trio.lowlevel.checkpoint_if_cancelled()
         raise failure
+
+
+# ---- databases that are not open ------------------------------------------------------------
+
+
+async def async_import_file(
+    enclave: _Source, path: str | os.PathLike[str], database: str, *, progress: Progress | None = None
+) -> None:
+    """See :func:`import_file`; `progress` is called in a worker thread.
+
+    When it is cancelled nothing is left of `database`.  A file whose pages are not of 4096 bytes is copied
+    first: until that is done, cancelling waits.
+    """
+    async with open_connection(enclave) as connection:
+        await connection._do(
+            lambda: _copying.import_by(connection.sync, Path(path), database, progress=progress)
+        )
+
+
+async def async_delete(enclave: _Source, database: str) -> None:
+    """See :func:`delete`."""
+    async with open_connection(enclave) as connection:
+        await connection._do(lambda: _copying.delete_by(connection.sync, database))
+
+
+async def async_databases(enclave: _Source) -> list[Listing]:
+    """See :func:`databases`."""
+    async with open_connection(enclave) as connection:
+        return await connection._do(lambda: _copying.databases_by(connection.sync))
 
 
 @final

@@ -13,7 +13,7 @@ import pytest
 from connections import database_image
 
 LEAST = 0.85
-"""Of all tests of the four files, skipped ones counted as not passed."""
+"""Of all tests of the five files, skipped ones counted as not passed."""
 REQUIRED = ("test.test_sqlite3", "test.support", "_testcapi", "_sqlite3")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,39 @@ async def test_copies_and_rights_are_there_too_and_a_cancelled_copy_leaves_nothi
         assert await (await connection.execute("SELECT count(*) FROM t")).fetchone() == (1,)
     assert names(storage) == {"ledger", "ledger-root", "ledger-wal", "copy", "copy-root"}
     assert names(tmp_path) == {"out", "storage"}
+
+
+async def test_a_database_that_is_not_open_comes_in_is_listed_and_is_deleted(
+    enclave: teemate.Enclave, tmp_path: Path, storage: Path
+) -> None:
+    async with db.open_connection(enclave, "ledger") as connection:
+        await connection.executescript("CREATE TABLE t(v); INSERT INTO t VALUES ('x'), (NULL)")
+        dumped = [statement async for statement in connection.iterdump()]
+        await connection.export(tmp_path / "out")
+    assert dumped == list(memory(dumped).iterdump())
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await db.async_import_file(enclave, tmp_path / "out", "again")
+    assert scope.cancelled_caught
+    assert names(storage) == {"ledger", "ledger-root", "ledger-wal"}
+    seen: list[tuple[int, int]] = []
+    await db.async_import_file(enclave, tmp_path / "out", "again", progress=lambda *at: seen.append(at))
+    assert seen == [(2, 2)]
+    assert [listing.name for listing in await db.async_databases(enclave)] == ["again", "ledger"]
+    async with db.open_connection(enclave, "again") as connection:
+        with pytest.raises(db.OperationalError) as failure:
+            await db.async_delete(enclave, "again")
+        assert failure.value.sqlite_errorname == "SQLITE_BUSY"
+        assert await (await connection.execute("SELECT count(*) FROM t")).fetchone() == (2,)
+    await db.async_delete(enclave, "again")
+    assert [listing.name for listing in await db.async_databases(enclave)] == ["ledger"]
+
+
+def memory(statements: list[str]) -> sqlite3.Connection:
+    """Return what plain sqlite3 makes of a dump."""
+    connection = sqlite3.connect(":memory:")
+    connection.executescript("\n".join(statements))
+    return connection
 
 
 async def test_by_way_of_the_broker_by_name_and_on_an_attached_enclave(
