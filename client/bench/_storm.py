@@ -126,12 +126,7 @@ class _Storm:
 
     def run(self, stack: ExitStack) -> StormFigures:
         plan, started = self._plan, time.monotonic()
-        # Two slots for each program now and then, one more for what was killed and is being repaired.
-        elf = plan.elf or shipped(ENCLAVE).elf
-        self._image = prepare_image(self._folder, heap=HEAP, clients=3 * plan.clients + 4, elf=plan.elf)
-        self._observer = Observer(self._image.sgxs, elf)
-        self._broker = stack.enter_context(self._start_broker(self._image, plan.clients))
-        self._programs = stack.enter_context(self._start_programs("storm", plan.clients))
+        self._start(stack)
         self._storm()
         figures = self._finish(started)
         if plan.keeper_kills:
@@ -144,6 +139,19 @@ class _Storm:
                 errors=(*figures.errors, *self._errors)[:10],
             )
         return figures
+
+    def _start(self, stack: ExitStack) -> None:
+        """Have all programs at work."""
+        plan = self._plan
+        # Two slots for each program now and then, one more for what was killed and is being repaired.
+        elf = plan.elf or shipped(ENCLAVE).elf
+        self._image = prepare_image(self._folder, heap=HEAP, clients=3 * plan.clients + 4, elf=plan.elf)
+        self._observer = Observer(self._image.sgxs, elf)
+        self._broker = stack.enter_context(self._start_broker(self._image, plan.clients))
+        self._programs = programs = stack.enter_context(self._start_programs("storm", plan.clients))
+        self._listener.phase(f"{plan.clients} programs start")
+        if not programs.wait_for(lambda: len(programs.ready()) == plan.clients, _READY_LIMIT):
+            raise CallTimeout(f"the programs did not get ready: {programs.said()[-5:]}")
 
     def _start_broker(self, image: DemoImage, programs: int) -> BenchBroker:
         plan = self._plan
@@ -160,10 +168,7 @@ class _Storm:
     # -- the storm ---------------------------------------------------------------------------
 
     def _storm(self) -> None:
-        plan, programs = self._plan, self._programs
-        self._listener.phase(f"{plan.clients} programs start")
-        if not programs.wait_for(lambda: len(programs.ready()) == plan.clients, _READY_LIMIT):
-            raise CallTimeout(f"the programs did not get ready: {programs.said()[-5:]}")
+        plan = self._plan
         wanted = {"client": plan.client_kills, "broker": plan.broker_kills, "warden": plan.warden_kills}
         end = time.monotonic() + plan.seconds
         counted = sum(count for count in wanted.values() if count is not None)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import pytest
 from backends import BACKEND, PATIENCE
 
 from teemate.bench._journal import Field, Journal, Record
-from teemate.bench._storm import Plan, run_storm
+from teemate.bench._storm import Plan, _Silence, _Storm, run_storm
 from teemate.bench._where import MET
 from teemate.bench.worker import COUNTER, Counter, Work
 from teemate.vault import Changed, Entry, Vault
@@ -39,6 +43,7 @@ FIELDS = [
 STATES = {"outside", "gate", "exit", "heap", "lock held", "ocall", "interrupted", "inside"}
 KEEPER_KILLS = 1
 EACH_STATE = 3
+LIMIT = 60.0 * PATIENCE
 
 
 def storm(*options: str) -> dict[str, Any]:
@@ -87,6 +92,35 @@ def test_a_broker_that_forgets_slots_of_the_dead_does_not_pass() -> None:
     # The first to be killed had attached; whoever is killed as soon as it starts may hold nothing yet.
     assert figures.slots_lost >= 1
     assert not figures.good
+
+
+class _Unfailing(random.Random):
+    """Says that what may be done is done."""
+
+    def random(self) -> float:
+        return 0.0
+
+
+def test_who_was_still_connecting_when_the_broker_died_has_lost_no_grant(tmp_path: Path) -> None:
+    """It has nothing to resume, though who was killed before it under its number was at work."""
+    with ExitStack() as stack:
+        storm = _Storm(Plan(clients=1, client_kills=0, backend=BACKEND), _Silence(), tmp_path)
+        storm._chance = _Unfailing()
+        storm._start(stack)
+        programs, [record] = storm._programs, storm._programs.journal.records
+        first = programs.running[0]
+        for worker in storm._broker.workers():
+            os.kill(worker, signal.SIGSTOP)  # nobody is accepted from here on
+        programs.killed.add(first)
+        os.kill(first, signal.SIGKILL)
+        assert programs.wait_for(
+            lambda: record.read(Field.PID) == programs.running.get(0, first) != first, LIMIT
+        )
+        storm._kill_broker()
+        assert (storm._lost, storm._errors) == (0, [])
+        assert programs.wait_for(lambda: programs.ready() == [0], LIMIT)
+        # Why it must not be waited for: its connection waited in the socket's queue and is the next broker's.
+        assert (record.read(Field.RESUMES), programs.statuses) == (0, [])
 
 
 # ---- the programs' reckoning, against a vault that does what it should not -----------------------
