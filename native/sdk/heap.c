@@ -181,6 +181,50 @@ int tm_try_alloc(size_t length, void **result)
     return 0;
 }
 
+int tm_extend(void *memory, size_t length)
+{
+    struct block *block = heap_header(memory), *next;
+    uint64_t had = block->size, have, size;
+    struct tm_txn txn;
+    int status;
+
+    if (length > (1ull << 39))
+        return TM_E_NOMEM;
+    size = (length + sizeof(*block) + 15) & ~15ull;
+    owned_entry(block->owner);
+    if (size <= had)
+        return 0;
+    status = heap_lock();
+    if (status)
+        return status;
+    next = block_after(block, had);
+    have = next->size & FREE_BIT ? had + SIZE(next) : had;
+    if (have < size) {
+        tm_unlock(&heap.mutex);
+        return TM_E_NOMEM;
+    }
+    tm_txn_begin(&txn);
+    unlink_free(&txn, (struct free_block *)next, have - had);
+    /* The header goes: a search that stands there begins again one block before (owned.c). */
+    if (heap.cursor == (uint64_t)next)
+        tm_txn_set(&txn, &heap.cursor, (uint64_t)block);
+    if (have - size >= MINIMUM) {
+        struct block *rest = block_after(block, size);
+
+        tm_txn_set(&txn, &rest->before, size);
+        tm_txn_set(&txn, &block_after(block, have)->before, have - size);
+        link_free(&txn, (struct free_block *)rest, have - size);
+    } else {
+        size = have;
+        tm_txn_set(&txn, &block_after(block, have)->before, size);
+    }
+    tm_txn_set(&txn, &block->size, size);
+    tm_txn_commit(&txn);
+    tm_unlock(&heap.mutex);
+    memset((uint8_t *)block + had, 0, size - had);
+    return 0;
+}
+
 void *tm_alloc(size_t size)
 {
     void *block;

@@ -139,6 +139,11 @@ void *tm_alloc(size_t size);
 /* The same, and why not: TM_E_NOMEM, or TM_E_BUSY when the heap's lock was not to be had. */
 int tm_try_alloc(size_t size, void **block);
 /*
+ * Make a block that is kept, or the slot's own, larger where it lies, with zeroes: TM_E_NOMEM when what follows it is
+ * not free, or too little.
+ */
+int tm_extend(void *block, size_t size);
+/*
  * NULL is fine.  Of a block that is kept, or the slot's own; panics when it is another
  * slot's.  When the heap's lock is not to be had a block of the slot's own stays so, and is
  * freed with the others at its end; so make it one (tm_txn_own) in the step that unlinks it.

@@ -82,6 +82,31 @@ def test_who_copes_with_a_refusal_of_memory_goes_on(functions: Functions) -> Non
     assert functions.invoke("hostile") == (49).to_bytes(4, "little")  # 1 + 3 * 16 of 64
 
 
+@pytest.mark.parametrize("step", [1, 5, 64])
+def test_a_memory_grows_in_steps_to_the_largest_limit_there_is(functions: Functions, step: int) -> None:
+    # Until it is refused; then its size, and whether what was written at its beginning and end is there.
+    grow = wasm.LOOP + wasm.i32(step) + wasm.GROW + wasm.i32(-1) + b"\x47\x0d\x00" + wasm.END
+    last = wasm.SIZE + wasm.i32(16) + b"\x74" + wasm.i32(4) + b"\x6b"
+    code = wasm.i32(8) + wasm.i32(77) + wasm.I32_STORE + grow + last + wasm.i32(88) + wasm.I32_STORE
+    code += wasm.i32(0) + wasm.SIZE + wasm.I32_STORE + wasm.i32(4) + last + wasm.I32_LOAD + wasm.I32_STORE
+    deploy(functions, code + wasm.write(1, 0, 12))
+    heap = functions.usage().heap
+    largest = heap // 4
+    functions.limits("hostile", FunctionLimits(memory=largest))
+    pages, end, begin = struct.unpack("<3I", functions.invoke("hostile"))
+    assert largest - (step << 16) < pages << 16 <= largest
+    assert (begin, end) == (77, 88)
+
+
+def test_who_may_have_the_memory_and_cannot_is_told_that_the_heap_is_full(functions: Functions) -> None:
+    # The request and the memory are more together than one owner may have: half the heap.
+    heap = functions.usage().heap
+    deploy(functions, GROW_FOR_EVER + wasm.UNREACHABLE, limits=FunctionLimits(memory=heap // 4))
+    with pytest.raises(FunctionLimit) as caught:
+        functions.invoke("hostile", bytes(16 << 20))
+    assert caught.value.limit == "heap"
+
+
 def test_a_module_that_begins_with_more_than_its_limit_does_not_begin(functions: Functions) -> None:
     deploy(functions, wasm.write(1, 0, 1), pages=65, limits=FunctionLimits(memory=4 << 20))
     with pytest.raises(FunctionLimit) as caught:

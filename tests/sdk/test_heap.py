@@ -8,11 +8,11 @@ from gate import OK, Holder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-FREE, ALLOCATE, KEEP = 0, 1, 2
+FREE, ALLOCATE, KEEP, EXTEND = 0, 1, 2, 3
 
 sizes = st.one_of(st.integers(0, 200), st.integers(0, 20_000), st.sampled_from([1 << 19, 1 << 20, 1 << 40]))
 steps = st.lists(
-    st.tuples(st.sampled_from([FREE, ALLOCATE, ALLOCATE, KEEP]), st.integers(0, 63), sizes),
+    st.tuples(st.sampled_from([FREE, ALLOCATE, ALLOCATE, KEEP, EXTEND]), st.integers(0, 63), sizes),
     min_size=1,
     max_size=60,
 )
@@ -42,6 +42,10 @@ def test_blocks_do_not_overlap_and_all_memory_comes_back(
     live: dict[int, tuple[int, int]] = {}
     for steps_ in scripts:
         for operation, handle, size in steps_:
+            if operation == EXTEND:  # as large as that, or as it was: no more
+                if handle in live and size < 1 << 18:
+                    live[handle] = (live[handle][0], max(live[handle][1], size))
+                continue
             live.pop(handle, None)
             if operation != FREE and size < 1 << 18:
                 live[handle] = (operation, size)
@@ -69,6 +73,18 @@ def test_freed_neighbours_become_one_block(holder: Holder) -> None:
     run(holder, [(ALLOCATE, handle, 1000) for handle in range(8)])
     told = run(holder, [(FREE, handle, 0) for handle in (1, 3, 5, 7, 2, 6, 4, 0)])
     assert told[4:6] == before[4:6]
+
+
+def test_a_block_grows_into_the_free_one_behind_it(holder: Holder) -> None:
+    before = free_all(holder)
+    some = [(ALLOCATE, handle, 1000) for handle in range(4)]
+    run(holder, some)
+    assert run(holder, [(EXTEND, 1, 2000)])[0] == 0  # the third lies behind it
+    for size in (1016, 1024, 1500, 2000):
+        assert run(holder, [(FREE, 2, 0), (EXTEND, 1, size)])[0] == 1
+    assert run(holder, [(EXTEND, 1, 2100)])[0] == 0  # the fourth
+    assert run(holder, [(FREE, 3, 0), (EXTEND, 1, 1 << 62), (EXTEND, 1, 300_000)])[0] == 1
+    assert free_all(holder)[2:] == before[2:]
 
 
 def test_a_full_heap_refuses_and_goes_on(holder: Holder) -> None:

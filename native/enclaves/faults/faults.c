@@ -496,11 +496,31 @@ TM_ECALL(raise)
 static uint8_t *blocks[HANDLES];
 static uint64_t sizes[HANDLES];
 
+static int extend_handle(uint64_t handle, uint64_t size, uint64_t *extended)
+{
+    int status;
+
+    if (!blocks[handle] || size <= sizes[handle])
+        return 0;
+    status = tm_extend(blocks[handle], size);
+    if (status)
+        return status == TM_E_NOMEM ? 0 : status;
+    if (tm_block_size(blocks[handle]) < size)
+        return 103;
+    for (uint64_t n = sizes[handle]; n < size; n++)
+        if (blocks[handle][n])
+            return 104;
+    memset(blocks[handle], (int)handle, size);
+    sizes[handle] = size;
+    ++*extended;
+    return 0;
+}
+
 /*
  * A script of three numbers each: operation, handle, size.
- *   0 free  1 allocate  2 allocate, keep, then free as the enclave's own
+ *   0 free  1 allocate  2 allocate, keep, then free as the enclave's own  3 make larger where it lies, if that can be
  * Each block is filled with its handle's number and must still be so when it is freed.
- * The reply: blocks that could be allocated, then struct tm_heap_stats of a check.
+ * The reply: blocks that could be allocated or made larger, then struct tm_heap_stats of a check.
  */
 TM_ECALL(heap)
 {
@@ -511,6 +531,12 @@ TM_ECALL(heap)
     for (size_t i = 0; i + 3 <= rq->in_len / 8; i += 3) {
         uint64_t operation = argument(rq, i), handle = argument(rq, i + 1) % HANDLES, size = argument(rq, i + 2);
 
+        if (operation == 3) {
+            status = extend_handle(handle, size, &allocated);
+            if (status)
+                return status;
+            continue;
+        }
         if (blocks[handle]) {
             for (uint64_t n = 0; n < sizes[handle]; n++)
                 if (blocks[handle][n] != (uint8_t)handle)
@@ -563,6 +589,9 @@ static int churn_once(uint64_t random)
         fresh = tm_alloc(size);
         if (!fresh)
             return TM_E_NOMEM;
+        /* Half of them grow first, when there is room behind them. */
+        if (random >> 61 & 1 && !tm_extend(fresh, 2 * size))
+            size *= 2;
         fresh[0] = (uint64_t)fresh;
         fresh[1] = size;
         memset(fresh + 2, (int)place, size - 16);

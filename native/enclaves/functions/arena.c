@@ -230,12 +230,36 @@ void arena_free(struct arena *arena, void *memory, size_t size)
     arena->free[class] = memory;
 }
 
+/*
+ * Where it lies, if there is room behind it: what the engine makes twice as large for every step of a memory's growth
+ * is else there twice at once, and the largest of a function's does not fit beside itself.
+ */
+static bool span_extend(struct arena *arena, struct span *span, size_t size)
+{
+    size_t more = size - span->size;
+
+    if (size < span->size || more > arena->budget || arena->used > arena->budget - more)
+        return false;
+    if (!share_take(&own_share()->used, more))
+        return false;
+    if (tm_extend(span, size)) {
+        own_share()->used -= more;
+        return false;
+    }
+    span->size = size;
+    arena->used += more;
+    return true;
+}
+
 void *arena_realloc(struct arena *arena, void *old, size_t old_size, size_t size)
 {
     size_t was, is;
     void *fresh;
 
     if (size <= SMALL_MAX && old_size <= SMALL_MAX && class_of(size, &is) == class_of(old_size, &was))
+        return old;
+    if (old_size > SMALL_MAX && size > old_size && size < SIZE_MAX / 2 &&
+        span_extend(arena, (struct span *)old - 1, sizeof(struct span) + size))
         return old;
     fresh = arena_alloc(arena, size, false);
     if (fresh) {
