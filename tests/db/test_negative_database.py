@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from altered import altered_database
 from backends import BACKEND
-from connections import BUSY, CREATE, UNCACHED, Connection, SqlError
+from connections import BUSY, CREATE, UNCACHED, Caller, Connection, SqlError, database_image
+from dying import DyingDisk, Moment
 from images import Images
 from test_database_files import fill
 from test_power_cut import MARK, SYNC, File, look, recorded, state
@@ -56,17 +57,29 @@ def _with_old_pages(before: bytes, path: Path) -> bytes:
     return before + path.read_bytes()[len(before) :]
 
 
-def test_locks_that_are_not_forgotten_stay(altered: Callable[[], teemate.Enclave]) -> None:
-    with altered() as enclave, enclave.slot() as first:
-        other = Connection(first, "accounts")
-        fill(other, 3)
-        with enclave.slot() as slot:
-            db = Connection(slot, "accounts")
-            db.sql("BEGIN IMMEDIATE")
-            db.sql("DELETE FROM t")
-        with pytest.raises(SqlError) as failed:
-            other.sql("BEGIN IMMEDIATE")
-        assert failed.value.code == BUSY
+def _begin_and_die(image: Path, kept: Callable[[Connection], None]) -> None:
+    """Who has changed something dies before it is committed; `kept` is what another connection does then."""
+
+    def work(slot: Caller) -> None:
+        db = Connection(slot, "accounts")
+        db.sql("PRAGMA cache_size = 10")
+        db.sql("BEGIN IMMEDIATE")
+        db.sql("UPDATE t SET v = v || v")
+
+    with teemate.create_enclave(image, image.with_suffix(".sig"), backend=BACKEND) as enclave:
+        host = DyingDisk(enclave)
+        with enclave.slot() as first:
+            other = Connection(first, "accounts")
+            fill(other, 500)
+            assert host.die(enclave, Moment(0, 0), work)
+            kept(other)
+
+
+def test_locks_of_the_dead_stay_unless_they_are_forgotten(altered_image: Path) -> None:
+    _begin_and_die(database_image(), lambda other: other.script("BEGIN IMMEDIATE; ROLLBACK"))
+    with pytest.raises(SqlError) as failed:
+        _begin_and_die(altered_image, lambda other: other.script("BEGIN IMMEDIATE"))
+    assert failed.value.code == BUSY
 
 
 def test_without_syncs_a_power_cut_loses_what_was_committed(altered_image: Path, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 
 #include "files.h"
 
-#define WRITER 0 /* of the wal-index's locks: SQLite's WAL_WRITE_LOCK */
+/* Of the wal-index's locks: SQLite's WAL_WRITE_LOCK, and WAL_CKPT_LOCK. */
+#define WRITER 0
+#define CHECKPOINTER 1
 
 int file_code(int status, int otherwise)
 {
@@ -242,10 +244,30 @@ static int shm_map(sqlite3_file *base, int index, int size, int make, void volat
     return status ? SQLITE_NOMEM : SQLITE_OK;
 }
 
+/*
+ * Who may write from now on, or read the log anew, sees first what became of what those before it have left open.  A
+ * record that is torn would be taken for tampering else.
+ */
+static int settle(struct file *file, int first, int count)
+{
+    struct file *log = connection_self() ? connection_self()->log : NULL;
+    int status = 0;
+
+#ifdef DB_TEST_NO_SETTLE
+    return SQLITE_OK;
+#endif
+    if (first == WRITER && log && log->records.database == file->records.database)
+        status = records_settle(&log->records);
+    if (!status && first <= CHECKPOINTER && first + count > CHECKPOINTER)
+        status = records_settle(&file->records);
+    return file_code(status, SQLITE_IOERR_LOCK);
+}
+
 static int shm_lock(sqlite3_file *base, int first, int count, int flags)
 {
     struct database *database = file_of(base)->records.database;
     uint64_t shared = HOLDS_SHARED(first, count), exclusive = HOLDS_EXCLUSIVE(first, count);
+    int code;
 
     if (flags & SQLITE_SHM_UNLOCK) {
         if (!(flags & SQLITE_SHM_SHARED) && first == WRITER)
@@ -255,7 +277,12 @@ static int shm_lock(sqlite3_file *base, int first, int count, int flags)
     }
     if (flags & SQLITE_SHM_SHARED)
         return database_hold(database, shared, exclusive) ? SQLITE_OK : SQLITE_BUSY;
-    return database_hold(database, exclusive, shared | exclusive) ? SQLITE_OK : SQLITE_BUSY;
+    if (!database_hold(database, exclusive, shared | exclusive))
+        return SQLITE_BUSY;
+    code = settle(file_of(base), first, count);
+    if (code)
+        database_drop(database, exclusive);
+    return code;
 }
 
 static void shm_barrier(sqlite3_file *base)

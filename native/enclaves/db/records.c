@@ -327,6 +327,10 @@ int record_read(struct record_file *file, uint64_t record, uint8_t *data)
     /* What is behind the last page is of another state, or of a checkpoint that was cut short. */
     if (file->kind == FILE_MAIN && record >= known->records)
         return RECORD_END;
+    if (file->kind == FILE_WAL && known_tag(file->database, file->kind, record) == KNOWN_NOTHING) {
+        memset(data, 0, size);
+        return RECORD_OK; /* no frame, as below: nobody was told that it was written */
+    }
     if (record_cached(file, record, 0, size, data))
         return RECORD_OK;
     if (was_ahead(file, record) && record_cached(file, record, 0, size, data))
@@ -367,27 +371,53 @@ int record_read(struct record_file *file, uint64_t record, uint8_t *data)
 }
 
 /*
- * What the slot's last write left open, when it was not acknowledged: it was done or not, and cannot be done
- * any more (files.h), so what is in the file now is what counts.
+ * One record of a write that was not acknowledged: its slot is gone, or was told of a failure.  It is not done any more
+ * (files.h), so what is in the file now is what counts: the new one, the old one, or, when whoever wrote it died too,
+ * neither.  Then it is nothing until it is written again, whatever the host brings.
  */
-static int settle(struct record_file *file)
+static int settle_record(struct record_file *file, uint64_t record, uint64_t written, uint8_t *room)
 {
-    struct pending *pending = &file->database->pending[file->kind][thread_self()->fixed.index];
-    uint8_t tag[TAG];
+    uint32_t size = record_size(file->kind, record);
+    uint8_t raw[LARGEST];
+    int64_t got = tm_file_read(file->handle, place_of(file->kind, record), raw, size + RECORD_EXTRA);
 
-    for (uint64_t i = 0; i < pending->count; i++) {
-        uint64_t record = pending->first + i;
-        uint64_t place = place_of(file->kind, record) + NONCE + record_size(file->kind, record);
-        int64_t got = tm_file_read(file->handle, place, tag, sizeof(tag));
-
-        if (got < 0)
-            return (int)got;
-        if (got == sizeof(tag) && short_tag(tag) == pending->tags[i])
-            known_set(file->database, file->kind, record, pending->tags[i]);
-    }
-    pending->count = 0;
-    known_writing(file->database, file->kind, false);
+    if (got < 0)
+        return (int)got;
+    if (got < size + RECORD_EXTRA)
+        return 0; /* the file ends before it, as it did */
+    if (!open_record(file, record, raw, room))
+        known_set(file->database, file->kind, record, KNOWN_NOTHING);
+    else if (short_tag(raw + NONCE + size) == written)
+        known_set(file->database, file->kind, record, written);
     return 0;
+}
+
+static int settle_slot(struct record_file *file, struct pending *pending)
+{
+    uint8_t *room = sqlite3_malloc(FRAME_SIZE);
+    int status = room ? 0 : RECORD_MEMORY;
+
+    for (uint64_t i = 0; i < pending->count && !status; i++) {
+        uint64_t written = __atomic_load_n(&pending->tags[i], __ATOMIC_SEQ_CST);
+
+        if (written)
+            status = settle_record(file, pending->first + i, written, room);
+    }
+    sqlite3_free(room);
+    return status;
+}
+
+int records_settle(struct record_file *file)
+{
+    struct database *database = file->database;
+    int status = 0;
+
+    for (uint32_t slot; !status && known_is_left_open(database, file->kind, &slot);) {
+        status = settle_slot(file, &database->pending[file->kind][slot]);
+        if (!status)
+            known_written(database, file->kind, slot);
+    }
+    return status;
 }
 
 int records_write(struct record_file *file, uint64_t first, const uint8_t *data, uint32_t count)
@@ -401,8 +431,8 @@ int records_write(struct record_file *file, uint64_t first, const uint8_t *data,
     int status;
 
     status = settle_cut(file);
-    if (!status && pending->count)
-        status = settle(file);
+    if (!status)
+        status = records_settle(file);
     if (status)
         return status;
     raw = sqlite3_malloc((int)(step * count));
@@ -428,21 +458,19 @@ int records_write(struct record_file *file, uint64_t first, const uint8_t *data,
         pending->tags[i] = short_tag(at + NONCE + size);
     }
     pending->first = first;
-    known_writing(file->database, file->kind, true);
+    known_writing(file->database, file->kind);
     pending->count = count;
     done = tm_file_write(file->handle, place_of(file->kind, first), raw, (size_t)step * count);
     sqlite3_free(raw);
     if (done < 0)
         return (int)done; /* some of it may be there: both are right until the next write */
-    known_supersede(file->database, file->kind, first, count);
     for (uint32_t i = 0; i < count; i++)
         known_set(file->database, file->kind, first + i, pending->tags[i]);
     records = known->records;
     while (records < first + count && !__atomic_compare_exchange_n((uint64_t *)&known->records, &records, first + count,
                                                                    false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
         ;
-    pending->count = 0;
-    known_writing(file->database, file->kind, false);
+    known_written(file->database, file->kind, (uint32_t)thread_self()->fixed.index);
     for (uint32_t i = 0; i < count; i++)
         keep(file, first + i, pending->tags[i], data + i * (size_t)size);
     return 0;

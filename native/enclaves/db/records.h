@@ -51,6 +51,11 @@ bool record_cached(const struct record_file *file, uint64_t record, uint32_t off
 int records_write(struct record_file *file, uint64_t first, const uint8_t *data, uint32_t count);
 int records_cut(struct record_file *file, uint64_t count);
 /*
+ * Look what became of the writes that were not acknowledged: for who may write to the file from now on.  A negative
+ * tm_errno, RECORD_MEMORY: there may be some left.
+ */
+int records_settle(struct record_file *file);
+/*
  * The root under which the log was begun, and the short tag of its head: 0, RECORD_END when it has none, RECORD_TAMPERED,
  * a negative tm_errno.
  */

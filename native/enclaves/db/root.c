@@ -8,8 +8,6 @@
 #define TAG 16u
 #define HEAD_ROOM 4096u
 #define CHUNK_ROOM (TAGS_IN_CHUNK * sizeof(uint64_t) + NONCE + TAG)
-/* Of a page that was never written: no page's tag, but for one in 2^64. */
-#define HOLE UINT64_MAX
 /* SQLite's wal-index (walformat.html): frames that there are, and those that the checkpoint copies or has copied. */
 #define INDEX_FRAMES 4
 #define INDEX_COPIED 32
@@ -107,7 +105,7 @@ static int write_chunks(struct database *database, uint32_t handle, const struct
         for (uint32_t i = 0; i < size / sizeof(uint64_t); i++) {
             uint64_t tag = known_tag(database, FILE_MAIN, chunk * TAGS_IN_CHUNK + i);
 
-            tags[i] = tag ? tag : HOLE;
+            tags[i] = tag ? tag : KNOWN_NOTHING; /* it was never written */
         }
         status = write_sealed(database, handle, chunk_place(head->number, chunk), &binding, tags, size, room);
     }

@@ -288,36 +288,34 @@ bool known_is_settled(struct database *database, enum file_kind kind, uint64_t r
     return true;
 }
 
-void known_writing(struct database *database, enum file_kind kind, bool writing)
+void known_writing(struct database *database, enum file_kind kind)
 {
-    uint64_t index = thread_self()->fixed.index, bit = 1ull << index % 64;
+    uint64_t index = thread_self()->fixed.index;
 
-    if (writing)
-        database->writing[kind][index / 64] |= bit;
-    else
-        database->writing[kind][index / 64] &= ~bit;
+    database->writing[kind][index / 64] |= 1ull << index % 64;
+}
+
+void known_written(struct database *database, enum file_kind kind, uint32_t slot)
+{
+    database->pending[kind][slot].count = 0;
+    database->writing[kind][slot / 64] &= ~(1ull << slot % 64);
+}
+
+bool known_is_left_open(const struct database *database, enum file_kind kind, uint32_t *slot)
+{
+    for (uint32_t word = 0; word < SLOTS_MOST / 64; word++) {
+        uint64_t slots = database->writing[kind][word];
+
+        *slot = word * 64 + (slots ? (uint32_t)__builtin_ctzll(slots) : 0);
+        if (slots)
+            return true;
+    }
+    return false;
 }
 
 bool known_is_unknown(struct database *database, enum file_kind kind, uint64_t record)
 {
     return !known_tag(database, kind, record);
-}
-
-void known_supersede(struct database *database, enum file_kind kind, uint64_t first, uint64_t count)
-{
-    uint32_t slots = slot_count(), self = (uint32_t)thread_self()->fixed.index;
-
-#ifdef DB_TEST_NO_FRESHNESS
-    return;
-#endif
-    for (uint32_t slot = 0; slot < slots; slot++) {
-        struct pending *pending = &database->pending[kind][slot];
-        uint64_t some = pending->count;
-
-        for (uint64_t i = 0; slot != self && i < some; i++)
-            if (pending->first + i - first < count)
-                __atomic_store_n(&pending->tags[i], 0, __ATOMIC_SEQ_CST); /* no record's (short_tag) */
-    }
 }
 
 bool known_first(struct database *database, enum file_kind kind, uint64_t record, uint64_t tag)

@@ -10,8 +10,8 @@
  *
  * FRESHNESS.  Of every record that was read or written in this life of the enclave 64 bits of its tag are
  * kept, and nothing else is believed for it.  A write says beforehand what it will write (struct pending):
- * until it is acknowledged both are right; when its slot is gone, until the slot's next writer has looked or
- * somebody else has written there.
+ * until it is acknowledged both are right; when its slot is gone, until whoever may write to the file next has looked
+ * (records_settle()).
  */
 #ifndef DB_SHARED_H
 #define DB_SHARED_H
@@ -23,6 +23,8 @@
 #define TAGS_IN_CHUNK 4096u
 #define CHUNKS_MOST 512u /* 2^21 records, 8 GiB */
 #define BATCH 15u         /* records in one write: 64 KiB */
+/* Known of a record that is nothing until it is written again: no record's tag, but for one in 2^64. */
+#define KNOWN_NOTHING UINT64_MAX
 
 enum file_kind { FILE_MAIN = 0, FILE_WAL = 1, FILE_KINDS = 2 };
 
@@ -85,7 +87,7 @@ struct database {
     _Atomic uint64_t frames_needed; /* that the log must turn out to have before pages are used with it */
     struct known_file files[FILE_KINDS];
     struct pending pending[FILE_KINDS][SLOTS_MOST];
-    _Atomic uint64_t writing[FILE_KINDS][SLOTS_MOST / 64]; /* a bit per slot: set while its pending has something, and longer */
+    _Atomic uint64_t writing[FILE_KINDS][SLOTS_MOST / 64]; /* a bit per slot: set before its pending has something, and until it has nothing */
 };
 
 /*
@@ -120,15 +122,14 @@ bool known_is_right(struct database *database, enum file_kind kind, uint64_t rec
 uint64_t known_tag(struct database *database, enum file_kind kind, uint64_t record);
 /* Is that tag what is known, and nothing else right beside it?  Then whatever has it need not be looked for in the file. */
 bool known_is_settled(struct database *database, enum file_kind kind, uint64_t record, uint64_t tag);
-/* The running slot begins to write, or has written: what is right meanwhile is its pending, with everybody's. */
-void known_writing(struct database *database, enum file_kind kind, bool writing);
+/* The running slot begins to write: what is right meanwhile is its pending, with everybody's. */
+void known_writing(struct database *database, enum file_kind kind);
+/* A slot's write is over, and what it came to is known.  SQLite's locks let one slot at a time write, and settle. */
+void known_written(struct database *database, enum file_kind kind, uint32_t slot);
+/* Is there a write that is not over?  For who may write: then it is one whose slot is gone, or was told of a failure. */
+bool known_is_left_open(const struct database *database, enum file_kind kind, uint32_t *slot);
 /* Nothing is known of it, or it was never written in this life. */
 bool known_is_unknown(struct database *database, enum file_kind kind, uint64_t record);
-/*
- * The running slot's write of these was acknowledged: what other slots left open there, dead or refused by the host, is
- * right no more.  SQLite's locks let one slot at a time write to a file, so none of them is still at it.
- */
-void known_supersede(struct database *database, enum file_kind kind, uint64_t first, uint64_t count);
 /* Where nothing is known of it yet: false when something else is by now. */
 bool known_first(struct database *database, enum file_kind kind, uint64_t record, uint64_t tag);
 void known_set(struct database *database, enum file_kind kind, uint64_t record, uint64_t tag);
