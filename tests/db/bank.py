@@ -51,6 +51,8 @@ ENCLAVE = "db"
 TESTS = Path(__file__).resolve().parents[1]
 STANDSTILL = 120.0 * PATIENCE
 """Seconds without a commit after which it has failed."""
+_PROGRESS = 10.0
+"""Seconds between two lines of progress."""
 _KILL_PAUSE = 0.004
 """Seconds at most between the moment for a kill and the kill: a commit's time."""
 _AIMS = (
@@ -84,6 +86,8 @@ class Plan(NamedTuple):
     careless: bool = False
     """Tellers say that it is committed before it is: the negative control."""
     image: Path | None = None
+    progress: bool = False
+    """Say how far it is, to stderr, every so often."""
 
 
 @dataclass
@@ -428,6 +432,7 @@ uid = {HOST_UID}
     def _work(self) -> None:
         """Until so many transactions were acknowledged; kills come when it is their time."""
         moments, done, since = self._moments(), 0, time.monotonic()
+        began = said = since
         kills = {
             "teller": self._kill_teller,
             "container": self._kill_container,
@@ -440,6 +445,10 @@ uid = {HOST_UID}
                 done, since = self.figures.transactions, time.monotonic()
             elif time.monotonic() > since + STANDSTILL:
                 self.figures.errors.append(f"nothing was committed for {STANDSTILL:g} s")
+            if self.plan.progress and time.monotonic() > said + _PROGRESS:
+                said = time.monotonic()
+                kills_so_far = ", ".join(f"{count} {kind}" for kind, count in self.figures.kills.items())
+                print(f"{said - began:.0f} s: {done} acknowledged; killed {kills_so_far}", file=sys.stderr)
             if moments and done >= moments[0][0]:
                 self._hear(self._dice.uniform(0, _KILL_PAUSE))
                 kind = moments[0][1]
@@ -510,6 +519,7 @@ def main() -> None:
     parser.add_argument("--no-containers", dest="containers", action="store_false")
     parser.add_argument("--no-look", dest="look", action="store_false", help="kill wherever they are")
     parser.add_argument("--careless", action="store_true", help="acknowledge before committing: must fail")
+    parser.add_argument("--progress", action="store_true", help="say on stderr how far it is")
     parser.add_argument("--json", action="store_true", help="for programs")
     options = vars(parser.parse_args())
     as_json = options.pop("json")
