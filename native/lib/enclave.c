@@ -5,6 +5,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <inttypes.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -116,10 +117,16 @@ static const char *hostile_runtime(void)
 
 int enclave_check_runtime(struct teemate_diag *diag)
 {
-    const char *runtime = hostile_runtime();
+    static _Atomic bool none; /* they start with the program, so once is enough: every library is searched */
+    const char *runtime;
 
-    if (runtime == NULL)
+    if (atomic_load_explicit(&none, memory_order_relaxed))
         return 0;
+    runtime = hostile_runtime();
+    if (runtime == NULL) {
+        atomic_store_explicit(&none, true, memory_order_relaxed);
+        return 0;
+    }
     return diag_set(diag, -ENOTSUP, TEEMATE_STEP_MAP, 0, 0,
                     "a program built with %s cannot hold an enclave: its runtime owns the address window", runtime);
 }

@@ -88,6 +88,8 @@ struct backend {
                 const uint8_t mrenclave[32], struct teemate_diag *diag);
     /* An enclave of somebody else's making: fill info from the file. */
     int (*open)(struct teemate_enclave *enclave, struct teemate_diag *diag);
+    /* Whether map.c's reservation, without any permission, is to be one of the file from its start on. */
+    bool reserves_file;
     /* All segments but the TCSs, over the PROT_NONE reservation that map.c has made and will
      * keep out of fork as a whole. */
     int (*map)(struct teemate_enclave *enclave, struct teemate_diag *diag);

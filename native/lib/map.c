@@ -63,7 +63,9 @@ static int reserve(struct teemate_enclave *enclave, struct teemate_diag *diag)
 {
     uint64_t size = 2 * enclave->size;
     void *wanted = (void *)enclave->base;
-    void *at = mmap(wanted, size, PROT_NONE, RESERVE_FLAGS | MAP_FIXED_NOREPLACE, -1, 0);
+    bool shared = enclave->backend->reserves_file;
+    void *at = mmap(wanted, size, PROT_NONE, (shared ? MAP_SHARED : RESERVE_FLAGS) | MAP_FIXED_NOREPLACE,
+                    shared ? enclave->fd : -1, 0);
     int error = at == MAP_FAILED ? errno : 0;
 
     if (!error && at != wanted) { /* a kernel before 4.17 takes the address as a hint */

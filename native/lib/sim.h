@@ -19,6 +19,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #include "sgx_arch.h"
 
@@ -97,6 +98,12 @@ _Static_assert(sizeof(struct sim_tcs) == 64, "sim_tcs");
 #define SIM_TABLES_SIZE(size) \
     (SIM_HEADER_SIZE + SIM_TCS_MAX * sizeof(struct sim_tcs) + (size) / SGX_PAGE * sizeof(uint64_t))
 
+/* Which file it is: no other has these two numbers while somebody holds it. */
+struct sim_file {
+    dev_t device;
+    ino_t inode; /* 0: not known */
+};
+
 /* This process's view of the tables, mapped anywhere, shared and writable. */
 struct sim_mapping {
     struct sim_header *header;
@@ -107,10 +114,12 @@ struct sim_mapping {
      * The processor's own way to the pages: [0, size) once more, anywhere, readable
      * and writable whatever the EPCM says and never faulting.  Leaves, AEX, EENTER
      * and ERESUME reach enclave memory through it (after their checks), so that they
-     * depend on no page permission.  NULL until sim_view_open, which whoever maps the
-     * enclave calls first; the broker never does.
+     * depend on no page permission.  Whoever opens an enclave has it right below the tables, in one mapping;
+     * who made it has none (NULL) until sim_view_open, which whoever maps the enclave calls first.  The broker
+     * does neither.
      */
     uint8_t *view;
+    struct sim_file file;
     _Atomic uint32_t epoch; /* that our page permissions follow; 0: none cached yet */
     uint32_t holder_mark;   /* SIM_WARDEN in a warden, else 0 */
     /* By index: does this process map the TCS page?  Entering through another is a page fault. */
@@ -171,8 +180,8 @@ int sim_enclu(struct teemate_enclave *enclave, struct sim_leaf_regs *regs, struc
  */
 int sim_page_fault(struct teemate_enclave *enclave, uint64_t addr, uint32_t error, struct sim_fault *fault);
 /*
- * Bring in what every entry through this TCS touches: its SSA frames, its thread data, the code, and what
- * adjoins that.  A fault brings them in as well, and takes five times as long.
+ * Bring in what every entry through this TCS touches: its SSA frames, its thread data and stack, the code, and
+ * what adjoins that.  A fault brings them in as well, and takes five times as long.
  */
 void sim_fetch_for(struct teemate_enclave *enclave, const struct sim_tcs *tcs);
 

@@ -29,8 +29,8 @@ static int open_enclave(struct teemate_enclave *enclave, struct teemate_diag *di
 }
 
 /*
- * One mapping without any permission: sim_page_fault brings each segment's pages in, with
- * what the segment and the EPCM allow, and what lies between segments stays out.  So it
+ * The reservation is the one mapping, without any permission: sim_page_fault brings each segment's pages in,
+ * with what the segment and the EPCM allow, and what lies between segments stays out.  So it
  * costs the same whatever the image is made of.
  */
 static int map(struct teemate_enclave *enclave, struct teemate_diag *diag)
@@ -41,11 +41,8 @@ static int map(struct teemate_enclave *enclave, struct teemate_diag *diag)
     if (error)
         return error;
     error = sim_view_open(enclave);
-    /* Read first: what the EPCM loses from now on is flushed before the next entry. */
+    /* Nothing was brought in yet: what the EPCM loses from now on is flushed before the next entry. */
     atomic_store(&sim->epoch, atomic_load(&sim->header->epoch));
-    if (!error && mmap((void *)enclave->base, enclave->size, PROT_NONE, MAP_SHARED | MAP_FIXED, enclave->fd, 0) ==
-                      MAP_FAILED)
-        error = -errno;
     if (error)
         diag_set(diag, error, TEEMATE_STEP_MAP, 0, 0, "cannot map the %llu MiB of the simulated enclave: %s",
                  (unsigned long long)enclave->size >> 20, strerror(-error));
@@ -155,6 +152,7 @@ const struct backend backend_sim = {
     .add_pages = sim_add_pages,
     .init = sim_init,
     .open = open_enclave,
+    .reserves_file = true,
     .map = map,
     .map_tcs = map_tcs,
     .unmap_tcs = unmap_tcs,

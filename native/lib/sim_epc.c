@@ -33,17 +33,19 @@
 #define SIM_ATTRIBUTES \
     (SGX_ATTR_DEBUG | SGX_ATTR_MODE64BIT | SGX_ATTR_PROVISIONKEY | SGX_ATTR_EINITTOKENKEY | SGX_ATTR_KSS)
 
-static int map_tables(struct teemate_enclave *enclave, struct teemate_diag *diag)
+/* The tables; `with_view`: and what lies before them in the file, the pages, in the same mapping. */
+static int map_tables(struct teemate_enclave *enclave, bool with_view, struct teemate_diag *diag)
 {
     struct sim_mapping *sim = calloc(1, sizeof(*sim));
-    uint8_t *tables;
+    uint64_t offset = SIM_TABLES_OFFSET(enclave->size), before = with_view ? offset : 0;
+    uint8_t *start, *tables;
 
     if (!sim)
         return diag_set(diag, -ENOMEM, TEEMATE_STEP_MAP, 0, 0, "no memory for the enclave's description");
     sim->tables_size = SIM_TABLES_SIZE(enclave->size);
-    tables = mmap(NULL, sim->tables_size, PROT_READ | PROT_WRITE, MAP_SHARED, enclave->fd,
-                  (off_t)SIM_TABLES_OFFSET(enclave->size));
-    if (tables == MAP_FAILED) {
+    start = mmap(NULL, before + sim->tables_size, PROT_READ | PROT_WRITE, MAP_SHARED, enclave->fd,
+                 (off_t)(offset - before));
+    if (start == MAP_FAILED) {
         int error = -errno;
 
         free(sim);
@@ -51,7 +53,10 @@ static int map_tables(struct teemate_enclave *enclave, struct teemate_diag *diag
                         "cannot map the tables of the simulated enclave (%s); is there a limit on address space?",
                         strerror(-error));
     }
-    madvise(tables, sim->tables_size, MADV_DONTFORK);
+    madvise(start, before + sim->tables_size, MADV_DONTFORK);
+    tables = start + before;
+    if (with_view)
+        sim->view = start;
     sim->header = (struct sim_header *)tables;
     sim->tcs = (struct sim_tcs *)(tables + SIM_HEADER_SIZE);
     sim->epcm = (_Atomic uint64_t *)(tables + SIM_HEADER_SIZE + SIM_TCS_MAX * sizeof(struct sim_tcs));
@@ -98,7 +103,7 @@ int sim_create(struct teemate_enclave *enclave, const struct create_params *para
     enclave->fd = fd;
     enclave->base = params->base;
     enclave->size = params->size;
-    error = map_tables(enclave, diag);
+    error = map_tables(enclave, false, diag);
     if (error) {
         enclave->fd = -1;
         close(fd);
@@ -255,23 +260,27 @@ int sim_add_pages(struct teemate_enclave *enclave, uint64_t offset, const void *
     return 0;
 }
 
-/* Is this the file of a sim enclave?  Its size is the geometry that its header claims. */
-static bool read_header(int fd, struct sim_header *header)
+/* Is this the file of a sim enclave?  Its size is the geometry that its header claims.  Returns its seals, or -1. */
+static int read_header(int fd, struct sim_header *header, struct sim_file *file)
 {
+    int seals = fcntl(fd, F_GET_SEALS);
     struct stat stat;
     uint64_t size;
 
-    if (fcntl(fd, F_GET_SEALS) < 0 || fstat(fd, &stat) || stat.st_size < (off_t)(SIM_HEADER_SIZE + 2 * SGX_PAGE))
-        return false;
+    if (seals < 0 || fstat(fd, &stat) || stat.st_size < (off_t)(SIM_HEADER_SIZE + 2 * SGX_PAGE))
+        return -1;
+    *file = (struct sim_file){stat.st_dev, stat.st_ino};
     /* The size of ELRANGE is the largest power of two that is not above the file's. */
     size = 1ull << (63 - __builtin_clzll((uint64_t)stat.st_size));
     if (size > SIM_SIZE_MAX)
-        return false;
+        return -1;
     while (size >= 2 * SGX_PAGE && size + SIM_TABLES_SIZE(size) != (uint64_t)stat.st_size)
         size /= 2;
-    return size >= 2 * SGX_PAGE &&
-           pread(fd, header, sizeof(*header), (off_t)SIM_TABLES_OFFSET(size)) == sizeof(*header) &&
-           header->magic == SIM_MAGIC && header->version == SIM_VERSION && header->size == size;
+    if (size < 2 * SGX_PAGE ||
+        pread(fd, header, sizeof(*header), (off_t)SIM_TABLES_OFFSET(size)) != sizeof(*header) ||
+        header->magic != SIM_MAGIC || header->version != SIM_VERSION || header->size != size)
+        return -1;
+    return seals;
 }
 
 int sim_open(struct teemate_enclave *enclave, struct teemate_diag *diag)
@@ -279,11 +288,12 @@ int sim_open(struct teemate_enclave *enclave, struct teemate_diag *diag)
     struct teemate_enclave_info *info = &enclave->info;
     struct create_params claimed;
     struct sim_header header;
-    int error;
+    struct sim_file file;
+    int seals = read_header(enclave->fd, &header, &file), error;
 
-    if (!read_header(enclave->fd, &header))
+    if (seals < 0)
         return diag_set(diag, -ENODEV, TEEMATE_STEP_MAP, 0, 0, "the descriptor is not that of a simulated enclave");
-    if ((fcntl(enclave->fd, F_GET_SEALS) & SIM_SEALS) != SIM_SEALS || !(header.attributes.flags & SGX_ATTR_INIT))
+    if ((seals & SIM_SEALS) != SIM_SEALS || !(header.attributes.flags & SGX_ATTR_INIT))
         return diag_set(diag, -ESTALE, TEEMATE_STEP_MAP, 0, 0,
                         "the simulated enclave was not finished: EINIT has not been done");
     if (header.size != enclave->size || header.base != enclave->base)
@@ -301,9 +311,10 @@ int sim_open(struct teemate_enclave *enclave, struct teemate_diag *diag)
     if (check_secs(&claimed))
         return diag_set(diag, -EBADMSG, TEEMATE_STEP_MAP, 0, 0,
                         "the tables of the simulated enclave make no sense: somebody wrote into them");
-    error = map_tables(enclave, diag);
+    error = map_tables(enclave, true, diag);
     if (error)
         return error;
+    enclave->sim->file = file;
     /* From the copy that was checked: the shared one may change under us. */
     info->base = header.base;
     info->size = header.size;
@@ -341,9 +352,13 @@ void sim_close(struct teemate_enclave *enclave)
 
     if (!sim)
         return;
-    if (sim->view)
-        munmap(sim->view, enclave->size);
-    munmap(sim->header, sim->tables_size);
+    if (sim->view != NULL && sim->view + SIM_TABLES_OFFSET(enclave->size) == (uint8_t *)sim->header) {
+        munmap(sim->view, SIM_TABLES_OFFSET(enclave->size) + sim->tables_size);
+    } else {
+        if (sim->view)
+            munmap(sim->view, enclave->size);
+        munmap(sim->header, sim->tables_size);
+    }
     free(sim);
     enclave->sim = NULL;
 }
@@ -351,8 +366,9 @@ void sim_close(struct teemate_enclave *enclave)
 int teemate_sim_is(int fd)
 {
     struct sim_header header;
+    struct sim_file file;
 
-    return read_header(fd, &header);
+    return read_header(fd, &header, &file) >= 0;
 }
 
 int64_t teemate_sim_pages(int fd)

@@ -7,20 +7,23 @@
  * attaching costs nothing per page, and taking a permission away is one count (the epoch)
  * that every process compares before it enters.
  *
- * All but sim_may_map is called from signal handlers: no TLS, no locks, no libc but system calls
- * and memory.
+ * All but sim_may_map, sim_fetch_for and what is theirs is called from signal handlers: no TLS, no locks, no libc
+ * but system calls and memory.
  */
 #include "sim.h"
 
 #include <errno.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 
 #include "enclave.h"
 #include "sim_check.h"
+#include "teemate_abi.h"
 
 /* Pages that one fault may bring in, in a window of this size and alignment. */
 #define WINDOW 1024u
-
 #define PRESENT_MASK \
     (SIM_EPCM_VALID | SIM_EPCM_R | SIM_EPCM_W | SIM_EPCM_X | SIM_EPCM_PENDING | SIM_EPCM_MODIFIED | \
      0xffull << SIM_EPCM_TYPE_SHIFT)
@@ -71,10 +74,58 @@ static bool any_too_wide(const struct teemate_enclave *enclave, const struct tee
     return segment->prot & SIM_EPCM_MAX(lacking);
 }
 
+/*
+ * The enclave that was mapped last, and how: who attaches to it again need not look at all of its pages once
+ * more.  A page gets another limit by EMODT alone, and that counts the epoch.
+ */
+static struct {
+    pthread_mutex_t lock; /* tried only: in a child of fork it may be held for ever */
+    struct sim_file file;
+    uint32_t epoch;
+    struct teemate_segment *segments;
+    size_t count;
+} mapped_before = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+static bool was_mapped(const struct teemate_enclave *enclave, uint32_t epoch)
+{
+    bool same;
+
+    if (enclave->sim->file.inode == 0 || pthread_mutex_trylock(&mapped_before.lock) != 0)
+        return false;
+    same = mapped_before.file.inode == enclave->sim->file.inode &&
+           mapped_before.file.device == enclave->sim->file.device && mapped_before.epoch == epoch &&
+           mapped_before.count == enclave->segment_count &&
+           memcmp(mapped_before.segments, enclave->segments, mapped_before.count * sizeof(*enclave->segments)) == 0;
+    pthread_mutex_unlock(&mapped_before.lock);
+    return same;
+}
+
+static void remember_mapped(const struct teemate_enclave *enclave, uint32_t epoch)
+{
+    size_t size = enclave->segment_count * sizeof(*enclave->segments);
+    struct teemate_segment *segments;
+
+    if (enclave->sim->file.inode == 0 || size == 0 || pthread_mutex_trylock(&mapped_before.lock) != 0)
+        return;
+    segments = realloc(mapped_before.segments, size);
+    if (segments != NULL) {
+        memcpy(segments, enclave->segments, size);
+        mapped_before.segments = segments;
+        mapped_before.count = enclave->segment_count;
+        mapped_before.file = enclave->sim->file;
+        mapped_before.epoch = epoch;
+    }
+    pthread_mutex_unlock(&mapped_before.lock);
+}
+
 int sim_may_map(const struct teemate_enclave *enclave, struct teemate_diag *diag)
 {
+    uint32_t epoch = atomic_load(&enclave->sim->header->epoch);
+
     if (SIM_CHECK("MAP.PERSONALITY", map_all_executable()))
         return diag_set(diag, -EACCES, TEEMATE_STEP_MAP, 0, 0, ALL_EXECUTABLE);
+    if (was_mapped(enclave, epoch))
+        return 0;
     for (size_t i = 0; i < enclave->segment_count; i++) {
         const struct teemate_segment *segment = &enclave->segments[i];
         uint64_t at = segment->offset, last = segment->offset + segment->size - SGX_PAGE;
@@ -87,6 +138,7 @@ int sim_may_map(const struct teemate_enclave *enclave, struct teemate_diag *diag
                         "the page at offset %#llx was added with fewer permissions than its segment has",
                         (unsigned long long)at);
     }
+    remember_mapped(enclave, epoch);
     return 0;
 }
 
@@ -234,12 +286,23 @@ static void fetch(struct teemate_enclave *enclave, uint64_t offset)
         (void)sim_page_fault(enclave, enclave->base + offset, 0, &fault);
 }
 
+/* Where SDK images say that the stack ends; of others whatever lies there, which is looked at as anything is. */
+static uint64_t stack_of(const struct teemate_enclave *enclave, const struct sim_tcs *tcs)
+{
+    const struct tm_td_static *td = (const struct tm_td_static *)(enclave->sim->view + tcs->ofsbase);
+
+    if (tcs->ofsbase % SGX_PAGE || tcs->ofsbase >= enclave->size)
+        return 0;
+    return __atomic_load_n(&td->stack_top, __ATOMIC_RELAXED);
+}
+
 void sim_fetch_for(struct teemate_enclave *enclave, const struct sim_tcs *tcs)
 {
     const struct teemate_segment *code = segment_of(enclave, tcs->oentry);
 
     fetch(enclave, tcs->ossa);
     fetch(enclave, tcs->ofsbase);
+    fetch(enclave, stack_of(enclave, tcs) - 1);
     if (!code)
         return;
     fetch(enclave, code->offset);

@@ -493,6 +493,34 @@ static void windows_of_pages(void)
     CHECK(sim_page_fault(enclave, 0x1234, SGX_PF_U | SGX_PF_W, &fault) == 1 && fault.addr == 0x1234);
 }
 
+/* The same file mapped once more: what was found out the first time holds for the same segments and limits alone. */
+static void mapped_again(void)
+{
+    struct teemate_enclave *made = create(), *enclave;
+    struct teemate_segment wide = {.offset = DATA, .size = 0x1000, .prot = PROT_READ | PROT_WRITE | PROT_EXEC,
+                                   .type = SGX_PT_REG};
+    _Atomic uint64_t *epcm;
+    uint64_t word;
+
+    for (int i = 0; i < 2; i++)
+        teemate_close(attach(made));
+    CHECK(teemate_open(TEEMATE_SIM, dup(teemate_enclave_fd(made)), made->base, made->size, &wide, 1, &enclave, NULL) == 0);
+    CHECK(teemate_map(enclave, NULL) == -EACCES);
+    teemate_close(enclave);
+    teemate_close(attach(made));
+    /* EMODT makes the limit of a page another one, and counts. */
+    epcm = &made->sim->epcm[DATA / SGX_PAGE];
+    word = atomic_load(epcm);
+    atomic_store(epcm, word & ~((uint64_t)SIM_EPCM_W << 31));
+    CHECK(SIM_EPCM_MAX(atomic_load(epcm)) == PROT_READ);
+    atomic_fetch_add(&made->sim->header->epoch, 1);
+    CHECK(open_again(teemate_enclave_fd(made), made->base, made->size, &enclave) == 0);
+    CHECK(teemate_map(enclave, NULL) == -EACCES);
+    teemate_close(enclave);
+    atomic_store(epcm, word);
+    teemate_close(attach(made));
+}
+
 static const struct test {
     const char *name;
     void (*run)(void);
@@ -511,6 +539,7 @@ static const struct test {
     {"restriction_crosses_processes", restriction_crosses_processes},
     {"privileged_keys", privileged_keys},
     {"windows_of_pages", windows_of_pages},
+    {"mapped_again", mapped_again},
 };
 
 int main(int argc, char **argv)

@@ -74,3 +74,9 @@ def test_privileged_keys_depend_on_what_the_sdm_says(program: Path, material: Pa
 
 def test_page_permissions_come_with_faults(program: Path, material: Path) -> None:
     check(program, material, "windows_of_pages")
+
+
+def test_what_was_mapped_before_is_looked_at_again_when_anything_differs(
+    program: Path, material: Path
+) -> None:
+    check(program, material, "mapped_again")
