@@ -158,6 +158,7 @@ static int slot_ocall(struct teemate_slot *slot, uint64_t kind, uint64_t length,
     uint32_t name_length;
     int32_t status;
 
+    slot->asked = true;
     if (length > SLOT_OCALL_CAPACITY)
         return slot_nonsense(slot);
     switch (kind) {

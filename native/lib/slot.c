@@ -12,7 +12,7 @@
 
 void *secret_map(size_t size)
 {
-    void *page = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void *page = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
     if (page == MAP_FAILED)
         return NULL;
@@ -46,11 +46,44 @@ void slot_give(struct teemate_slot *slot)
     atomic_store_explicit(&slot->taken, false, memory_order_release);
 }
 
+/*
+ * Where a key was and no OCALL has been, kept for the next slot: attaching again and again is common, and
+ * mapping takes as long as a call.  At most one in a process, with a page of memory; in a child of fork it is
+ * wiped, and as good.
+ */
+static void *_Atomic spare;
+
+#define MEMORY_SIZE (SGX_PAGE + SLOT_OCALL_CAPACITY)
+
+/* The page of the key, and the OCALL buffer behind it. */
+static bool memory_map(struct teemate_slot *slot)
+{
+    uint8_t *memory = atomic_exchange(&spare, NULL);
+
+    if (memory == NULL)
+        memory = secret_map(MEMORY_SIZE);
+    if (memory == NULL)
+        return false;
+    slot->secret = (struct slot_secret *)memory;
+    slot->ocall_buffer = memory + SGX_PAGE;
+    return true;
+}
+
+static void memory_unmap(struct teemate_slot *slot)
+{
+    void *memory = slot->secret, *none = NULL;
+
+    if (memory == NULL)
+        return;
+    crypto_wipe(slot->secret, sizeof(*slot->secret));
+    slot->secret = NULL;
+    if (slot->asked || slot->state != SLOT_IDLE || !atomic_compare_exchange_strong(&spare, &none, memory))
+        munmap(memory, MEMORY_SIZE);
+}
+
 static void slot_free(struct teemate_slot *slot)
 {
-    secret_unmap(slot->secret, SGX_PAGE);
-    if (slot->ocall_buffer != NULL)
-        munmap(slot->ocall_buffer, SLOT_OCALL_CAPACITY);
+    memory_unmap(slot);
     free(slot);
 }
 
@@ -58,7 +91,6 @@ int teemate_slot_open(struct teemate_enclave *enclave, const struct teemate_slot
                       struct teemate_slot **out, struct teemate_diag *diag)
 {
     struct teemate_slot *slot;
-    void *buffer;
     int result;
 
     if (enclave == NULL || args == NULL || out == NULL)
@@ -70,12 +102,7 @@ int teemate_slot_open(struct teemate_enclave *enclave, const struct teemate_slot
     slot->tcs_offset = args->tcs_offset;
     slot->index = args->index;
     memcpy(&slot->bind, args->bind, sizeof(slot->bind));
-    slot->secret = secret_map(SGX_PAGE);
-    buffer = mmap(NULL, SLOT_OCALL_CAPACITY, PROT_READ | PROT_WRITE,
-                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (buffer != MAP_FAILED)
-        slot->ocall_buffer = buffer;
-    if (slot->secret == NULL || slot->ocall_buffer == NULL) {
+    if (!memory_map(slot)) {
         slot_free(slot);
         return diag_set(diag, -ENOMEM, TEEMATE_STEP_MAP, 0, args->tcs_offset,
                         "no memory for the key and the OCALL buffer of a slot");

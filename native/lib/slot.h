@@ -41,7 +41,8 @@ struct teemate_slot {
     uint64_t tcs_offset;
     uint32_t index;             /* number of the TCS */
     struct slot_secret *secret; /* owned, one page */
-    uint8_t *ocall_buffer;      /* owned, SLOT_OCALL_CAPACITY bytes */
+    uint8_t *ocall_buffer;      /* owned, SLOT_OCALL_CAPACITY bytes right behind the secret */
+    bool asked;                 /* the enclave made an OCALL, so there is something in the buffer */
     atomic_bool taken;          /* by the thread that is in one of our functions */
     bool bound;                 /* the enclave has taken our identity */
     bool revoked;               /* the gate refused our key: it will not open again */
