@@ -238,6 +238,45 @@ bool message_check(const uint8_t *data, size_t size, struct value *map, const ch
     }
 }
 
+/*
+ * The head of the item at *at, of bytes that message_check() has seen: libcbor has found them well formed, and
+ * this is what its decoder tells, without a call for each.  Only the end is looked at again.
+ */
+static bool head_at(const uint8_t **at, const uint8_t *end, struct value *value)
+{
+    static const uint8_t kinds[8] = {VALUE_UINT, VALUE_NEGATIVE, VALUE_BYTES, VALUE_TEXT, VALUE_ARRAY, VALUE_MAP};
+    const uint8_t *from = *at;
+    unsigned int major, info, width;
+    uint64_t number;
+
+    if (from >= end)
+        return false;
+    major = *from >> 5;
+    info = *from++ & 31;
+    if (major >= 6 || info > 27) /* simple values and floating point are few */
+        return item_at(at, end, value);
+    number = info;
+    if (info >= 24) {
+        width = 1u << (info - 24);
+        if ((size_t)(end - from) < width)
+            return false;
+        for (number = 0; width != 0; width--)
+            number = number << 8 | *from++;
+    }
+    *value = (struct value){.kind = kinds[major], .number = number};
+    if (major == 2 || major == 3) {
+        if (number > (size_t)(end - from))
+            return false;
+        *value = (struct value){.kind = kinds[major], .data = from, .size = (size_t)number};
+        from += number;
+    } else if (major >= 4) {
+        value->data = from;
+        value->size = (size_t)(end - from);
+    }
+    *at = from;
+    return true;
+}
+
 struct items items_of(const struct value *container)
 {
     uint64_t each = container->kind == VALUE_MAP ? 2 : container->kind == VALUE_ARRAY ? 1 : 0;
@@ -248,11 +287,11 @@ struct items items_of(const struct value *container)
 bool items_next(struct items *items, struct value *value)
 {
     for (; items->skip != 0; items->skip--) {
-        if (!item_at(&items->at, items->end, value))
+        if (!head_at(&items->at, items->end, value))
             return false;
         items->skip += items_of(value).left;
     }
-    if (items->left == 0 || !item_at(&items->at, items->end, value))
+    if (items->left == 0 || !head_at(&items->at, items->end, value))
         return false;
     items->left--;
     items->skip = items_of(value).left;
