@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import tsc
+from post_mortem import post_mortem
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent.parent
@@ -234,6 +235,7 @@ def _qemu(
     # Host and guest agree on inode numbers of several file systems only when these are mapped.
     line += ["-fsdev", "local,id=host,path=/,security_model=none,multidevs=remap,readonly=on"]
     line += ["-device", "virtio-9p-pci,fsdev=host,mount_tag=host"]
+    line += ["-monitor", f"unix:{files / 'monitor'},server=on,wait=off"]
     for number, share in enumerate(command.shares):
         line += ["-fsdev", f"local,id=share{number},path={share},security_model=none,multidevs=remap"]
         line += ["-device", f"virtio-9p-pci,fsdev=share{number},mount_tag=share{number}"]
@@ -342,17 +344,25 @@ def boot(command: Command, machine: Machine, *, timeout: float, output: BinaryIO
                 machine, command, qemu=qemu, kernel=kernel, files=files, output=pipes[0], errors=pipes[-1]
             )
             # timeout(1) ends QEMU in any case, and at once if this process is killed.
-            bound = ["setpriv", "--pdeathsig", "TERM", "timeout", "--kill-after=5", str(timeout)]
+            bound = ["setpriv", "--pdeathsig", "TERM", "timeout", "--kill-after=5", str(timeout + 60)]
             stack.enter_context(_following(console, copy=machine.verbose))
             for attempt in range(1, _BOOTS + 1):
                 status.unlink(missing_ok=True)
+                end = time.monotonic() + timeout
                 with subprocess.Popen([*bound, *line], stdin=subprocess.DEVNULL, pass_fds=pipes) as process:
                     try:
                         if attempt < _BOOTS and not _comes_up(process, status):
-                            text = f"sgx-machine: not up within {_BOOT_LIMIT} s, booted again"
-                            print(text, file=sys.stderr)
+                            text = post_mortem(files / "monitor", console)
+                            print(
+                                f"sgx-machine: not up within {_BOOT_LIMIT} s, booted again\n{text}",
+                                file=sys.stderr,
+                            )
                             continue
-                        ended = process.wait()
+                        ended = process.wait(max(end - time.monotonic(), 0))
+                    except subprocess.TimeoutExpired:
+                        ended = TIME_LIMIT
+                        text = post_mortem(files / "monitor", console)
+                        print(f"sgx-machine: not done within {timeout:g} s\n{text}", file=sys.stderr)
                     finally:
                         if process.poll() is None:
                             process.terminate()

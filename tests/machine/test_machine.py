@@ -43,8 +43,14 @@ def test_the_project_is_installed_in_there() -> None:
     assert (done.returncode, done.stdout) == (0, f"{sys.prefix} teemate\n"), done.stderr
 
 
-def test_a_command_that_takes_too_long_is_ended_with_124() -> None:
+def test_a_command_that_takes_too_long_is_ended_with_124_and_what_was_going_on_is_told(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     assert sh("sleep 1000", timeout=15)[0] == machine.TIME_LIMIT
+    told = capfd.readouterr().err
+    assert "VM status: running" in told
+    assert "RIP=" in told
+    assert "console's last lines" in told
 
 
 def test_processes_that_are_left_behind_do_not_keep_the_machine_running() -> None:
