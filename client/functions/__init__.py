@@ -12,6 +12,8 @@ this user: nobody else sees that they are there.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from teemate.functions._client import Functions
 from teemate.functions._errors import (
     BadArgument,
@@ -22,8 +24,12 @@ from teemate.functions._errors import (
     FunctionLimit,
     FunctionTrapped,
     ModuleInvalid,
+    SealRefused,
 )
 from teemate.functions._types import FunctionInfo, FunctionLimits, FunctionLog, FunctionUsage
+
+if TYPE_CHECKING:
+    from teemate.functions._sealing import Offer, Sealing, seal
 
 __all__ = [
     "BadArgument",
@@ -39,4 +45,17 @@ __all__ = [
     "FunctionUsage",
     "Functions",
     "ModuleInvalid",
+    "Offer",
+    "SealRefused",
+    "Sealing",
+    "seal",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what seals when it is asked for: a start that seals nothing does without."""
+    if name not in ("Offer", "Sealing", "seal"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from teemate.functions import _sealing
+
+    return getattr(_sealing, name)

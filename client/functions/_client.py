@@ -5,14 +5,19 @@ from __future__ import annotations
 import builtins
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from teemate._enclave import Enclave
 from teemate._grant import WAIT, GrantedEnclave
-from teemate._slot import Check, Slot
+from teemate._slot import Check, OcallHandler, Slot
 from teemate.errors import Busy, CallFailed, LimitReached
 from teemate.functions import _wire as wire
+from teemate.functions._streams import Ocalls, feeding
 from teemate.functions._types import FunctionInfo, FunctionLimits, FunctionLog, FunctionUsage
+
+if TYPE_CHECKING:
+    from teemate.functions._sealing import Offer, Sealing, Upload
 
 __all__ = ["Functions"]
 
@@ -50,14 +55,28 @@ class Functions:
         limits: FunctionLimits | None = None,
         env: Mapping[str, str] | None = None,
         replace: bool = False,
+        sealed: bool | Sealing = False,
     ) -> FunctionInfo:
         """Check `module`, a WASI command, and keep it in the enclave under `name`.
+
+        With `sealed` module and `env` are encrypted in this process to the enclave that `sealed` names (True:
+        whichever it is); :class:`~teemate.functions.SealRefused` when it is another one.
 
         Raises :class:`~teemate.functions.ModuleInvalid` with the reason,
         :class:`~teemate.functions.FunctionExists` unless `replace`, and :class:`teemate.LimitReached` when
         this user's functions, or everybody's, would be too many or too large.
         """
-        return self._deploy(name, module, limits, env, replace, None)
+        return self._deploy(name, module, limits, env, replace, sealed, None)
+
+    def deploy_sealed(
+        self, name: str, upload: Upload, *, nonce: bytes | None = None, target: bytes = b""
+    ) -> FunctionInfo:
+        """Deploy what somebody else has sealed (:func:`teemate.functions.seal`), which is not seen here.
+
+        `upload` gets the enclave's offer and returns the upload, for which a slot is kept meanwhile.  `nonce`
+        (32 bytes) is of who seals, and so is `target`, the enclave that is to verify the report.
+        """
+        return self._deploy_sealed(name, upload, nonce, target, None)
 
     def invoke(
         self,
@@ -90,6 +109,25 @@ class Functions:
 
         """
         return self._invoke(name, payload, args, env, timeout, None)
+
+    def stream(
+        self,
+        name: str,
+        source: Iterable[bytes],
+        sink: Callable[[bytes], object],
+        *,
+        args: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Run the function with `source` as its stdin; what it writes goes to `sink` at once.
+
+        A piece of `source` is taken when the function wants to read, so neither is ever whole in memory.
+        Both are called in this thread, while the function waits: their time counts, and what they raise ends
+        the invocation and is raised here.  Otherwise as :meth:`invoke`; what was written before an invocation
+        failed has been given to `sink`.
+        """
+        self._stream(name, feeding(source, sink), args, env, timeout, None)
 
     def list(self) -> list[FunctionInfo]:
         """Return this user's functions, by name."""
@@ -127,11 +165,48 @@ class Functions:
         limits: FunctionLimits | None,
         env: Mapping[str, str] | None,
         replace: bool,
+        sealed: bool | Sealing,
         check: Check | None,
     ) -> FunctionInfo:
+        if sealed:
+            from teemate.functions._sealing import Sealing, seal
+
+            sealing = sealed if isinstance(sealed, Sealing) else Sealing()
+
+            def upload(offer: Offer) -> bytes:
+                return seal(offer, name, module, limits=limits, env=env, replace=replace, sealing=sealing)
+
+            return self._deploy_sealed(name, upload, None, sealing.target(), check)
         request = wire.deploy(name, module, limits, env, replace=replace)
         self._output.pop(name, None)
         return wire.info(self._call("deploy", request, name, check))
+
+    def _deploy_sealed(
+        self, name: str, upload: Upload, nonce: bytes | None, target: bytes, check: Check | None
+    ) -> FunctionInfo:
+        from teemate.functions._sealing import Offer, fresh_nonce
+
+        nonce = fresh_nonce() if nonce is None else nonce
+        self._output.pop(name, None)
+        enclave, slot = self._take(None, check)
+        try:
+            # The offer is the slot's: nobody else can use it, or use it up.
+            offer = Offer.parse(slot._run("offer", nonce + target, None, None, 4096, check), nonce)
+            return wire.info(_told(name, slot, "deploy_sealed", upload(offer), 4096, check))
+        finally:
+            enclave._give_back(slot)
+
+    def _stream(
+        self,
+        name: str,
+        ocalls: Ocalls,
+        args: Sequence[str],
+        env: Mapping[str, str] | None,
+        timeout: float | None,
+        check: Check | None,
+    ) -> None:
+        request = wire.invoke(name, b"", args, env, timeout, stream=True)
+        self._call("invoke", request, name, check, room=wire.room_for(0), timeout=timeout, ocalls=ocalls)
 
     def _invoke(
         self,
@@ -181,15 +256,11 @@ class Functions:
         *,
         room: int = 4096,
         timeout: float | None = None,
+        ocalls: Mapping[str, OcallHandler] | None = None,
     ) -> bytes:
         enclave, slot = self._take(timeout, check)
-        limit = None if timeout is None else timeout + _CLOCK
         try:
-            return slot._run(ecall, request, limit, None, room, check)
-        except CallFailed as error:
-            if error.status > 0:
-                wire.refused(name, error.status, error.reply, timeout)
-            raise
+            return _told(name, slot, ecall, request, room, check, timeout, ocalls)
         finally:
             enclave._give_back(slot)
 
@@ -228,3 +299,23 @@ class Functions:
             return self._enclave
         finally:
             self._lock.release()
+
+
+def _told(
+    name: str,
+    slot: Slot,
+    ecall: str,
+    request: bytes,
+    room: int,
+    check: Check | None,
+    timeout: float | None = None,
+    ocalls: Mapping[str, OcallHandler] | None = None,
+) -> bytes:
+    """Do one ECALL about the function `name`; raises what its status stands for."""
+    limit = None if timeout is None else timeout + _CLOCK
+    try:
+        return slot._run(ecall, request, limit, ocalls, room, check)
+    except CallFailed as error:
+        if error.status > 0:
+            wire.refused(name, error.status, error.reply, timeout)
+        raise

@@ -15,6 +15,7 @@ __all__ = [
     "FunctionLimit",
     "FunctionTrapped",
     "ModuleInvalid",
+    "SealRefused",
 ]
 
 
@@ -42,6 +43,12 @@ class ModuleInvalid(FunctionError):
     code = "module-invalid"
 
 
+class SealRefused(FunctionError):
+    """A sealed upload was not made, or not taken: the message says which, and what to do."""
+
+    code = "seal-refused"
+
+
 class FunctionTrapped(FunctionError):
     """WebAssembly ended the invocation (out of bounds, division by zero, unreachable): mend the function."""
 
@@ -67,7 +74,7 @@ class FunctionLimit(FunctionError):
     def __init__(self, message: str, limit: str, maximum: int, detail: Mapping[str, object]) -> None:
         super().__init__(message, detail)
         self.limit = limit
-        """``memory``, ``fuel``, ``time``, ``output``, ``stack`` or ``heap``."""
+        """``memory``, ``fuel``, ``time``, ``output``, ``stack``, ``heap`` or ``stream``."""
         self.maximum = maximum
         """What it is: bytes, fuel, nanoseconds; 0 where it has no number."""
         self.detail["limit"] = limit

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
 from teemate.functions._client import Functions
+from teemate.functions._trio_streams import AsyncStreams
 from teemate.functions._types import FunctionInfo, FunctionLimits, FunctionLog, FunctionUsage
+
+if TYPE_CHECKING:
+    from teemate.functions._sealing import Sealing, Upload
 
 __all__ = ["AsyncFunctions"]
 
@@ -37,10 +41,18 @@ class AsyncFunctions:
         limits: FunctionLimits | None = None,
         env: Mapping[str, str] | None = None,
         replace: bool = False,
+        sealed: bool | Sealing = False,
     ) -> FunctionInfo:
         """See :meth:`Functions.deploy`."""
         check = trio.from_thread.check_cancelled
-        return await self._run(lambda: self.sync._deploy(name, module, limits, env, replace, check))
+        return await self._run(lambda: self.sync._deploy(name, module, limits, env, replace, sealed, check))
+
+    async def deploy_sealed(
+        self, name: str, upload: Upload, *, nonce: bytes | None = None, target: bytes = b""
+    ) -> FunctionInfo:
+        """See :meth:`Functions.deploy_sealed`; `upload` is called in a worker thread."""
+        check = trio.from_thread.check_cancelled
+        return await self._run(lambda: self.sync._deploy_sealed(name, upload, nonce, target, check))
 
     async def invoke(
         self,
@@ -54,6 +66,23 @@ class AsyncFunctions:
         """See :meth:`Functions.invoke`."""
         check = trio.from_thread.check_cancelled
         return await self._run(lambda: self.sync._invoke(name, payload, args, env, timeout, check))
+
+    async def stream(
+        self,
+        name: str,
+        source: AsyncIterable[bytes],
+        sink: Callable[[bytes], Awaitable[object]],
+        *,
+        args: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - the same meaning as in the synchronous API
+    ) -> None:
+        """See :meth:`Functions.stream`; cancelled while it waits for `source` or `sink`, the slot is kept."""
+        streams = AsyncStreams(source, sink)
+        check = trio.from_thread.check_cancelled
+        await self._run(
+            lambda: streams.run(lambda ocalls: self.sync._stream(name, ocalls, args, env, timeout, check))
+        )
 
     async def list(self) -> list[FunctionInfo]:
         """See :meth:`Functions.list`."""

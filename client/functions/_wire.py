@@ -16,6 +16,7 @@ from teemate.functions._errors import (
     FunctionLimit,
     FunctionTrapped,
     ModuleInvalid,
+    SealRefused,
 )
 from teemate.functions._types import FunctionInfo, FunctionLimits, FunctionLog, FunctionUsage
 
@@ -25,6 +26,7 @@ __all__ = [
     "LOGS_MAX",
     "OUTCOMES",
     "deploy",
+    "deploy_parts",
     "info",
     "infos",
     "invoke",
@@ -41,7 +43,8 @@ MODULE_MAX = 8 << 20
 STRINGS_MAX = 65536
 PAYLOAD_MAX = 16 << 20
 OUTPUT_MAX = 16 << 20
-LIMITS = ("", "memory", "fuel", "time", "output", "stack", "heap")
+STREAM_PIECE = 65536
+LIMITS = ("", "memory", "fuel", "time", "output", "stack", "heap", "stream")
 OUTCOMES = {0: "ok", 5: "trapped", 6: "failed", 7: "limit", 8: "crashed"}
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -56,7 +59,9 @@ _LOG = struct.Struct("<QQIIiIQ")
 _USAGE = struct.Struct("<6Q")
 _TEXT_MAX = 1024
 _REPLACE = 1
+_STREAM = 1
 _NOT_FOUND, _EXISTS, _INVALID, _QUOTA, _TRAPPED, _FAILED, _LIMIT, _CRASHED = range(1, 9)
+_NO_OFFER, _UNSEALED = 9, 10
 LIST_MAX = 64 * (_INFO.size + 63)
 LOGS_MAX = 65536 + 64 * _LOG.size
 
@@ -66,6 +71,7 @@ _REMEDY = {
     "time": "give it more, or let it do less",
     "output": "give it more, or let it write less",
     "stack": "let it call less deeply",
+    "stream": "who was to read or write it here failed",
     "heap": "half of the enclave's heap is in use by this user, or others have it: let fewer run",
 }
 
@@ -132,25 +138,39 @@ def logs(name: str, after: int) -> bytes:
     return _HEAD.pack(len(encoded), 0, 0) + _AFTER.pack(after) + encoded
 
 
-def deploy(
+def deploy_parts(
     name: str, module: bytes, limits: FunctionLimits | None, env: Mapping[str, str] | None, *, replace: bool
-) -> bytes:
-    """A request to deploy."""
+) -> tuple[bytes, bytes]:
+    """A request to deploy: its head, and what it is about, which may be sealed."""
     encoded, strings = _name(name), _environment(env)
     if not 0 < len(module) <= MODULE_MAX:
         raise ModuleInvalid(f"{name}: a module of {len(module)} bytes: 1 to {MODULE_MAX} are possible")
     head = _DEPLOY.pack(len(encoded), _REPLACE if replace else 0, len(strings), len(module))
-    return b"".join((head, _limits(limits), encoded, strings, module))
+    return b"".join((head, _limits(limits), encoded)), b"".join((strings, module))
+
+
+def deploy(
+    name: str, module: bytes, limits: FunctionLimits | None, env: Mapping[str, str] | None, *, replace: bool
+) -> bytes:
+    """A request to deploy."""
+    return b"".join(deploy_parts(name, module, limits, env, replace=replace))
 
 
 def invoke(
-    name: str, payload: bytes, args: Sequence[str], env: Mapping[str, str] | None, timeout: float | None
+    name: str,
+    payload: bytes,
+    args: Sequence[str],
+    env: Mapping[str, str] | None,
+    timeout: float | None,
+    *,
+    stream: bool = False,
 ) -> bytes:
-    """A request to invoke."""
+    """A request to invoke; with `stream` input is asked for, and output given, by OCALLs."""
     encoded, arguments, strings = _name(name), _strings("arguments", args), _environment(env)
     if len(payload) > PAYLOAD_MAX:
         raise BadArgument(f"{name}: a payload of {len(payload)} bytes: {PAYLOAD_MAX} are possible")
-    head = _INVOKE.pack(len(encoded), 0, len(arguments), len(strings), len(payload), nanoseconds(timeout))
+    flags = _STREAM if stream else 0
+    head = _INVOKE.pack(len(encoded), flags, len(arguments), len(strings), len(payload), nanoseconds(timeout))
     return b"".join((head, encoded, arguments, strings, payload))
 
 
@@ -250,6 +270,12 @@ def refused(name: str, status: int, reply: bytes, timeout: float | None = None) 
             f"{name}: 64 functions, or a quarter of the enclave's heap for their modules, are what a user "
             "may have (and half of it what all users may): remove some, or build the image with more --heap"
         )
+    if status == _NO_OFFER:
+        raise SealRefused(f"{name}: the enclave has made no offer here, or it was used: ask for another one")
+    if status == _UNSEALED:
+        raise SealRefused(
+            f"{name}: the enclave cannot open the upload: it is for another offer, or was changed on its way"
+        )
     if status == _CRASHED and len(reply) < _RESULT.size:
         raise FunctionCrashed(f"{name}: the engine gave up on the module: {reply.decode(errors='replace')}")
     result = _result(reply)
@@ -269,6 +295,8 @@ def refused(name: str, status: int, reply: bytes, timeout: float | None = None) 
         if result.limit == "time" and timeout is not None and result.maximum == nanoseconds(timeout):
             raise CallTimeout(f"{name}: the invocation took longer than its timeout of {timeout:g} s", detail)
         amount = f"{result.maximum / 1e9:g} s" if result.limit == "time" else f"{result.maximum:,}"
+        if result.limit == "stream":
+            raise FunctionLimit(f"{name}: its stream ended: {_REMEDY['stream']}", "stream", 0, detail)
         what = f"its limit of {result.limit}{f' ({amount})' if result.maximum else ''}"
         why = f": {text}" if text else ""
         raise FunctionLimit(

@@ -30,6 +30,7 @@ struct engine_run {
     uint64_t fuel;
     uint64_t time_ns;
     uint64_t output;
+    uint64_t stream; /* 1: standard streams lead to the caller while it runs */
     /* out */
     uint32_t outcome; /* enum fn_outcome */
     uint32_t limit;   /* enum fn_limit */
@@ -50,11 +51,17 @@ void *engine_prepare(const uint8_t *module, size_t length, struct engine_text *t
 void engine_run(void *prepared, struct engine_run *run);
 void engine_finish(void *state);
 void engine_forget(void *prepared);
+/* The public key of a private one, and what two agree on (RFC 7748); false: the other chose a point of low order. */
+void engine_public_key(const uint8_t private_key[32], uint8_t public_key[32]);
+bool engine_agree(const uint8_t private_key[32], const uint8_t other[32], uint8_t secret[32]);
 
 /* What the engine calls (arena.c, slot.c). */
 void *fn_alloc(size_t size, bool zeroed);
 void *fn_realloc(void *old, size_t old_size, size_t size);
 void fn_free(void *memory, size_t size);
+/* stream.c: 0, or the caller's end failed.  *got is 0 at the end. */
+int fn_stream_read(uint8_t *to, size_t room, size_t *got);
+int fn_stream_write(const uint8_t *data, size_t length);
 __attribute__((noreturn)) void fn_escape(const uint8_t *text, size_t length);
 
 #endif

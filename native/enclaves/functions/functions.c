@@ -1,18 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The ECALLs: what comes in is checked here; registry.c keeps functions, slot.c runs them. */
+/* The ECALLs but those of upload.c: what comes in is checked here; registry.c keeps functions, slot.c runs them. */
 #include "functions.h"
 
-#include "registry.h"
+#include "requests.h"
 #include "slot.h"
 
-/* What the engine may take beside a function's memory: stacks, compiled code, an instance's tables. */
-#define ENGINE_BUDGET (6u << 20)
-/* A module's code becomes larger as it is translated; all of it at once when it is checked. */
-#define CHECK_FACTOR 16u
 /* Memory that grows is moved, to a place that may be twice as large as it has to be. */
 #define GROW_FACTOR 3u
 
-static bool read_key(const struct tm_request *rq, size_t at, uint32_t length, struct registry_key *key)
+bool read_key(const struct tm_request *rq, size_t at, uint32_t length, struct registry_key *key)
 {
     if (!length || length > FN_NAME_MAX || at + length > rq->in_len)
         return false;
@@ -40,8 +36,7 @@ static bool read_name(const struct tm_request *rq, size_t more, struct registry_
            read_key(rq, sizeof(name), name.name_length, key);
 }
 
-/* Strings that end with a zero byte each; those of an environment have a '='. */
-static bool are_strings(const uint8_t *text, uint32_t length, bool named)
+bool are_strings(const uint8_t *text, uint32_t length, bool named)
 {
     bool has_name = false;
 
@@ -55,97 +50,15 @@ static bool are_strings(const uint8_t *text, uint32_t length, bool named)
     return true;
 }
 
-static uint64_t or_default(uint64_t value, uint64_t otherwise)
-{
-    return value ? value : otherwise;
-}
-
-static bool are_limits(const struct fn_limits *limits)
+bool are_limits(const struct fn_limits *limits)
 {
     return limits->memory <= registry_memory_max() && limits->output <= FN_OUTPUT_MAX;
 }
 
-static int reply_info(struct tm_request *rq, const struct fn_info *info, const struct registry_key *key)
+int reply_info(struct tm_request *rq, const struct fn_info *info, const struct registry_key *key)
 {
     tm_reply(rq, info, sizeof(*info));
     return tm_reply(rq, key->name, key->name_length);
-}
-
-/* ---- deploy -------------------------------------------------------------------- */
-
-struct check {
-    const uint8_t *module;
-    size_t length;
-    struct engine_text text;
-};
-
-static int check_module(void *argument)
-{
-    struct check *check = argument;
-
-    return engine_validate(check->module, check->length, &check->text);
-}
-
-static int check(struct tm_request *rq, const uint8_t *module, size_t length)
-{
-    static const char memory[] = "it needs more memory to be translated than a module of its size may have";
-    struct check it = {.module = module, .length = length};
-    struct slot *slot = slot_self();
-    uint32_t refused;
-    int status;
-
-    slot_trim(slot);
-    slot_begin(slot, ENGINE_BUDGET + CHECK_FACTOR * length);
-    status = slot_engine(slot, check_module, &it, &it.text, &refused);
-    if (!status)
-        return 0;
-    if (status == -1 && refused & ~ARENA_OVER_BUDGET)
-        return TM_E_NOMEM;
-    if (status == -1 && refused)
-        tm_reply(rq, memory, sizeof(memory) - 1);
-    else
-        tm_reply(rq, it.text.bytes, it.text.length);
-    return status == -1 && !refused ? FN_CRASHED : FN_INVALID;
-}
-
-TM_ECALL(deploy)
-{
-    struct registry_new new = {0};
-    struct fn_deploy head;
-    struct fn_info info;
-    int status;
-
-    if (rq->in_len < sizeof(head))
-        return TM_E_ARGUMENT;
-    memcpy(&head, rq->in, sizeof(head));
-    if (head.flags & ~FN_REPLACE || head.env_length > FN_STRINGS_MAX || head.module_length > FN_MODULE_MAX ||
-        !head.module_length ||
-        rq->in_len != sizeof(head) + head.name_length + head.env_length + head.module_length ||
-        !are_limits(&head.limits) || !read_key(rq, sizeof(head), head.name_length, &new.key))
-        return TM_E_ARGUMENT;
-    new.env = new.key.name + head.name_length;
-    new.env_length = head.env_length;
-    new.module = new.env + head.env_length;
-    new.module_length = head.module_length;
-    if (!are_strings(new.env, new.env_length, true))
-        return TM_E_ARGUMENT;
-    if (tm_reply_room(rq) < sizeof(info) + FN_NAME_MAX) {
-        rq->out_len = sizeof(info) + FN_NAME_MAX;
-        return TM_E_SPACE;
-    }
-    new.limits = (struct fn_limits){.memory = or_default(head.limits.memory, FN_DEFAULT_MEMORY),
-                                    .fuel = or_default(head.limits.fuel, FN_DEFAULT_FUEL),
-                                    .time_ns = or_default(head.limits.time_ns, FN_DEFAULT_TIME),
-                                    .output = or_default(head.limits.output, FN_DEFAULT_OUTPUT)};
-    if (new.limits.memory > registry_memory_max())
-        new.limits.memory = registry_memory_max();
-    status = check(rq, new.module, new.module_length);
-    if (status)
-        return status;
-    slot_trim(slot_self()); /* room for it in the owner's share */
-    tm_sha256(new.module, new.module_length, new.digest);
-    status = registry_deploy(&new, head.flags & FN_REPLACE, &info);
-    return status ? status : reply_info(rq, &info, &new.key);
 }
 
 /* ---- invoke -------------------------------------------------------------------- */
@@ -247,7 +160,7 @@ static int read_invoke(const struct tm_request *rq, struct fn_invoke *head, stru
     if (rq->in_len < sizeof(*head))
         return TM_E_ARGUMENT;
     memcpy(head, rq->in, sizeof(*head));
-    if (head->reserved || head->args_length > FN_STRINGS_MAX || head->env_length > FN_STRINGS_MAX ||
+    if (head->flags & ~FN_STREAM || head->args_length > FN_STRINGS_MAX || head->env_length > FN_STRINGS_MAX ||
         head->stdin_length > FN_PAYLOAD_MAX ||
         rq->in_len != sizeof(*head) + head->name_length + (uint64_t)head->args_length + head->env_length +
                           head->stdin_length ||
@@ -334,7 +247,8 @@ TM_ECALL(invoke)
     status = registry_take(&key, is_ready, &it.function);
     if (status)
         return status;
-    needed = sizeof(struct fn_result) + FN_RESULT_TEXT + it.function.limits.output;
+    it.run.stream = head.flags & FN_STREAM;
+    needed = sizeof(struct fn_result) + FN_RESULT_TEXT + (it.run.stream ? 0 : it.function.limits.output);
     status = tm_reply_room(rq) < needed ? TM_E_SPACE : join_strings(&head, &key, &it, &block);
     if (status) {
         tm_free(it.function.copy);

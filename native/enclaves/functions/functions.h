@@ -8,6 +8,10 @@
  *
  *   ECALL     request                                          reply
  *   deploy    fn_deploy, name, environment, module             fn_info, name
+ *   offer     a nonce, 32 bytes, and TARGETINFO (512) or nothing (for ourselves)
+ *                                                              fn_offered, REPORT (432)
+ *   deploy_sealed
+ *             fn_sealed, fn_deploy, name, what is sealed       fn_info, name
  *   invoke    fn_invoke, name, arguments, environment, stdin   fn_result, text, stdout
  *   list      -                                                fn_info, name for each, by name
  *   describe  fn_name, name                                    fn_info, name
@@ -25,6 +29,16 @@
  * An invocation runs the module's `_start` in an instance of its own, with WASI preview 1: arguments
  * (the function's name first), environment (the deployed one, then the request's), stdin, stdout, stderr, clocks,
  * randomness, exit.  There are no files and no sockets.  Clocks are the host's: it can lie.
+ *
+ * With FN_STREAM what the module reads beyond the request's stdin comes from the caller while it runs, by the OCALL
+ * `stdin` (u32: how much at most; the answer is data, none at the end), and what it writes goes out at once, by the
+ * OCALL `stdout`, FN_STREAM_PIECE bytes at most each; the reply has no stdout then.
+ *
+ * A sealed upload: `offer` makes a key pair (X25519) for one upload through the same slot, whatever becomes of it.
+ * The REPORT's data begins with SHA-256(FN_OFFER_LABEL, the key, the nonce, the owner).  The uploader makes a pair
+ * too; environment and module are encrypted with AES-128-GCM, a nonce of zeroes, and fn_deploy and name as what is
+ * bound.  The key is the first half of the one-step KDF's output (NIST SP 800-56C, SHA-256): SHA-256(the number 1 as 4
+ * bytes, big endian; the shared secret; FN_UPLOAD_LABEL, the offer's key, the uploader's key, the nonce, the owner).
  */
 #ifndef FUNCTIONS_H
 #define FUNCTIONS_H
@@ -52,6 +66,8 @@ enum fn_status {
     FN_FAILED = 6,    /* invoke: exit code other than 0; fn_result */
     FN_LIMIT = 7,     /* invoke: met a limit; fn_result */
     FN_CRASHED = 8,   /* invoke: the engine gave up (a bug in it); fn_result */
+    FN_NO_OFFER = 9,  /* deploy_sealed: none was made through this slot, or it was used */
+    FN_UNSEALED = 10, /* deploy_sealed: sealed for another offer, or changed */
 };
 
 enum fn_limit {
@@ -62,6 +78,7 @@ enum fn_limit {
     FN_LIMIT_OUTPUT = 4,
     FN_LIMIT_STACK = 5,  /* 10,000 calls, 1 MiB */
     FN_LIMIT_HEAP = 6,   /* what the caller may have of the heap at once (half of it), or the heap, is full */
+    FN_LIMIT_STREAM = 7, /* no limit of ours: the caller's end of a stream failed */
 };
 
 /* 0 in a request: the default, or in `limits`, what it was. */
@@ -90,6 +107,22 @@ struct fn_deploy {
 };
 _Static_assert(sizeof(struct fn_deploy) == 48, "fn_deploy");
 
+/* Labels are padded with zeroes to 32 bytes. */
+#define FN_OFFER_LABEL "teemate functions offer 1"
+#define FN_UPLOAD_LABEL "teemate functions upload 1"
+
+struct fn_offered {
+    uint8_t key[32];   /* X25519, of this offer alone */
+    uint8_t owner[32]; /* whose the function will be */
+};
+_Static_assert(sizeof(struct fn_offered) == 64, "fn_offered");
+
+struct fn_sealed {
+    uint8_t key[32]; /* X25519, the uploader's, of this upload alone */
+    uint8_t tag[16];
+};
+_Static_assert(sizeof(struct fn_sealed) == 48, "fn_sealed");
+
 struct fn_name {
     uint16_t name_length;
     uint16_t reserved; /* 0 */
@@ -112,9 +145,12 @@ struct fn_info {
 };
 _Static_assert(sizeof(struct fn_info) == 152, "fn_info");
 
+#define FN_STREAM 1u
+#define FN_STREAM_PIECE 65536u
+
 struct fn_invoke {
     uint16_t name_length;
-    uint16_t reserved; /* 0 */
+    uint16_t flags; /* FN_STREAM */
     uint32_t args_length;
     uint32_t env_length;
     uint32_t stdin_length;
@@ -123,7 +159,7 @@ struct fn_invoke {
 _Static_assert(sizeof(struct fn_invoke) == 24, "fn_invoke");
 
 /*
- * The reply has to have room for the function's limit of output: else TM_E_SPACE at once, and
+ * The reply has to have room for the function's limit of output, unless that is streamed: else TM_E_SPACE at once, and
  * the length that would do.
  */
 struct fn_result {

@@ -20,8 +20,15 @@ struct escape {
     uint64_t stack;
 };
 
+/* For one sealed upload through this slot (upload.c). */
+struct offer {
+    uint8_t private_key[32], key[32], nonce[32];
+    uint32_t made; /* 0: none, or it was used */
+};
+
 struct slot {
     struct arena arena;
+    struct offer offer;
     struct escape *escape; /* while the engine works */
     struct engine_text *why; /* where the engine's last words go */
     struct {

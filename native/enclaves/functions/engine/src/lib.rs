@@ -9,6 +9,7 @@
 
 extern crate alloc;
 
+mod agree;
 mod memory;
 mod run;
 mod wasi;
@@ -19,6 +20,7 @@ use wasmi::{CompilationMode, Config, Engine, ExternType, Linker, Module};
 
 use run::Host;
 
+pub use agree::{engine_agree, engine_public_key};
 pub use run::{engine_finish, engine_run};
 
 /// Of the value stack, in bytes, and of calls: what the text of FN_LIMIT_STACK names.

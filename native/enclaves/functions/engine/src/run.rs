@@ -42,6 +42,7 @@ pub enum Limit {
     Time = 3,
     Output = 4,
     Stack = 5,
+    Stream = 7,
 }
 
 /// struct engine_run of ../engine.h.
@@ -57,6 +58,7 @@ pub struct Run {
     fuel: u64,
     time: u64,
     output: u64,
+    stream: u64,
     outcome: Outcome,
     limit: Limit,
     exit_code: i32,
@@ -72,6 +74,17 @@ pub struct Run {
 
 extern "C" {
     fn tm_time() -> u64;
+    fn fn_stream_read(to: *mut u8, room: usize, got: *mut usize) -> i32;
+    fn fn_stream_write(data: *const u8, length: usize) -> i32;
+}
+
+/// What leads to the caller while the function runs.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Stream {
+    No,
+    Open,
+    /// Nothing more comes from there.
+    Ended,
 }
 
 pub struct Host {
@@ -83,6 +96,9 @@ pub struct Host {
     pub stderr: Vec<u8>,
     pub stderr_dropped: u64,
     pub memory: Option<Memory>,
+    pub stream: Stream,
+    /// Bytes of stdout that were streamed.
+    streamed: usize,
     /// Fuel that host functions have burnt and the store did not have; what there is for that; and until when.
     owed: u64,
     spare: u64,
@@ -164,6 +180,8 @@ impl Host {
             stderr: Vec::new(),
             stderr_dropped: 0,
             memory: None,
+            stream: Stream::No,
+            streamed: 0,
             owed: 0,
             spare: 0,
             ends: 0,
@@ -172,7 +190,42 @@ impl Host {
         }
     }
 
+    /// Have some of what the caller sends, none at its end, into `place`; or end, with a limit.
+    pub fn read_stream(&mut self, place: &mut [u8]) -> Result<usize, Error> {
+        let mut got = 0;
+        if unsafe { fn_stream_read(place.as_mut_ptr(), place.len(), &mut got) } != 0 {
+            return Err(Error::host(Met(Limit::Stream)));
+        }
+        if got == 0 {
+            self.stream = Stream::Ended;
+        }
+        self.in_time()?;
+        Ok(got)
+    }
+
+    fn write_stream(&mut self, data: &[u8]) -> Result<(), Error> {
+        if data.len() > self.output - self.streamed {
+            return Err(Error::host(Met(Limit::Output)));
+        }
+        self.streamed += data.len();
+        if unsafe { fn_stream_write(data.as_ptr(), data.len()) } != 0 {
+            return Err(Error::host(Met(Limit::Stream)));
+        }
+        self.in_time()
+    }
+
+    /// The caller may have kept us waiting.
+    fn in_time(&self) -> Result<(), Error> {
+        if unsafe { tm_time() } >= self.ends {
+            return Err(Error::host(Met(Limit::Time)));
+        }
+        Ok(())
+    }
+
     pub fn write_stdout(&mut self, data: &[u8]) -> Result<(), Error> {
+        if self.stream != Stream::No {
+            return self.write_stream(data);
+        }
         if data.len() > self.output - self.stdout.len() {
             return Err(Error::host(Met(Limit::Output)));
         }
@@ -192,10 +245,7 @@ impl Host {
         if self.owed > self.spare {
             return Err(Error::host(Met(Limit::Fuel)));
         }
-        if unsafe { tm_time() } >= self.ends {
-            return Err(Error::host(Met(Limit::Time)));
-        }
-        Ok(())
+        self.in_time()
     }
 
     pub fn write_stderr(&mut self, data: &[u8]) {
@@ -235,6 +285,7 @@ pub unsafe extern "C" fn engine_run(prepared: *mut c_void, run: *mut Run) {
             env: bytes(run.env, run.env_length),
             stdin: bytes(run.stdin, run.stdin_length),
             output: run.output as usize,
+            stream: if run.stream == 0 { Stream::No } else { Stream::Open },
             limiter: Limiter { bytes: run.memory as usize, elements: TABLE_ELEMENTS, growing: 0, denied: false },
             ..Host::nobody()
         },

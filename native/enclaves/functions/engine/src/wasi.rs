@@ -7,7 +7,7 @@
 use alloc::{format, string::String, vec::Vec};
 use wasmi::{Caller, Engine, Error, ExternType, FuncType, Linker, Module, Val, ValType};
 
-use crate::run::Host;
+use crate::run::{Host, Stream};
 
 const MODULE: &str = "wasi_snapshot_preview1";
 
@@ -30,6 +30,8 @@ const RESOLUTION: u64 = 100_000_000;
 const RANDOM_FUEL: u64 = 64;
 const VECTOR_FUEL: u64 = 8;
 const COPY_FUEL: u64 = 1;
+/// For leaving to the caller and coming back.
+const STREAM_FUEL: u64 = 4096;
 const VECTORS: u32 = 1024;
 /// Bytes of randomness between two payments.
 const RANDOM_PIECE: usize = 4096;
@@ -275,7 +277,11 @@ fn fd_read(mut caller: Call, fd: u32, list: u32, count: u32, out: u32) -> Answer
         Ok(both) => both,
         Err(errno) => return Ok(errno),
     };
-    let total = (room as usize).min(caller.data().stdin.len() - caller.data().stdin_at);
+    let left = caller.data().stdin.len() - caller.data().stdin_at;
+    if left == 0 && room != 0 && caller.data().stream == Stream::Open {
+        return read_stream(caller, &vectors, out);
+    }
+    let total = (room as usize).min(left);
     pay(&mut caller, total as u64 / 64 * COPY_FUEL)?;
     let Some((memory, host)) = split(&mut caller) else { return Ok(EFAULT) };
     for (at, length) in vectors {
@@ -287,6 +293,17 @@ fn fd_read(mut caller: Call, fd: u32, list: u32, count: u32, out: u32) -> Answer
     Ok(write(&mut caller, out, &(total as u32).to_le_bytes()))
 }
 
+/// As much as has come, and into one buffer: more is for the next call.
+fn read_stream(mut caller: Call, vectors: &[(u32, usize)], out: u32) -> Answer {
+    let Some(&(at, length)) = vectors.iter().find(|(_, length)| *length != 0) else { return Ok(EFAULT) };
+    pay(&mut caller, STREAM_FUEL)?;
+    let Some((memory, host)) = split(&mut caller) else { return Ok(EFAULT) };
+    let Some(place) = range(memory, at, length) else { return Ok(EFAULT) };
+    let got = host.read_stream(place)?;
+    pay(&mut caller, got as u64 / 64 * COPY_FUEL)?;
+    Ok(write(&mut caller, out, &(got as u32).to_le_bytes()))
+}
+
 fn fd_write(mut caller: Call, fd: u32, list: u32, count: u32, out: u32) -> Answer {
     if fd != 1 && fd != 2 {
         return Ok(EBADF);
@@ -296,6 +313,9 @@ fn fd_write(mut caller: Call, fd: u32, list: u32, count: u32, out: u32) -> Answe
         Err(errno) => return Ok(errno),
     };
     pay(&mut caller, u64::from(total) / 64 * COPY_FUEL)?;
+    if fd == 1 && caller.data().stream != Stream::No {
+        pay(&mut caller, vectors.len() as u64 * STREAM_FUEL)?;
+    }
     let Some((memory, host)) = split(&mut caller) else { return Ok(EFAULT) };
     for (at, length) in vectors {
         let Some(data) = range(memory, at, length) else { return Ok(EFAULT) };
