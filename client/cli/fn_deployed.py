@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from ._output import NUMBER, SIZE, json_option, print_json
 from ._socket import socket_option
 
 if TYPE_CHECKING:
-    from ..functions import FunctionInfo, FunctionLimits, FunctionLog, Functions
+    from ..functions import FunctionInfo, FunctionLimits, FunctionLog, Functions, Sealing
 
 __all__ = ["COMMANDS"]
 
@@ -65,6 +66,38 @@ class _functions:  # noqa: N801 (used as a function)
         self._broker.close()
 
 
+@contextlib.contextmanager
+def _sealing(
+    path: str | None, sealed: bool, mrenclave: str | None, vault: str | None
+) -> Iterator[bool | Sealing]:
+    """Yield for which enclave an upload is sealed, if it is."""
+    if not sealed:
+        if mrenclave or vault:
+            raise click.UsageError("--mrenclave and --vault say whom to seal for: give --sealed too")
+        yield False
+        return
+    from ..functions import Sealing
+
+    try:
+        wanted = None if mrenclave is None else bytes.fromhex(mrenclave)
+    except ValueError:
+        wanted = b""
+    if wanted is not None and len(wanted) != 32:
+        raise click.UsageError("--mrenclave takes 64 hexadecimal digits (`teemate image info` shows them)")
+    if vault is None:
+        yield Sealing(mrenclave=wanted)
+        return
+    from .. import connect
+    from ..vault import Vault
+
+    with (
+        connect(path, client="teemate fn") as broker,
+        broker.attach(vault) as enclave,
+        enclave.slot() as slot,
+    ):
+        yield Sealing(mrenclave=wanted, verifier=Vault(slot))
+
+
 def _limits(memory: int | None, fuel: int | None, time: float | None, output: int | None) -> FunctionLimits:
     from ..functions import FunctionLimits
 
@@ -87,6 +120,9 @@ def _environment(settings: Sequence[str]) -> dict[str, str]:
 @limit_options
 @click.option("--env", multiple=True, metavar="NAME=VALUE", help="For every invocation; may be repeated.")
 @click.option("--replace", is_flag=True, help="Take the place of a function of that name.")
+@click.option("--sealed", is_flag=True, help="Encrypt MODULE and its environment to the enclave.")
+@click.option("--mrenclave", metavar="HEX", help="With --sealed: of the enclave that may have it.")
+@click.option("--vault", metavar="NAME", help="With --sealed: the enclave that verifies the report.")
 @enclave_option
 @json_option
 def deploy(
@@ -98,14 +134,19 @@ def deploy(
     output: int | None,
     env: tuple[str, ...],
     replace: bool,
+    sealed: bool,
+    mrenclave: str | None,
+    vault: str | None,
     enclave: str,
     path: str | None,
     as_json: bool,
 ) -> None:
     """Check MODULE, a WebAssembly command for WASI, and keep it in the enclave as NAME."""
     environment, limits = _environment(env), _limits(memory, fuel, time, output)
-    with _functions(path, enclave) as functions:
-        info = functions.deploy(name, module.read_bytes(), limits=limits, env=environment, replace=replace)
+    with _functions(path, enclave) as functions, _sealing(path, sealed, mrenclave, vault) as sealing:
+        info = functions.deploy(
+            name, module.read_bytes(), limits=limits, env=environment, replace=replace, sealed=sealing
+        )
     if as_json:
         print_json(asdict(info))
     else:

@@ -23,6 +23,7 @@ from altered import altered_database
 from backends import BACKEND
 from connections import EXECUTE, Connection, database_image, operation
 from images import BuiltImage, Images
+from plaintext import build_listener, memory
 from policies import enclave_policy
 from processes import wait_for_cpu, wait_for_stop
 from running_broker import RunningBroker
@@ -77,28 +78,6 @@ def finds(data: bytes, texts: list[str]) -> bool:
     return any(text[at : at + PART].encode() in data for text in texts for at in (0, PART, 2 * PART))
 
 
-def memory(pid: int, elrange: range) -> bytes:
-    """All that a process can read, without the enclave's pages: the sim maps their file at two places."""
-    mappings = []
-    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-        place, rights, offset, device, inode, *name = line.split(maxsplit=5)
-        start, end = (int(number, 16) for number in place.split("-"))
-        mappings.append((start, end, rights, int(offset, 16), (device, inode), "".join(name)))
-    pages = {file for start, *_, file, _ in mappings if start in elrange}
-    found = []
-    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
-        for start, end, rights, offset, file, name in mappings:
-            if "r" not in rights or name.startswith("[v"):  # the kernel's own pages
-                continue
-            if file in pages:  # what lies behind the enclave's pages is the sim's
-                start = min(end, start + max(0, len(elrange) - offset))
-            while start < end:
-                memory.seek(start)
-                found.append(memory.read(min(end - start, 1 << 24)))
-                start += len(found[-1])
-    return b"".join(found)
-
-
 class Place(NamedTuple):
     """Where is looked."""
 
@@ -110,10 +89,7 @@ class Place(NamedTuple):
 @pytest.fixture(scope="module")
 def listener(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What hears the broker's messages."""
-    library = tmp_path_factory.mktemp("listener") / "listener.so"
-    command = ["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-o", str(library)]
-    subprocess.run([*command, str(Path(__file__).with_name("listener.c")), "-ldl"], check=True)
-    return library
+    return build_listener(tmp_path_factory.mktemp("listener"))
 
 
 @pytest.fixture

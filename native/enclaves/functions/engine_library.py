@@ -32,6 +32,8 @@ from pathlib import Path
 CRATE = Path(__file__).resolve().parent / "engine"
 TARGET = "x86_64-unknown-linux-gnu"
 FLAGS = "-C relocation-model=pic -C target-cpu=x86-64 -C force-unwind-tables=no"
+# The curve by integers alone: its other backends ask the processor, by CPUID, what it has.
+FLAGS += ' --cfg curve25519_dalek_backend="serial"'
 NAME = "libteemate_functions.a"
 OLDEST = (1, 86)  # wasmi's
 # What of the environment changes what is compiled, or by whom; where cargo looks for crates does not.
