@@ -34,8 +34,11 @@ class BuiltImage:
 
 
 def sources(name: str) -> list[Path]:
-    """C and assembly of native/enclaves/NAME, in the order in which they are linked."""
-    return sorted(path for path in (ENCLAVES / name).iterdir() if path.suffix in (".c", ".S"))
+    """C and assembly of native/enclaves/NAME, as they are linked, and what it takes from others."""
+    own = sorted(path for path in (ENCLAVES / name).iterdir() if path.suffix in (".c", ".S"))
+    also = image_table(name).get("also", [])
+    assert isinstance(also, list)
+    return [*own, *((ENCLAVES / name / path).resolve() for path in also)]
 
 
 def image_table(name: str) -> dict[str, object]:
@@ -46,7 +49,7 @@ def image_table(name: str) -> dict[str, object]:
 
 def layout_options(name: str, **changes: object) -> LayoutOptions:
     """Options of images.toml with `changes`; sizes may be text such as "64M"."""
-    compiling = ("bare", "foreign", "includes", "library")
+    compiling = ("also", "bare", "foreign", "includes", "library")
     row = {key: value for key, value in image_table(name).items() if key not in compiling} | changes
     for key in ("heap", "stack"):
         if isinstance(row.get(key), str):

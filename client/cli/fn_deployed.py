@@ -120,6 +120,7 @@ def _environment(settings: Sequence[str]) -> dict[str, str]:
 @limit_options
 @click.option("--env", multiple=True, metavar="NAME=VALUE", help="For every invocation; may be repeated.")
 @click.option("--replace", is_flag=True, help="Take the place of a function of that name.")
+@click.option("--grant", "grants", multiple=True, type=click.Choice(["keys"]), help="What it may do besides.")
 @click.option("--sealed", is_flag=True, help="Encrypt MODULE and its environment to the enclave.")
 @click.option("--mrenclave", metavar="HEX", help="With --sealed: of the enclave that may have it.")
 @click.option("--vault", metavar="NAME", help="With --sealed: the enclave that verifies the report.")
@@ -134,6 +135,7 @@ def deploy(
     output: int | None,
     env: tuple[str, ...],
     replace: bool,
+    grants: tuple[str, ...],
     sealed: bool,
     mrenclave: str | None,
     vault: str | None,
@@ -145,7 +147,13 @@ def deploy(
     environment, limits = _environment(env), _limits(memory, fuel, time, output)
     with _functions(path, enclave) as functions, _sealing(path, sealed, mrenclave, vault) as sealing:
         info = functions.deploy(
-            name, module.read_bytes(), limits=limits, env=environment, replace=replace, sealed=sealing
+            name,
+            module.read_bytes(),
+            limits=limits,
+            env=environment,
+            replace=replace,
+            sealed=sealing,
+            grants=grants,
         )
     if as_json:
         print_json(asdict(info))
@@ -213,6 +221,8 @@ def list_(enclave: str, path: str | None, as_json: bool) -> None:
     _print(headings, rows, right=range(2, 7))
     click.echo(
         f"{len(found)} functions, {_size(usage.size)} of {_size(usage.maximum)} for modules; "
+        f"{usage.keys} key{'' if usage.keys == 1 else 's'}, {_size(usage.keys_size)} of "
+        f"{_size(usage.keys_maximum)}; "
         f"the enclave's heap: {_size(usage.heap_used)} of {_size(usage.heap)} used"
     )
 
@@ -231,6 +241,7 @@ def _describe(info: FunctionInfo, as_json: bool) -> None:
         ("version", str(info.version)),
         ("invocations", f"{info.invocations:,}, of which {info.failures:,} failed"),
         ("fuel used", f"{info.fuel:,}"),
+        ("grants", ", ".join(info.grants) or "none"),
         ("limits", f"memory {_size(limits.memory or 0)}, fuel {limits.fuel:,}, time {limits.time:g} s, "
                    f"output {_size(limits.output or 0)}"),
     ):  # fmt: skip
@@ -311,6 +322,14 @@ def remove(names: tuple[str, ...], enclave: str, path: str | None) -> None:
             functions.remove(name)
 
 
+@click.command("clear-keys")
+@enclave_option
+def clear_keys(enclave: str, path: str | None) -> None:
+    """Delete all that this user's functions with the grant "keys" have put."""
+    with _functions(path, enclave) as functions:
+        functions.clear_keys()
+
+
 def _size(size: int) -> str:
     from .._sizes import format_size
 
@@ -337,4 +356,4 @@ def _print(headings: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seq
     Console().print(table)
 
 
-COMMANDS = (deploy, invoke, list_, describe, limits, logs, remove)
+COMMANDS = (deploy, invoke, list_, describe, limits, logs, remove, clear_keys)

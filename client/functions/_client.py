@@ -56,17 +56,19 @@ class Functions:
         env: Mapping[str, str] | None = None,
         replace: bool = False,
         sealed: bool | Sealing = False,
+        grants: Iterable[str] = (),
     ) -> FunctionInfo:
         """Check `module`, a WASI command, and keep it in the enclave under `name`.
 
         With `sealed` module and `env` are encrypted in this process to the enclave that `sealed` names (True:
-        whichever it is); :class:`~teemate.functions.SealRefused` when it is another one.
+        whichever it is); :class:`~teemate.functions.SealRefused` when it is another one.  `grants`: ``keys``
+        lets it put and get values in a space that this user's functions with that grant share.
 
         Raises :class:`~teemate.functions.ModuleInvalid` with the reason,
         :class:`~teemate.functions.FunctionExists` unless `replace`, and :class:`teemate.LimitReached` when
         this user's functions, or everybody's, would be too many or too large.
         """
-        return self._deploy(name, module, limits, env, replace, sealed, None)
+        return self._deploy(name, module, limits, env, replace, sealed, grants, None)
 
     def deploy_sealed(
         self, name: str, upload: Upload, *, nonce: bytes | None = None, target: bytes = b""
@@ -156,6 +158,10 @@ class Functions:
         """Return what this user's functions take up, and how full the enclave is."""
         return self._usage(None)
 
+    def clear_keys(self) -> None:
+        """Delete all that this user's functions have put; it outlives them otherwise."""
+        self._clear_keys(None)
+
     # ---- the same with `check`, which is called while something is waited for -------------------
 
     def _deploy(
@@ -166,6 +172,7 @@ class Functions:
         env: Mapping[str, str] | None,
         replace: bool,
         sealed: bool | Sealing,
+        grants: Iterable[str],
         check: Check | None,
     ) -> FunctionInfo:
         if sealed:
@@ -174,10 +181,19 @@ class Functions:
             sealing = sealed if isinstance(sealed, Sealing) else Sealing()
 
             def upload(offer: Offer) -> bytes:
-                return seal(offer, name, module, limits=limits, env=env, replace=replace, sealing=sealing)
+                return seal(
+                    offer,
+                    name,
+                    module,
+                    limits=limits,
+                    env=env,
+                    replace=replace,
+                    grants=grants,
+                    sealing=sealing,
+                )
 
             return self._deploy_sealed(name, upload, None, sealing.target(), check)
-        request = wire.deploy(name, module, limits, env, replace=replace)
+        request = wire.deploy(name, module, limits, env, replace=replace, grants=grants)
         self._output.pop(name, None)
         return wire.info(self._call("deploy", request, name, check))
 
@@ -243,6 +259,9 @@ class Functions:
 
     def _limits(self, name: str, limits: FunctionLimits, check: Check | None) -> FunctionInfo:
         return wire.info(self._call("limits", wire.limits(name, limits), name, check))
+
+    def _clear_keys(self, check: Check | None) -> None:
+        self._call("clear_keys", b"", "", check)
 
     def _usage(self, check: Check | None) -> FunctionUsage:
         return wire.usage(self._call("usage", b"", "", check))

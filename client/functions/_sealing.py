@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -111,15 +111,16 @@ def seal(
     limits: FunctionLimits | None = None,
     env: Mapping[str, str] | None = None,
     replace: bool = False,
+    grants: Iterable[str] = (),
     sealing: Sealing | None = None,
 ) -> bytes:
     """Return an upload of `module` and `env` that only the enclave of `offer` can open, once.
 
-    Name, limits and lengths go in the clear, and cannot be changed.  Raises
+    Name, limits, grants and lengths go in the clear, and cannot be changed.  Raises
     :class:`~teemate.functions.SealRefused` when `sealing` does not want the enclave.
     """
     (sealing or Sealing()).check(offer)
-    bound, content = wire.deploy_parts(name, module, limits, env, replace=replace)
+    bound, content = wire.deploy_parts(name, module, limits, env, replace=replace, grants=grants)
     return _encrypt(offer, bound, content)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import trio
@@ -42,10 +42,13 @@ class AsyncFunctions:
         env: Mapping[str, str] | None = None,
         replace: bool = False,
         sealed: bool | Sealing = False,
+        grants: Iterable[str] = (),
     ) -> FunctionInfo:
         """See :meth:`Functions.deploy`."""
         check = trio.from_thread.check_cancelled
-        return await self._run(lambda: self.sync._deploy(name, module, limits, env, replace, sealed, check))
+        return await self._run(
+            lambda: self.sync._deploy(name, module, limits, env, replace, sealed, grants, check)
+        )
 
     async def deploy_sealed(
         self, name: str, upload: Upload, *, nonce: bytes | None = None, target: bytes = b""
@@ -103,6 +106,10 @@ class AsyncFunctions:
     async def limits(self, name: str, limits: FunctionLimits) -> FunctionInfo:
         """See :meth:`Functions.limits`."""
         return await self._run(lambda: self.sync._limits(name, limits, trio.from_thread.check_cancelled))
+
+    async def clear_keys(self) -> None:
+        """See :meth:`Functions.clear_keys`."""
+        await self._run(lambda: self.sync._clear_keys(trio.from_thread.check_cancelled))
 
     async def usage(self) -> FunctionUsage:
         """See :meth:`Functions.usage`."""

@@ -42,6 +42,8 @@ class FunctionInfo:
     fuel: int
     """That all invocations together have used."""
     limits: FunctionLimits
+    grants: tuple[str, ...] = ()
+    """What it may do besides: ``keys``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,3 +78,9 @@ class FunctionUsage:
     heap_used: int
     blocks_owned: int
     """Blocks of the heap that belong to slots: what runs, and modules that are kept ready."""
+    keys: int
+    """That the caller's functions have put."""
+    keys_size: int
+    """Bytes of these, with their values, and 72 for each."""
+    keys_maximum: int
+    """What these may be."""

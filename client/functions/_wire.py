@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
 from teemate.errors import CallTimeout, LimitReached, NotFound, ProtocolError
@@ -51,15 +51,16 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _LIMITS = struct.Struct("<4Q")
 _DEPLOY = struct.Struct("<HHIQ")
 _HEAD = struct.Struct("<HHI")
-_INFO = struct.Struct("<32s32s6Q4QII")
+_INFO = struct.Struct("<32s32s6Q4QHHI")
 _INVOKE = struct.Struct("<HHIIIQ")
 _RESULT = struct.Struct("<IiQQQIIII")
 _AFTER = struct.Struct("<Q")
 _LOG = struct.Struct("<QQIIiIQ")
-_USAGE = struct.Struct("<6Q")
+_USAGE = struct.Struct("<9Q")
 _TEXT_MAX = 1024
 _REPLACE = 1
 _STREAM = 1
+_GRANTS = {"keys": 2}
 _NOT_FOUND, _EXISTS, _INVALID, _QUOTA, _TRAPPED, _FAILED, _LIMIT, _CRASHED = range(1, 9)
 _NO_OFFER, _UNSEALED = 9, 10
 LIST_MAX = 64 * (_INFO.size + 63)
@@ -138,22 +139,43 @@ def logs(name: str, after: int) -> bytes:
     return _HEAD.pack(len(encoded), 0, 0) + _AFTER.pack(after) + encoded
 
 
+def _flags(grants: Iterable[str], *, replace: bool) -> int:
+    flags = _REPLACE if replace else 0
+    for grant in grants:
+        if grant not in _GRANTS:
+            raise BadArgument(f"{grant!r} is no grant: there is {', '.join(map(repr, _GRANTS))}")
+        flags |= _GRANTS[grant]
+    return flags
+
+
 def deploy_parts(
-    name: str, module: bytes, limits: FunctionLimits | None, env: Mapping[str, str] | None, *, replace: bool
+    name: str,
+    module: bytes,
+    limits: FunctionLimits | None,
+    env: Mapping[str, str] | None,
+    *,
+    replace: bool,
+    grants: Iterable[str] = (),
 ) -> tuple[bytes, bytes]:
     """A request to deploy: its head, and what it is about, which may be sealed."""
     encoded, strings = _name(name), _environment(env)
     if not 0 < len(module) <= MODULE_MAX:
         raise ModuleInvalid(f"{name}: a module of {len(module)} bytes: 1 to {MODULE_MAX} are possible")
-    head = _DEPLOY.pack(len(encoded), _REPLACE if replace else 0, len(strings), len(module))
+    head = _DEPLOY.pack(len(encoded), _flags(grants, replace=replace), len(strings), len(module))
     return b"".join((head, _limits(limits), encoded)), b"".join((strings, module))
 
 
 def deploy(
-    name: str, module: bytes, limits: FunctionLimits | None, env: Mapping[str, str] | None, *, replace: bool
+    name: str,
+    module: bytes,
+    limits: FunctionLimits | None,
+    env: Mapping[str, str] | None,
+    *,
+    replace: bool,
+    grants: Iterable[str] = (),
 ) -> bytes:
     """A request to deploy."""
-    return b"".join(deploy_parts(name, module, limits, env, replace=replace))
+    return b"".join(deploy_parts(name, module, limits, env, replace=replace, grants=grants))
 
 
 def invoke(
@@ -188,7 +210,7 @@ def infos(reply: bytes) -> Iterator[FunctionInfo]:
         digest, owner, version, size, deployed, invocations, failures, fuel, *rest = _INFO.unpack_from(
             reply, at
         )
-        memory, most_fuel, time, output, length, _ = rest
+        memory, most_fuel, time, output, length, flags, _ = rest
         at += _INFO.size + length
         yield FunctionInfo(
             name=reply[at - length : at].decode(errors="replace"),
@@ -201,6 +223,7 @@ def infos(reply: bytes) -> Iterator[FunctionInfo]:
             failures=failures,
             fuel=fuel,
             limits=FunctionLimits(memory=memory, fuel=most_fuel, time=time / 1e9, output=output),
+            grants=tuple(grant for grant, flag in _GRANTS.items() if flags & flag),
         )
 
 
@@ -228,9 +251,17 @@ def log_entries(reply: bytes) -> Iterator[FunctionLog]:
 
 def usage(reply: bytes) -> FunctionUsage:
     """Return what a reply tells of the caller's functions."""
-    functions, size, maximum, heap, used, owned = _USAGE.unpack(reply)
+    functions, size, maximum, heap, used, owned, keys, keys_size, keys_maximum = _USAGE.unpack(reply)
     return FunctionUsage(
-        functions=functions, size=size, maximum=maximum, heap=heap, heap_used=used, blocks_owned=owned
+        functions=functions,
+        size=size,
+        maximum=maximum,
+        heap=heap,
+        heap_used=used,
+        blocks_owned=owned,
+        keys=keys,
+        keys_size=keys_size,
+        keys_maximum=keys_maximum,
     )
 
 

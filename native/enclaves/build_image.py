@@ -32,7 +32,9 @@ def tools(client: Path, module: str) -> Any:
 
 def dependencies(native: Path, name: str) -> list[Path]:
     """Every file whose change could change the image."""
-    folders = (native / "sdk", native / "include", native / "lib", native / "enclaves" / name)
+    row = tomllib.loads((native / "enclaves" / "images.toml").read_text(encoding="utf-8"))[name]
+    also = {(native / "enclaves" / name / path).resolve().parent for path in row.get("also", [])}
+    folders = (native / "sdk", native / "include", native / "lib", native / "enclaves" / name, *sorted(also))
     kinds = (".c", ".h", ".S", ".lds", ".toml", ".py", ".rs", ".lock")
     found = [p for f in folders for p in f.rglob("*") if p.suffix in kinds]
     tools = native.parent / "client" / "image"
@@ -61,6 +63,7 @@ def main() -> None:
     if library := row.pop("library", None):
         archives.append(Path(subprocess.check_output([sys.executable, folder / library], text=True).strip()))  # noqa: S603 (a list, no shell)
     sources = sorted(p for p in folder.iterdir() if p.suffix in (".c", ".S"))
+    sources += [(folder / path).resolve() for path in row.pop("also", [])]
     try:
         image.build_elf(
             sources,

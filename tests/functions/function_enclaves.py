@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
 import pytest
+from backends import PATIENCE
 from elves import compile_elf
 from images import BuiltImage, Images, image_table, layout_options, sources
 
@@ -18,6 +20,7 @@ import teemate
 from teemate._enclave import Enclave
 from teemate._faults import status_error
 from teemate.functions import Functions
+from teemate.functions import _wire as wire
 from teemate.image import SigParams, layout_image, sign_with_key
 
 sys.path.append(str(Path(__file__).parents[1] / "sdk"))
@@ -99,6 +102,27 @@ __all__ = [
     "Gate",
     "Holder",
 ]
+
+
+def leave_inside(gate: Gate, holder: Holder, name: str) -> Call:
+    """Interrupt an invocation that does not end, and leave it where it is."""
+    slot = holder.slot
+    call = Call(b"invoke", wire.invoke(name, b"", (), None, None), wire.room_for(1 << 20))
+    left = gate.interrupt(slot, holder.key, ECALL, call.address)
+    begin = time.thread_time()
+    while time.thread_time() - begin < 0.1 * PATIENCE:  # of its own: it has begun long before
+        assert left.outcome == PAUSED
+        left = gate.enter(slot, bytes(16), function=ERESUME, pause_after_ns=10_000_000, finish=False)
+    return call
+
+
+def kill(gate: Gate, holder: Holder) -> None:
+    """Have the slot of a call that was left inside repaired, as when its client was killed."""
+    slot, generation = holder.slot, holder.generation
+    assert gate.control(CLEAR, slot, generation=generation).status == OK
+    assert gate.enter(slot, gate.key, UNWIND, generation).nonce == 1
+    gate.enter(slot, bytes(16), function=ERESUME)
+    assert gate.control(RESET, slot).status == OK
 
 
 class Owner:

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import modules as wasm
 import pytest
-from backends import PATIENCE
 from function_enclaves import (
     ARGUMENT,
-    CLEAR,
-    ECALL,
-    ERESUME,
     OK,
-    PAUSED,
-    RESET,
-    UNWIND,
     Call,
     Gate,
     Holder,
     functions_of,
     installed,
+    kill,
+    leave_inside,
     names,
     owner,
     principal,
@@ -163,27 +157,6 @@ def stay_inside(gate: Gate, slot: int, uid: int, *, generation: int = 1) -> tupl
     limits = FunctionLimits(memory=20 << 20, fuel=1 << 60)
     functions_of(holder).deploy("endless", module, limits=limits, replace=True)
     return holder, leave_inside(gate, holder, "endless")
-
-
-def leave_inside(gate: Gate, holder: Holder, name: str) -> Call:
-    """Interrupt an invocation that does not end, and leave it where it is."""
-    slot = holder.slot
-    call = Call(b"invoke", wire.invoke(name, b"", (), None, None), wire.room_for(1 << 20))
-    left = gate.interrupt(slot, holder.key, ECALL, call.address)
-    begin = time.thread_time()
-    while time.thread_time() - begin < 0.1 * PATIENCE:  # of its own: it has begun long before
-        assert left.outcome == PAUSED
-        left = gate.enter(slot, bytes(16), function=ERESUME, pause_after_ns=10_000_000, finish=False)
-    return call
-
-
-def kill(gate: Gate, holder: Holder) -> None:
-    """Have the slot of a call that was left inside repaired, as when its client was killed."""
-    slot, generation = holder.slot, holder.generation
-    assert gate.control(CLEAR, slot, generation=generation).status == OK
-    assert gate.enter(slot, gate.key, UNWIND, generation).nonce == 1
-    gate.enter(slot, bytes(16), function=ERESUME)
-    assert gate.control(RESET, slot).status == OK
 
 
 def half_is_left(gate: Gate) -> None:

@@ -2,6 +2,7 @@
 #include "arena.h"
 
 #include "functions.h"
+#include "keys.h"
 
 #define SMALL_MAX 16384u
 #define SPAN_MIN 65536u
@@ -52,7 +53,7 @@ static uint32_t slots(void)
 
 int tm_on_start(void)
 {
-    return slots() <= SHARES ? 0 : TM_E_ARGUMENT;
+    return slots() <= SHARES ? keys_start() : TM_E_ARGUMENT;
 }
 
 void tm_on_slot_reset(uint32_t slot)

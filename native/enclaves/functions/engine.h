@@ -46,8 +46,8 @@ struct engine_run {
 };
 
 /* All of these inside escape_run() only. */
-int engine_validate(const uint8_t *module, size_t length, struct engine_text *text);
-void *engine_prepare(const uint8_t *module, size_t length, struct engine_text *text);
+int engine_validate(const uint8_t *module, size_t length, uint32_t grants, struct engine_text *text);
+void *engine_prepare(const uint8_t *module, size_t length, uint32_t grants, struct engine_text *text);
 void engine_run(void *prepared, struct engine_run *run);
 void engine_finish(void *state);
 void engine_forget(void *prepared);
@@ -62,6 +62,12 @@ void fn_free(void *memory, size_t size);
 /* stream.c: 0, or the caller's end failed.  *got is 0 at the end. */
 int fn_stream_read(uint8_t *to, size_t room, size_t *got);
 int fn_stream_write(const uint8_t *data, size_t length);
+/* keys.c: what `teemate_keys` gives a module; 0, or an errno of WASI. */
+int fn_keys_put(const uint8_t *key, size_t key_length, const uint8_t *value, size_t length);
+int fn_keys_get(const uint8_t *key, size_t key_length, uint8_t *value, size_t room, uint32_t *length);
+int fn_keys_delete(const uint8_t *key, size_t key_length);
+int fn_keys_list(const uint8_t *prefix, size_t prefix_length, uint8_t *records, size_t room, uint64_t *cursor,
+                 uint32_t *length);
 __attribute__((noreturn)) void fn_escape(const uint8_t *text, size_t length);
 
 #endif

@@ -2,6 +2,7 @@
 /* The ECALLs but those of upload.c: what comes in is checked here; registry.c keeps functions, slot.c runs them. */
 #include "functions.h"
 
+#include "keys.h"
 #include "requests.h"
 #include "slot.h"
 
@@ -85,7 +86,7 @@ static int run_module(void *argument)
     if (!it->warm) {
         slot_make_room(slot);
         it->prepared = engine_prepare(it->function.copy + it->function.env_length, it->function.module_length,
-                                      &it->run.text);
+                                      it->function.grants, &it->run.text);
         if (!it->prepared)
             return FN_CRASHED; /* it could be when it was deployed */
         slot_keep(slot, it->function.version, it->prepared);
@@ -356,7 +357,15 @@ TM_ECALL(usage)
     struct tm_caller caller = tm_caller();
     int status = registry_usage(caller.identity.principal, &usage);
 
+    if (!status)
+        status = keys_usage(&usage);
+
     return status ? status : tm_reply(rq, &usage, sizeof(usage));
+}
+
+TM_ECALL(clear_keys)
+{
+    return rq->in_len ? TM_E_ARGUMENT : keys_clear();
 }
 
 TM_ECALL(empty)

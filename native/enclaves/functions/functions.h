@@ -19,6 +19,8 @@
  *   logs      fn_logs, name                                    fn_log, text for each, the oldest first
  *   remove    fn_name, name                                    -
  *   usage     -                                                fn_usage
+ *   clear_keys
+ *             -                                                -
  *   empty     anything                                         -
  *
  * Statuses: 0, TM_E_*, or a positive enum fn_status.  Texts come with FN_INVALID (alone), and after fn_result.
@@ -29,6 +31,10 @@
  * An invocation runs the module's `_start` in an instance of its own, with WASI preview 1: arguments
  * (the function's name first), environment (the deployed one, then the request's), stdin, stdout, stderr, clocks,
  * randomness, exit.  There are no files and no sockets.  Clocks are the host's: it can lie.
+ *
+ * With FN_GRANT_KEYS a module may import `teemate_keys` (keys.c says with which parameters): put, get, delete and
+ * list in a space that all functions of its owner with that grant share, and nobody else.  What is there stays when
+ * functions are replaced or removed, until it is deleted or `clear_keys` is called, and as long as the enclave.
  *
  * With FN_STREAM what the module reads beyond the request's stdin comes from the caller while it runs, by the OCALL
  * `stdin` (u32: how much at most; the answer is data, none at the end), and what it writes goes out at once, by the
@@ -55,6 +61,9 @@
 #define FN_OWNER_FUNCTIONS 64u    /* functions of one owner, and */
 #define FN_OWNER_SHARE 4u         /* what their modules and logs may fill: this part of the heap; */
 #define FN_ALL_SHARE 2u           /* and those of all owners together */
+#define FN_KEYS_SHARE 16u         /* keys and values of one owner: this part of the heap, and */
+#define FN_KEYS_ALL_SHARE 8u      /* those of all owners; */
+#define FN_KEYS_MAX 16384u        /* and as many of one owner */
 #define FN_MEMORY_SHARE 4u        /* the largest limit of memory: this part of the heap */
 
 enum fn_status {
@@ -97,10 +106,11 @@ _Static_assert(sizeof(struct fn_limits) == 32, "fn_limits");
 #define FN_OUTPUT_MAX (16u << 20)
 
 #define FN_REPLACE 1u
+#define FN_GRANT_KEYS 2u
 
 struct fn_deploy {
     uint16_t name_length;
-    uint16_t flags; /* FN_REPLACE */
+    uint16_t flags; /* FN_REPLACE, FN_GRANT_* */
     uint32_t env_length;
     uint64_t module_length;
     struct fn_limits limits;
@@ -140,7 +150,8 @@ struct fn_info {
     uint64_t failures;  /* of these: not ended with 0 */
     uint64_t fuel;      /* that all of them have used */
     struct fn_limits limits;
-    uint32_t name_length;
+    uint16_t name_length;
+    uint16_t flags;      /* FN_GRANT_* */
     uint32_t env_length; /* bytes of the deployed environment */
 };
 _Static_assert(sizeof(struct fn_info) == 152, "fn_info");
@@ -204,7 +215,10 @@ struct fn_usage {
     uint64_t heap;       /* bytes */
     uint64_t heap_used;
     uint64_t heap_owned; /* blocks that belong to slots: what runs, and what is kept ready */
+    uint64_t keys;       /* that the caller's functions have put */
+    uint64_t keys_bytes; /* with their values, and 72 for each */
+    uint64_t keys_bytes_max;
 };
-_Static_assert(sizeof(struct fn_usage) == 48, "fn_usage");
+_Static_assert(sizeof(struct fn_usage) == 72, "fn_usage");
 
 #endif

@@ -162,7 +162,8 @@ int registry_deploy(const struct registry_new *new, bool replace, struct fn_info
     fresh->info = (struct fn_info){.size = new->module_length,
                                    .deployed = tm_time(),
                                    .limits = new->limits,
-                                   .name_length = new->key.name_length,
+                                   .name_length = (uint16_t)new->key.name_length,
+                                   .flags = new->grants,
                                    .env_length = new->env_length};
     memcpy(fresh->info.digest, new->digest, sizeof(fresh->info.digest));
     memcpy(fresh->info.owner, new->key.owner, sizeof(fresh->info.owner));
@@ -297,6 +298,7 @@ int registry_take(const struct registry_key *key, bool (*ready)(uint64_t version
             if (function) {
                 taken->version = function->info.version;
                 taken->limits = function->info.limits;
+                taken->grants = function->info.flags;
                 taken->env_length = function->info.env_length;
                 taken->module_length = ready(taken->version) ? 0 : function->info.size;
                 needed = taken->env_length + taken->module_length;

@@ -24,6 +24,7 @@ struct registry_new {
     uint64_t module_length;
     uint8_t digest[32];
     struct fn_limits limits;
+    uint16_t grants; /* FN_GRANT_* */
 };
 
 /* What an invocation takes along; `copy` is the slot's own block, or NULL. */
@@ -32,6 +33,7 @@ struct registry_function {
     struct fn_limits limits;
     uint8_t *copy; /* environment, then, when asked for, module */
     uint32_t env_length;
+    uint32_t grants;
     uint64_t module_length;
 };
 

@@ -11,6 +11,7 @@ static uint64_t or_default(uint64_t value, uint64_t otherwise)
 struct check {
     const uint8_t *module;
     size_t length;
+    uint32_t grants;
     struct engine_text text;
 };
 
@@ -18,13 +19,13 @@ static int check_module(void *argument)
 {
     struct check *check = argument;
 
-    return engine_validate(check->module, check->length, &check->text);
+    return engine_validate(check->module, check->length, check->grants, &check->text);
 }
 
-static int check(struct tm_request *rq, const uint8_t *module, size_t length)
+static int check(struct tm_request *rq, const uint8_t *module, size_t length, uint32_t grants)
 {
     static const char memory[] = "it needs more memory to be translated than a module of its size may have";
-    struct check it = {.module = module, .length = length};
+    struct check it = {.module = module, .length = length, .grants = grants};
     struct slot *slot = slot_self();
     uint32_t refused;
     int status;
@@ -50,7 +51,7 @@ static int read_deploy(struct tm_request *rq, size_t at, struct fn_deploy *head,
         return TM_E_ARGUMENT;
     memcpy(head, rq->in + at, sizeof(*head));
     at += sizeof(*head);
-    if (head->flags & ~FN_REPLACE || head->env_length > FN_STRINGS_MAX || head->module_length > FN_MODULE_MAX ||
+    if (head->flags & ~(FN_REPLACE | FN_GRANT_KEYS) || head->env_length > FN_STRINGS_MAX || head->module_length > FN_MODULE_MAX ||
         !head->module_length || rq->in_len != at + head->name_length + head->env_length + head->module_length ||
         !are_limits(&head->limits) || !read_key(rq, at, head->name_length, &new->key))
         return TM_E_ARGUMENT;
@@ -80,7 +81,8 @@ static int deploy_content(struct tm_request *rq, const struct fn_deploy *head, s
     new->module_length = head->module_length;
     if (!are_strings(new->env, new->env_length, true))
         return TM_E_ARGUMENT;
-    status = check(rq, new->module, new->module_length);
+    new->grants = head->flags & FN_GRANT_KEYS;
+    status = check(rq, new->module, new->module_length, new->grants);
     if (status)
         return status;
     slot_trim(slot_self()); /* room for it in the owner's share */

@@ -18,9 +18,18 @@ struct entry {
     uint8_t bytes[]; /* key, value */
 };
 
+/* What a principal has, while it has something. */
+struct account {
+    struct account *next;
+    struct table_usage usage;
+    uint8_t principal[32];
+};
+
 struct shard {
     struct tm_mutex mutex;
     uint64_t version; /* the last one given out */
+    uint64_t bytes;   /* of all accounts */
+    struct account *accounts;
 } __attribute__((aligned(64)));
 
 static struct {
@@ -28,6 +37,7 @@ static struct {
     uint64_t seed[2];  /* nobody outside can make keys collide */
     uint64_t buckets;  /* per shard, a power of two */
     struct entry **heads;
+    const struct table_limits *limits;
 } table;
 
 static uint64_t rotate(uint64_t x, int bits)
@@ -71,7 +81,7 @@ static void sip_update(struct sip *s, const uint8_t *bytes, size_t length)
 }
 
 /* SipHash-2-4 (Aumasson, Bernstein 2012) over principal, space and length, and the key. */
-static uint64_t hash_of(const struct place *place)
+static uint64_t sip_of(const struct place *place)
 {
     struct sip s = {table.seed[0] ^ 0x736f6d6570736575ull, table.seed[1] ^ 0x646f72616e646f6dull,
                     table.seed[0] ^ 0x6c7967656e657261ull, table.seed[1] ^ 0x7465646279746573ull};
@@ -86,7 +96,18 @@ static uint64_t hash_of(const struct place *place)
     return s.a ^ s.b ^ s.c ^ s.d;
 }
 
-int table_start(void)
+/* Its last digits are the shard. */
+static uint64_t hash_of(const struct place *place)
+{
+    struct place whose = {.space = place->space};
+
+    if (!table.limits)
+        return sip_of(place);
+    memcpy(whose.principal, place->principal, sizeof(whose.principal));
+    return sip_of(place) / SHARDS * SHARDS + sip_of(&whose) % SHARDS;
+}
+
+int table_start(const struct table_limits *limits)
 {
     const struct tm_image_header *image = (const void *)tm_enclave_base();
     struct entry **heads;
@@ -103,6 +124,7 @@ int table_start(void)
         return TM_E_NOMEM;
     tm_random(table.seed, sizeof(table.seed));
     table.buckets = buckets;
+    table.limits = limits;
     tm_txn_begin(&txn);
     tm_txn_keep(&txn, heads);
     tm_txn_set_ptr(&txn, &table.heads, heads);
@@ -178,13 +200,84 @@ int table_read(const struct place *place, struct value *value, size_t offset, vo
     return status;
 }
 
+static uint64_t size_of(const struct entry *entry)
+{
+    return entry ? sizeof(*entry) + entry->key_length + entry->value_length : 0;
+}
+
+/* The link that points to the principal's account, or to where the list ends. */
+static struct account **account_of(struct shard *shard, const uint8_t principal[32])
+{
+    struct account **link = &shard->accounts;
+
+    while (*link && memcmp((*link)->principal, principal, sizeof((*link)->principal)))
+        link = &(*link)->next;
+    return link;
+}
+
+/* Under the lock: may `fresh` come in the place of `old`? */
+static bool fits(struct shard *shard, const struct entry *fresh, const struct entry *old)
+{
+    const struct account *account;
+    struct table_usage usage = {0};
+    uint64_t all = 0;
+
+    if (!table.limits)
+        return true;
+    account = *account_of(shard, fresh->principal);
+    if (account)
+        usage = account->usage;
+    for (unsigned i = 0; i < SHARDS; i++)
+        all += *(volatile uint64_t *)&table.shards[i].bytes;
+    return usage.keys + !old <= table.limits->keys &&
+           usage.bytes + size_of(fresh) - size_of(old) <= table.limits->bytes &&
+           all + size_of(fresh) - size_of(old) <= table.limits->all_bytes;
+}
+
+/* A part of exchange(): *spare is an account for who has none, and becomes that of who has nothing any more. */
+static void account_for(struct tm_txn *txn, struct shard *shard, const struct entry *fresh, const struct entry *old,
+                        struct account **spare)
+{
+    struct account **link = account_of(shard, (fresh ? fresh : old)->principal);
+    struct account *account = *link;
+    uint64_t keys;
+
+    if (!account) {
+        account = *spare;
+        *spare = NULL;
+        memcpy(account->principal, fresh->principal, sizeof(account->principal));
+        tm_txn_keep(txn, account);
+        tm_txn_set_ptr(txn, link, account);
+    }
+    keys = account->usage.keys + !!fresh - !!old;
+#if defined(TM_TEST_COUNT_APART) /* Test build: it is counted before it happens. */
+    account->usage.keys = keys;
+    account->usage.bytes += size_of(fresh) - size_of(old);
+#elif !defined(TM_TEST_NO_ACCOUNTS) /* Test build: nobody counts. */
+    tm_txn_set(txn, &account->usage.keys, keys);
+    tm_txn_set(txn, &account->usage.bytes, account->usage.bytes + size_of(fresh) - size_of(old));
+    tm_txn_set(txn, &shard->bytes, shard->bytes + size_of(fresh) - size_of(old));
+#endif
+#ifdef TM_TEST_STAY_IN_CHANGE /* Test build: who would have so many keys stays here, to be killed. */
+    while (keys == TM_TEST_STAY_IN_CHANGE)
+        __asm__ volatile("pause");
+#endif
+    if (!keys) {
+        tm_txn_set_ptr(txn, link, account->next);
+        tm_txn_own(txn, account);
+        *spare = account;
+    }
+}
+
 /* Under the lock: put `fresh` (or nothing) where *link points, tell what was there. */
-static void exchange(struct shard *shard, struct entry **link, struct entry *fresh)
+static void exchange(struct shard *shard, struct entry **link, struct entry *fresh, struct account **spare)
 {
     struct entry *old = *link;
     struct tm_txn txn;
 
     tm_txn_begin(&txn);
+    if (table.limits)
+        account_for(&txn, shard, fresh, old, spare);
     if (fresh) {
         fresh->next = old ? old->next : NULL;
         fresh->version = shard->version + 1;
@@ -204,12 +297,21 @@ int table_put(const struct place *place, struct value *value, uint64_t *compare)
     uint64_t hash = hash_of(place);
     struct shard *shard = shard_of(hash);
     struct entry *fresh, *old, **link;
+    struct account *spare = NULL;
     void *block;
     int status = tm_try_alloc(sizeof(*fresh) + place->key_length + value->length, &block);
 
     if (status)
         return status;
     fresh = block;
+    if (table.limits) {
+        status = tm_try_alloc(sizeof(*spare), &block);
+        if (status) {
+            tm_free(fresh);
+            return status;
+        }
+        spare = block;
+    }
     fresh->hash = hash;
     fresh->expires = value->expires;
     fresh->value_length = value->length;
@@ -219,33 +321,37 @@ int table_put(const struct place *place, struct value *value, uint64_t *compare)
     memcpy(fresh->bytes, place->key, place->key_length);
     memcpy(fresh->bytes + place->key_length, value->bytes, value->length);
     status = shard_lock(shard);
-    if (status) {
-        tm_free(fresh);
-        return status;
-    }
+    if (status)
+        goto out;
     link = find(hash, place);
     old = *link;
     if (compare) {
         uint64_t present = old && !is_over(old) ? old->version : 0;
 
         if (present != *compare) {
-            tm_unlock(&shard->mutex);
-            tm_free(fresh);
             *compare = present;
-            return VAULT_CHANGED;
+            status = VAULT_CHANGED;
         }
     }
-    exchange(shard, link, fresh);
-    value->version = fresh->version;
+    if (!status && !fits(shard, fresh, old))
+        status = VAULT_FULL;
+    if (!status) {
+        exchange(shard, link, fresh, &spare);
+        value->version = fresh->version;
+        fresh = old; /* what is to be freed now */
+    }
     tm_unlock(&shard->mutex);
-    tm_free(old);
-    return 0;
+out:
+    tm_free(fresh);
+    tm_free(spare);
+    return status;
 }
 
 int table_delete(const struct place *place)
 {
     uint64_t hash = hash_of(place);
     struct shard *shard = shard_of(hash);
+    struct account *spare = NULL;
     struct entry *old, **link;
     bool over;
     int status = shard_lock(shard);
@@ -256,10 +362,53 @@ int table_delete(const struct place *place)
     old = *link;
     over = !old || is_over(old);
     if (old)
-        exchange(shard, link, NULL);
+        exchange(shard, link, NULL, &spare);
     tm_unlock(&shard->mutex);
     tm_free(old);
+    tm_free(spare);
     return over ? VAULT_NOT_FOUND : 0;
+}
+
+int table_usage(const struct place *place, struct table_usage *usage)
+{
+    struct shard *shard = shard_of(hash_of(place));
+    const struct account *account;
+    int status = shard_lock(shard);
+
+    if (status)
+        return status;
+    account = *account_of(shard, place->principal);
+    *usage = account ? account->usage : (struct table_usage){0};
+    tm_unlock(&shard->mutex);
+    return 0;
+}
+
+int table_clear(const struct place *place)
+{
+    uint64_t number = hash_of(place) % SHARDS;
+    struct shard *shard = &table.shards[number];
+
+    for (uint64_t bucket = 0; bucket < table.buckets; bucket++) {
+        struct entry **link = &table.heads[number * table.buckets + bucket];
+        int status = shard_lock(shard);
+
+        if (status)
+            return status;
+        while (*link) {
+            struct account *spare = NULL;
+            struct entry *old = *link;
+
+            if (!is_at(old, place)) {
+                link = &old->next;
+                continue;
+            }
+            exchange(shard, link, NULL, &spare);
+            tm_free(old);
+            tm_free(spare);
+        }
+        tm_unlock(&shard->mutex);
+    }
+    return 0;
 }
 
 static bool is_listed(const struct entry *entry, const struct place *prefix)
@@ -303,10 +452,9 @@ static size_t scan_bucket(struct entry *entry, const struct place *prefix, bool 
 /* Write the records of a bucket, as scan_bucket(); `what` is the caller's. */
 typedef size_t write_bucket(struct entry *entry, const void *what, uint8_t *out, size_t room, uint32_t *count);
 
-static int walk(write_bucket *write, const void *what, uint8_t *out, size_t room, uint64_t cursor, size_t *length,
-                uint32_t *count, uint64_t *next)
+static int walk(write_bucket *write, const void *what, uint8_t *out, size_t room, uint64_t cursor, uint64_t buckets,
+                size_t *length, uint32_t *count, uint64_t *next)
 {
-    uint64_t buckets = table.buckets * SHARDS;
     int status = 0;
 
     *length = 0;
@@ -359,8 +507,16 @@ int table_scan(const struct place *prefix, bool with_values, uint8_t *out, size_
                size_t *length, uint32_t *count, uint64_t *next)
 {
     struct scanned scanned = {prefix, with_values};
+    uint64_t end = table.buckets * SHARDS;
 
-    return walk(scan_one, &scanned, out, room, cursor, length, count, next);
+    if (table.limits) { /* all of them lie in one shard */
+        uint64_t first = hash_of(prefix) % SHARDS * table.buckets;
+
+        end = first + table.buckets;
+        if (cursor < first || cursor >= end)
+            cursor = first;
+    }
+    return walk(scan_one, &scanned, out, room, cursor, end, length, count, next);
 }
 
 /* ---- everything, for a successor ---------------------------------------------------- */
@@ -392,7 +548,7 @@ static size_t dump_one(struct entry *entry, const void *what, uint8_t *out, size
 
 int table_dump(uint8_t *out, size_t room, uint64_t cursor, size_t *length, uint32_t *count, uint64_t *next)
 {
-    return walk(dump_one, NULL, out, room, cursor, length, count, next);
+    return walk(dump_one, NULL, out, room, cursor, table.buckets * SHARDS, length, count, next);
 }
 
 uint64_t table_version(void)

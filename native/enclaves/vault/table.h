@@ -32,8 +32,23 @@ struct value {
     const uint8_t *bytes;
 };
 
-/* Once, from tm_on_start(). */
-int table_start(void);
+/* What a principal may have, and all together: keys, values, and what an entry takes beside. */
+struct table_limits {
+    uint64_t keys;
+    uint64_t bytes;
+    uint64_t all_bytes; /* by one value for each slot more, when all take the last at once */
+};
+
+struct table_usage {
+    uint64_t keys;
+    uint64_t bytes;
+};
+
+/*
+ * Once, from tm_on_start().  With limits (which stay where they are) all keys of a principal lie in one shard,
+ * whose lock covers its account: what it has changes in the step that changes the keys.
+ */
+int table_start(const struct table_limits *limits);
 
 /*
  * Tell the value and copy up to `room` of its bytes from `offset` on; value->bytes
@@ -48,10 +63,14 @@ int table_read(const struct place *place, struct value *value, size_t offset, vo
  */
 int table_put(const struct place *place, struct value *value, uint64_t *compare);
 int table_delete(const struct place *place);
+/* With limits only: what the principal has, and delete all of it. */
+int table_usage(const struct place *place, struct table_usage *usage);
+int table_clear(const struct place *place);
 
 /*
  * Collect vault_records in `out` from bucket `cursor` on, as many whole buckets as its
- * `room` bytes hold.  TM_E_SPACE when one bucket alone needs more: *length tells.
+ * `room` bytes hold; with limits, of the principal's shard alone, from its first if `cursor` is none of it.
+ * TM_E_SPACE when one bucket alone needs more: *length tells.
  */
 int table_scan(const struct place *prefix, bool with_values, uint8_t *out, size_t room, uint64_t cursor,
                size_t *length, uint32_t *count, uint64_t *next);

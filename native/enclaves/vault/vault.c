@@ -8,7 +8,7 @@
 
 int tm_on_start(void)
 {
-    return table_start();
+    return table_start(NULL);
 }
 
 static bool name_place(struct place *place, uint8_t space, const uint8_t *key, uint16_t key_length)

@@ -52,6 +52,7 @@ enum vault_status {
     VAULT_CHANGED = 2,   /* compare_and_swap: the version is not the expected one */
     VAULT_FORGED = 3,    /* verify: made for another enclave, on another computer, or changed */
     VAULT_FOREIGN = 4,   /* verify: the same, and it does not even claim this platform's CPUSVN */
+    VAULT_FULL = 5,      /* put: more than the principal, or all, may have; where there are such limits (table.h) */
 };
 
 /* Followed by the key. */

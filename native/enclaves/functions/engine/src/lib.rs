@@ -10,6 +10,7 @@
 extern crate alloc;
 
 mod agree;
+mod keys;
 mod memory;
 mod run;
 mod wasi;
@@ -81,8 +82,8 @@ unsafe fn bytes<'a>(bytes: *const u8, length: usize) -> &'a [u8] {
 /// # Safety
 /// The pointers are what C says they are.
 #[no_mangle]
-pub unsafe extern "C" fn engine_validate(module: *const u8, length: usize, text: *mut Text) -> i32 {
-    match check(bytes(module, length)) {
+pub unsafe extern "C" fn engine_validate(module: *const u8, length: usize, grants: u32, text: *mut Text) -> i32 {
+    match check(bytes(module, length), grants) {
         Ok(()) => 0,
         Err(reason) => {
             (*text).put(&reason);
@@ -91,13 +92,13 @@ pub unsafe extern "C" fn engine_validate(module: *const u8, length: usize, text:
     }
 }
 
-fn check(bytes: &[u8]) -> Result<(), String> {
+fn check(bytes: &[u8], grants: u32) -> Result<(), String> {
     if !bytes.starts_with(b"\0asm") {
         return Err("it is no WebAssembly module: it does not begin with \\0asm".into());
     }
     let engine = engine();
     let module = Module::new(&engine, bytes).map_err(|error| format!("{error}"))?;
-    wasi::check(&module)?;
+    wasi::check(&module, grants)?;
     match module.get_export("_start") {
         Some(ExternType::Func(ty)) if ty.params().is_empty() && ty.results().is_empty() => Ok(()),
         Some(_) => Err("its export _start is no function without parameters and results".into()),
@@ -108,13 +109,18 @@ fn check(bytes: &[u8]) -> Result<(), String> {
 /// Make a module ready to run; NULL when it cannot be, and `text` says why.
 ///
 /// # Safety
-/// `engine_validate` has said 0 of the same bytes.
+/// `engine_validate` has said 0 of the same bytes, with the same grants.
 #[no_mangle]
-pub unsafe extern "C" fn engine_prepare(module: *const u8, length: usize, text: *mut Text) -> *mut c_void {
+pub unsafe extern "C" fn engine_prepare(
+    module: *const u8,
+    length: usize,
+    grants: u32,
+    text: *mut Text,
+) -> *mut c_void {
     let engine = engine();
     // Validated when it was deployed, and kept in the enclave since.
     let made = Module::new_unchecked(&engine, bytes(module, length))
-        .and_then(|module| wasi::linker(&engine, &module).map(|linker| Prepared { engine, module, linker }));
+        .and_then(|module| wasi::linker(&engine, &module, grants).map(|linker| Prepared { engine, module, linker }));
     match made {
         Ok(prepared) => Box::into_raw(Box::new(prepared)).cast(),
         Err(error) => {

@@ -7,13 +7,16 @@
 use alloc::{format, string::String, vec::Vec};
 use wasmi::{Caller, Engine, Error, ExternType, FuncType, Linker, Module, Val, ValType};
 
-use crate::run::{Host, Stream};
+use crate::{
+    keys,
+    run::{Host, Stream},
+};
 
 const MODULE: &str = "wasi_snapshot_preview1";
 
-const SUCCESS: i32 = 0;
+pub const SUCCESS: i32 = 0;
 const EBADF: i32 = 8;
-const EFAULT: i32 = 21;
+pub const EFAULT: i32 = 21;
 const EINVAL: i32 = 28;
 const EIO: i32 = 29;
 const ENOSYS: i32 = 52;
@@ -29,7 +32,7 @@ const RESOLUTION: u64 = 100_000_000;
 /// of a list, and for 64 bytes that are copied.
 const RANDOM_FUEL: u64 = 64;
 const VECTOR_FUEL: u64 = 8;
-const COPY_FUEL: u64 = 1;
+pub const COPY_FUEL: u64 = 1;
 /// For leaving to the caller and coming back.
 const STREAM_FUEL: u64 = 4096;
 const VECTORS: u32 = 1024;
@@ -41,8 +44,8 @@ extern "C" {
     fn tm_time() -> u64;
 }
 
-type Call<'a> = Caller<'a, Host>;
-type Answer = Result<i32, Error>;
+pub type Call<'a> = Caller<'a, Host>;
+pub type Answer = Result<i32, Error>;
 
 /// Errors of WASI by name: (name, parameters, errno); parameters are `i` for i32 and `I` for i64.
 const REFUSED: &[(&str, &str, i32)] = &[
@@ -107,13 +110,22 @@ fn function_type(name: &str) -> Option<FuncType> {
 }
 
 /// Why `module` imports what there is not, if it does.
-pub fn check(module: &Module) -> Result<(), String> {
+pub fn check(module: &Module, grants: u32) -> Result<(), String> {
     for import in module.imports() {
         let (from, name) = (import.module(), import.name());
-        let ours = if from == MODULE { function_type(name) } else { None };
+        let ours = match from {
+            MODULE => function_type(name),
+            keys::MODULE => keys::function_type(name),
+            _ => None,
+        };
+        if from == keys::MODULE && ours.is_some() && grants & keys::GRANT == 0 {
+            return Err(format!("it imports {from}.{name}: deploy it with the grant \"keys\""));
+        }
         match (ours, import.ty()) {
+            (None, _) if from == keys::MODULE => return Err(format!("it imports {from}.{name}, which there is not")),
             (None, _) => return Err(format!("it imports {from}.{name}: there is {MODULE} and nothing else")),
             (Some(ours), ExternType::Func(theirs)) if ours == *theirs => (),
+            _ if from == keys::MODULE => return Err(format!("it imports {from}.{name} with another type than it has")),
             _ => return Err(format!("it imports {from}.{name} with another type than WASI gives it")),
         }
     }
@@ -121,11 +133,15 @@ pub fn check(module: &Module) -> Result<(), String> {
 }
 
 /// A linker with what `module`, whose imports were checked, wants of WASI.
-pub fn linker(engine: &Engine, module: &Module) -> Result<Linker<Host>, Error> {
+pub fn linker(engine: &Engine, module: &Module, grants: u32) -> Result<Linker<Host>, Error> {
     let mut linker = Linker::new(engine);
     linker.allow_shadowing(true); // who imports a function twice has it twice
     for import in module.imports() {
-        define(&mut linker, import.name())?;
+        match import.module() {
+            keys::MODULE if grants & keys::GRANT != 0 => keys::define(&mut linker, import.name())?,
+            MODULE => define(&mut linker, import.name())?,
+            _ => (), // instantiating says that it is missing
+        }
     }
     Ok(linker)
 }
@@ -160,7 +176,7 @@ fn define(linker: &mut Linker<Host>, name: &str) -> Result<(), Error> {
 }
 
 /// The memory of the calling instance, and what else there is of it.
-fn split<'a>(caller: &'a mut Call) -> Option<(&'a mut [u8], &'a mut Host)> {
+pub fn split<'a>(caller: &'a mut Call) -> Option<(&'a mut [u8], &'a mut Host)> {
     if caller.data().memory.is_none() {
         // In a start function, before anybody could look.
         let memory = caller.get_export("memory")?.into_memory()?;
@@ -170,11 +186,11 @@ fn split<'a>(caller: &'a mut Call) -> Option<(&'a mut [u8], &'a mut Host)> {
     Some(memory.data_and_store_mut(caller))
 }
 
-fn range(memory: &mut [u8], at: u32, length: usize) -> Option<&mut [u8]> {
+pub fn range(memory: &mut [u8], at: u32, length: usize) -> Option<&mut [u8]> {
     memory.get_mut(at as usize..)?.get_mut(..length)
 }
 
-fn write(caller: &mut Call, at: u32, data: &[u8]) -> i32 {
+pub fn write(caller: &mut Call, at: u32, data: &[u8]) -> i32 {
     match split(caller).and_then(|(memory, _)| range(memory, at, data.len())) {
         Some(place) => {
             place.copy_from_slice(data);
@@ -185,7 +201,7 @@ fn write(caller: &mut Call, at: u32, data: &[u8]) -> i32 {
 }
 
 /// Burn fuel for work that the engine does not see, before it is done.
-fn pay(caller: &mut Call, fuel: u64) -> Result<(), Error> {
+pub fn pay(caller: &mut Call, fuel: u64) -> Result<(), Error> {
     let has = caller.get_fuel()?;
     caller.set_fuel(has.saturating_sub(fuel))?;
     // The store has a slice only: what it lacks is taken from the next.
