@@ -98,7 +98,7 @@ class LimitReached(OperationalError, errors.LimitReached):  # noqa: N818
 
 
 TAMPERED, PARAMETERS, STATEMENTS, CURSOR, CURSORS, ROOM, TIME, REQUEST, STORAGE = range(-1, -10, -1)
-DENIED, EXISTS, RIGHTS, COPYING, SIZE, SPACE, HEAP = range(-10, -17, -1)
+DENIED, EXISTS, RIGHTS, COPYING, SIZE, SPACE, HEAP, FORMAT = range(-10, -18, -1)
 _OWN: dict[int, tuple[type[Error], str]] = {
     TAMPERED: (DatabaseTampered, ""),
     PARAMETERS: (ProgrammingError, ""),
@@ -110,6 +110,7 @@ _OWN: dict[int, tuple[type[Error], str]] = {
     DENIED: (Denied, ""),
     EXISTS: (DatabaseExists, ""),
     COPYING: (ProgrammingError, ""),
+    FORMAT: (NotSupportedError, ""),
 }
 _NOMEM = 7
 _LIMITS: dict[int, tuple[str, dict[str, object]]] = {

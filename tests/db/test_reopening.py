@@ -7,10 +7,15 @@ import os
 from pathlib import Path
 
 import pytest
+from altered import altered_database
+from backends import BACKEND
 from connections import database_image
+from images import Images, layout_options
 from running_broker import run_broker
 
+import teemate
 from teemate import db
+from teemate.image import SigParams, layout_image, sign_with_key
 
 
 def test_a_database_outlives_broker_and_enclave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,3 +51,32 @@ def test_a_database_outlives_broker_and_enclave(tmp_path: Path, monkeypatch: pyt
     for path in files.values():
         assert path.stat().st_mode & 0o777 == 0o600
         assert b"xxxxxxxx" not in path.read_bytes()
+
+
+def test_a_database_of_an_earlier_format_is_refused_as_that_and_its_owner_can_delete_it(
+    images: Images, storage: Path, tmp_path: Path
+) -> None:
+    earlier = altered_database(images, tmp_path, "DB_FORMAT=2u")
+    present = tmp_path / "present.sgxs"  # of the same signer
+    elf = database_image().with_suffix(".elf")
+    built = layout_image(elf, present, layout_options("db", heap="16M", slots=3))
+    signature = sign_with_key(SigParams().unsigned(built.mrenclave), images.key)
+    present.with_suffix(".sig").write_bytes(signature.to_bytes())
+
+    def life(image: Path) -> teemate.Enclave:
+        return teemate.create_enclave(image, image.with_suffix(".sig"), backend=BACKEND, storage=storage)
+
+    for _ in range(2):
+        with life(earlier) as enclave, contextlib.closing(db.connect(enclave, "ledger")) as connection:
+            connection.executescript("CREATE TABLE IF NOT EXISTS t(v)")
+    with life(present) as enclave:
+        for create in (True, False):
+            with pytest.raises(db.NotSupportedError, match="an earlier version of this enclave has made"):
+                db.connect(enclave, "ledger", create=create)
+        with contextlib.closing(db.connect(enclave, "other")) as connection:
+            enclave_names = {listing.name for listing in db.databases(enclave)}
+            assert enclave_names == {"ledger", "other"}
+            db.delete(enclave, "ledger")
+            connection.execute("SELECT 1")
+        with contextlib.closing(db.connect(enclave, "ledger")) as connection:
+            assert connection.execute("SELECT count(*) FROM sqlite_schema").fetchone() == (0,)

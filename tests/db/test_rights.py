@@ -29,6 +29,9 @@ USERS = (ALICE, BOB, CAROL)
 
 pytestmark = needs_root
 
+HEADS = 4096
+"""Bytes of both heads, at the file's beginning."""
+
 
 class _Slots:
     """What connect() takes for an enclave: only the slots of one user."""
@@ -249,6 +252,33 @@ def test_an_older_head_that_is_put_back_in_this_life_gives_nobody_anything(
         file.write(before)
     with pytest.raises(db.Denied):
         as_user(BOB)
+
+
+@pytest.mark.parametrize("since", ["a commit", "a checkpoint", "a checkpoint and a commit"])
+def test_rights_that_were_taken_back_do_not_come_back_with_an_older_head(
+    lives: Callable[[], As], storage: Path, since: str
+) -> None:
+    alice = lives()(ALICE)
+    alice.executescript("CREATE TABLE t(v); INSERT INTO t VALUES (1)")
+    alice.grant(uid=4002)
+    granted = (storage / "ledger").read_bytes()[:HEADS]
+    alice.revoke(uid=4002)
+    if "checkpoint" in since:
+        alice.executescript("INSERT INTO t VALUES (2)")
+        alice.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    if "commit" in since:
+        alice.executescript("INSERT INTO t VALUES (3)")
+    connect = lives()
+    now = (storage / "ledger").read_bytes()
+    (storage / "ledger").write_bytes(granted + now[HEADS:])
+    for user in (BOB, ALICE):
+        with pytest.raises(db.DatabaseTampered):
+            connect(user)
+    connect = lives()
+    (storage / "ledger").write_bytes(now)
+    assert connect(ALICE).execute("SELECT max(v) FROM t").fetchone() == (3 if "commit" in since else 2,)
+    with pytest.raises(db.Denied):
+        connect(BOB)
 
 
 def test_there_may_be_so_many_grants_and_the_error_says_so(as_user: As) -> None:

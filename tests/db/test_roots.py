@@ -19,7 +19,7 @@ import teemate
 
 ROWS = 30
 HEAD, PAGE = 4096, 4096 + 28
-LOG_HEAD, FRAME = 32 + 28, 24 + 4096 + 28
+LOG_HEAD, FRAME = 32 + 36, 24 + 4096 + 36
 MAIN, LOG, ROOT = "numbers", "numbers-wal", "numbers-root"
 
 Files = dict[str, bytes]

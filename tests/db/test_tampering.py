@@ -19,7 +19,7 @@ from teemate._native import ffi, lib
 
 Connect = Callable[..., Connection]
 
-HEAD, PAGE, LOG_HEAD, FRAME = 4096, 4096 + 28, 32 + 28, 24 + 4096 + 28
+HEAD, PAGE, LOG_HEAD, FRAME = 4096, 4096 + 28, 32 + 36, 24 + 4096 + 36
 
 # What lies where (records.h): a byte of each kind.
 PLACES = {

@@ -54,6 +54,7 @@ struct connection {
     bool no_storage; /* the enclave has none */
     bool uncached;   /* what it reads is what the host has now */
     bool denied;     /* the caller may not have the database */
+    bool older;      /* an earlier build has made it, and this one cannot read it */
     bool no_space;   /* the host had no room for what it would write */
     bool limited;    /* the database's owner has said how large it may be */
     bool setting;    /* what a pragma sets just now is ours to set */

@@ -190,6 +190,7 @@ enum db_own_code {
     DB_E_SIZE = -14,      /* the database is as large as its owner lets it be (db_limit) */
     DB_E_SPACE = -15,     /* the enclave's files take all that its policy gives them, or the host's disk is full */
     DB_E_HEAP = -16,      /* the connection may take more, but the enclave's heap is full */
+    DB_E_FORMAT = -17,    /* an earlier build of the enclave has made the database, in a format that this one does not read */
 };
 
 /* Bytes that the reply needs whatever happens: smaller ones are TM_E_SPACE. */

@@ -25,6 +25,10 @@ int file_code(int status, int otherwise)
         if (connection)
             connection->denied = true;
         return SQLITE_CANTOPEN;
+    case RECORD_FORMAT:
+        if (connection)
+            connection->older = true;
+        return SQLITE_CANTOPEN;
     case -TM_ENOSPC:
     case -TM_EDQUOT:
     case -TM_EFBIG:

@@ -13,13 +13,36 @@ struct head {
 #define SEALED (sizeof(struct head) + TM_SEAL_OVERHEAD)
 _Static_assert(SEALED <= PLACE && 2 * PLACE == HEAD_SIZE, "two heads before the pages");
 
-static void bind(const struct database *database, uint8_t text[80])
+/*
+ * Of all of a database's files; one digit.  1: no rights in the head (what is sealed has another length, so it is not
+ * recognised).  2: the log and the root do not tell the head's number.
+ */
+#ifndef DB_FORMAT
+#define DB_FORMAT 3u
+#endif
+#define DB_FORMAT_KNOWN 2u /* the oldest with a head like this */
+
+static void bind(const struct database *database, uint32_t format, uint8_t text[80])
 {
-    static const char label[] = "teemate database 2";
+    static const char label[] = "teemate database ";
 
     memset(text, 0, 80);
     memcpy(text, label, sizeof(label));
+    text[sizeof(label) - 1] = (uint8_t)('0' + format);
     memcpy(text + 24, database->name, strlen(database->name));
+}
+
+/* In which format is it sealed?  0: in none. */
+static uint32_t open_head(const struct database *database, const uint8_t *sealed, struct head *head)
+{
+    uint8_t binding[80];
+
+    for (uint32_t format = DB_FORMAT; format >= DB_FORMAT_KNOWN; format--) {
+        bind(database, format, binding);
+        if (!tm_unseal(binding, sizeof(binding), sealed, SEALED, head))
+            return format;
+    }
+    return 0;
 }
 
 static int write(struct record_file *file, uint64_t number, const struct rights *rights)
@@ -31,7 +54,7 @@ static int write(struct record_file *file, uint64_t number, const struct rights 
     int status;
 
     memcpy(head.key, database->key, sizeof(head.key));
-    bind(database, binding);
+    bind(database, DB_FORMAT, binding);
     status = tm_seal(SGX_KEYPOLICY_MRSIGNER, binding, sizeof(binding), &head, sizeof(head), sealed);
     tm_wipe(&head, sizeof(head));
     if (status)
@@ -51,12 +74,13 @@ int head_read(struct record_file *file)
 {
     static const uint8_t nothing[SEALED];
     struct database *database = file->database;
-    uint8_t binding[80], sealed[SEALED];
+    uint8_t sealed[SEALED];
     struct head head, best = {.number = 0};
-    bool made = false, found = false;
+    uint32_t found = 0;
+    bool made = false;
 
-    bind(database, binding);
     for (uint64_t place = 0; place < 2; place++) {
+        uint32_t format;
         int64_t got;
 
         memset(sealed, 0, sizeof(sealed));
@@ -66,11 +90,13 @@ int head_read(struct record_file *file)
         if (!memcmp(sealed, nothing, sizeof(sealed)))
             continue;
         made = made || !place; /* which is written last when a database is made */
-        if (tm_unseal(binding, sizeof(binding), sealed, sizeof(sealed), &head) || head.number % 2 != place)
+        format = open_head(database, sealed, &head);
+        if (!format || head.number % 2 != place)
             continue;
-        if (!found || head.number > best.number)
+        if (format > found || (format == found && head.number > best.number)) {
             best = head;
-        found = true;
+            found = format;
+        }
     }
     if (found) {
         memcpy(database->key, best.key, sizeof(best.key));
@@ -78,7 +104,9 @@ int head_read(struct record_file *file)
     }
     tm_wipe(&head, sizeof(head));
     tm_wipe(&best, sizeof(best));
-    return found ? 0 : made ? RECORD_TAMPERED : -TM_ENOENT;
+    if (found)
+        return found == DB_FORMAT ? 0 : RECORD_FORMAT;
+    return made ? RECORD_TAMPERED : -TM_ENOENT;
 }
 
 int head_begin(struct record_file *file, const char *log)

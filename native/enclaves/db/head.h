@@ -6,7 +6,8 @@
  * short leaves the last one.  Of two that are right the higher number counts.  A new database gets number 1 first, and
  * number 0 when that is on the disk: power that is cut meanwhile leaves place 0 empty, which is no database unless number 1
  * is whole, or number 1.  Heads are sealed under the database's name.  In one life of the enclave its memory says what the
- * rights are; across lives the host can bring an older head back, and with it rights that were taken away since.
+ * rights are.  Across lives what was written after a change of the rights, in the log and in the root, has the new head's
+ * number, and is not believed with an older one: an older head comes back with an earlier state of the whole database only.
  */
 #ifndef DB_HEAD_H
 #define DB_HEAD_H
@@ -15,7 +16,7 @@
 
 /*
  * What the file has: key and rights into the database.  0; -TM_ENOENT: its making was cut short, or never began;
- * RECORD_TAMPERED; another negative tm_errno.
+ * RECORD_FORMAT: an earlier build has written it, but key and rights are known; RECORD_TAMPERED; another negative tm_errno.
  */
 int head_read(struct record_file *file);
 

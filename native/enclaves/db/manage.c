@@ -57,7 +57,7 @@ static int may_delete(struct database *database)
     }
     if (status == -TM_ENOENT)
         return SQLITE_OK;
-    if (status)
+    if (status && status != RECORD_FORMAT)
         return file_code(status, SQLITE_CANTOPEN);
     return head_access(database) == DB_ACCESS_OWNER ? SQLITE_OK : DB_E_DENIED;
 }
@@ -217,11 +217,13 @@ static bool read_head(const char *name)
 {
     struct record_file file = {.kind = FILE_MAIN};
     bool found = false;
+    int status;
 
     if (manage_claim(name, &file.database))
         return false; /* somebody opens it, or makes it: it is there the next time */
     if (!file.database->ready && !tm_file_open(name, TM_FILE_READ_ONLY, &file.handle)) {
-        found = !head_read(&file);
+        status = head_read(&file);
+        found = !status || status == RECORD_FORMAT; /* its owner can delete it */
         tm_file_close(file.handle);
     }
     database_drop(file.database, HOLDS_SETUP);

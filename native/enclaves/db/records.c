@@ -7,18 +7,19 @@
 #define TAG 16u
 /* A record that another slot writes just now may be read half: it is read again, so often. */
 #define READS 64u
-#define LARGEST (FRAME_SIZE + RECORD_EXTRA)
+#define LARGEST (FRAME_SIZE + LOG_EXTRA)
 
 struct binding {
     uint8_t label[8];
     uint64_t kind;
     uint64_t record;
+    uint64_t head;         /* of a record of the log: the database's, by number, when it was written */
     uint8_t root[ROOT_ID]; /* of the log's head: under which the log was begun (root.h) */
 };
 
 static struct binding binding_of(const struct record_file *file, uint64_t record)
 {
-    return (struct binding){.label = "tmdb 2", .kind = file->kind, .record = record};
+    return (struct binding){.label = "tmdb 3", .kind = file->kind, .record = record};
 }
 
 static bool is_log_head(const struct record_file *file, uint64_t record)
@@ -31,17 +32,22 @@ uint32_t record_size(enum file_kind kind, uint64_t record)
     return kind == FILE_MAIN ? PAGE_SIZE : record ? FRAME_SIZE : LOG_HEAD;
 }
 
+uint32_t record_room(enum file_kind kind, uint64_t record)
+{
+    return record_size(kind, record) + (kind == FILE_MAIN ? RECORD_EXTRA : LOG_EXTRA);
+}
+
 static uint64_t place_of(enum file_kind kind, uint64_t record)
 {
     if (kind == FILE_MAIN)
         return HEAD_SIZE + record * (PAGE_SIZE + RECORD_EXTRA);
-    return record ? LOG_HEAD + RECORD_EXTRA + (record - 1) * (uint64_t)(FRAME_SIZE + RECORD_EXTRA) : 0;
+    return record ? LOG_HEAD + LOG_EXTRA + (record - 1) * (uint64_t)(FRAME_SIZE + LOG_EXTRA) : 0;
 }
 
 int64_t records_counted(const struct record_file *file)
 {
     int64_t size = tm_file_size(file->handle);
-    uint64_t first = file->kind == FILE_MAIN ? HEAD_SIZE : LOG_HEAD + RECORD_EXTRA;
+    uint64_t first = file->kind == FILE_MAIN ? HEAD_SIZE : LOG_HEAD + LOG_EXTRA;
 
     if (size < 0)
         return size;
@@ -49,7 +55,7 @@ int64_t records_counted(const struct record_file *file)
         return 0;
     if (file->kind == FILE_MAIN)
         return (int64_t)(((uint64_t)size - first) / (PAGE_SIZE + RECORD_EXTRA));
-    return 1 + (int64_t)(((uint64_t)size - first) / (FRAME_SIZE + RECORD_EXTRA));
+    return 1 + (int64_t)(((uint64_t)size - first) / (FRAME_SIZE + LOG_EXTRA));
 }
 
 int64_t records_known(const struct record_file *file)
@@ -90,16 +96,40 @@ static uint64_t short_tag(const uint8_t *tag)
 
 /* ---- what a power cut leaves ------------------------------------------------------ */
 
+/* As it stands beside a record of the log; 0 of a page. */
+static uint64_t head_of(const struct record_file *file, uint64_t record, const uint8_t *raw)
+{
+    uint64_t head = 0;
+
+    if (file->kind == FILE_WAL)
+        memcpy(&head, raw + record_size(file->kind, record) + RECORD_EXTRA, sizeof(head));
+    return head;
+}
+
+/* `binding` without the head, which the record itself tells. */
 static bool open_bound(const struct record_file *file, const struct binding *binding, const uint8_t *raw, uint8_t *data)
 {
     uint32_t size = record_size(file->kind, binding->record);
+    struct binding whole = *binding;
 
+    whole.head = head_of(file, binding->record, raw);
 #ifdef DB_TEST_NO_SEALING
     memcpy(data, raw + NONCE, size);
     return true;
 #endif
-    return !tm_aead_open(file->database->key, raw, binding, sizeof(*binding), raw + NONCE, size, data,
-                         raw + NONCE + size);
+    return !tm_aead_open(file->database->key, raw, &whole, sizeof(whole), raw + NONCE, size, data, raw + NONCE + size);
+}
+
+/*
+ * Was it written when rights were known that are not in the head that was found?  Then that is an older one, which the
+ * host has brought back: a head is on the disk before anything is written under it.
+ */
+static bool is_of_a_later_head(const struct record_file *file, uint64_t record, const uint8_t *raw)
+{
+#ifdef DB_TEST_NO_FRESHNESS
+    return false;
+#endif
+    return head_of(file, record, raw) > file->database->head;
 }
 
 /* The log's head: of the log that was begun under the present root, or of that which the root was made from. */
@@ -129,7 +159,7 @@ static bool open_record(const struct record_file *file, uint64_t record, const u
 
 int record_log_root(const struct record_file *log, uint8_t bound[ROOT_ID], uint64_t *tag)
 {
-    uint8_t raw[LOG_HEAD + RECORD_EXTRA], head[LOG_HEAD];
+    uint8_t raw[LOG_HEAD + LOG_EXTRA], head[LOG_HEAD];
     int64_t got = tm_file_read(log->handle, 0, raw, sizeof(raw));
 
     if (got < (int64_t)sizeof(raw))
@@ -320,7 +350,7 @@ static bool was_ahead(struct record_file *file, uint64_t record)
 int record_read(struct record_file *file, uint64_t record, uint8_t *data)
 {
     const struct known_file *known = &file->database->files[file->kind];
-    uint32_t size = record_size(file->kind, record);
+    uint32_t size = record_size(file->kind, record), room = record_room(file->kind, record);
     bool unknown, zeros = false;
     uint8_t raw[LARGEST];
 
@@ -336,19 +366,21 @@ int record_read(struct record_file *file, uint64_t record, uint8_t *data)
     if (was_ahead(file, record) && record_cached(file, record, 0, size, data))
         return RECORD_OK;
     for (uint32_t reads = 0; reads < READS; reads++) {
-        int64_t got = tm_file_read(file->handle, place_of(file->kind, record), raw, size + RECORD_EXTRA);
+        int64_t got = tm_file_read(file->handle, place_of(file->kind, record), raw, room);
         uint64_t tag;
 
         if (got < 0)
             return (int)got;
-        if (got < size + RECORD_EXTRA) {
+        if (got < room) {
             if (record >= known->records || (known->cut && record >= known->cut - 1))
                 return RECORD_END;
             continue;
         }
-        zeros = is_zero(raw, size + RECORD_EXTRA);
+        zeros = is_zero(raw, room);
         if (!open_record(file, record, raw, data))
             continue;
+        if (is_of_a_later_head(file, record, raw))
+            return RECORD_TAMPERED;
         tag = short_tag(raw + NONCE + size);
         if (!known_is_right(file->database, file->kind, record, tag))
             continue;
@@ -375,17 +407,17 @@ int record_read(struct record_file *file, uint64_t record, uint8_t *data)
  * (files.h), so what is in the file now is what counts: the new one, the old one, or, when whoever wrote it died too,
  * neither.  Then it is nothing until it is written again, whatever the host brings.
  */
-static int settle_record(struct record_file *file, uint64_t record, uint64_t written, uint8_t *room)
+static int settle_record(struct record_file *file, uint64_t record, uint64_t written, uint8_t *data)
 {
-    uint32_t size = record_size(file->kind, record);
+    uint32_t size = record_size(file->kind, record), room = record_room(file->kind, record);
     uint8_t raw[LARGEST];
-    int64_t got = tm_file_read(file->handle, place_of(file->kind, record), raw, size + RECORD_EXTRA);
+    int64_t got = tm_file_read(file->handle, place_of(file->kind, record), raw, room);
 
     if (got < 0)
         return (int)got;
-    if (got < size + RECORD_EXTRA)
+    if (got < room)
         return 0; /* the file ends before it, as it did */
-    if (!open_record(file, record, raw, room))
+    if (!open_record(file, record, raw, data))
         known_set(file->database, file->kind, record, KNOWN_NOTHING);
     else if (short_tag(raw + NONCE + size) == written)
         known_set(file->database, file->kind, record, written);
@@ -394,16 +426,16 @@ static int settle_record(struct record_file *file, uint64_t record, uint64_t wri
 
 static int settle_slot(struct record_file *file, struct pending *pending)
 {
-    uint8_t *room = sqlite3_malloc(FRAME_SIZE);
-    int status = room ? 0 : RECORD_MEMORY;
+    uint8_t *data = sqlite3_malloc(FRAME_SIZE);
+    int status = data ? 0 : RECORD_MEMORY;
 
     for (uint64_t i = 0; i < pending->count && !status; i++) {
         uint64_t written = __atomic_load_n(&pending->tags[i], __ATOMIC_SEQ_CST);
 
         if (written)
-            status = settle_record(file, pending->first + i, written, room);
+            status = settle_record(file, pending->first + i, written, data);
     }
-    sqlite3_free(room);
+    sqlite3_free(data);
     return status;
 }
 
@@ -423,7 +455,7 @@ int records_settle(struct record_file *file)
 int records_write(struct record_file *file, uint64_t first, const uint8_t *data, uint32_t count)
 {
     struct pending *pending = &file->database->pending[file->kind][thread_self()->fixed.index];
-    uint32_t size = record_size(file->kind, first), step = size + RECORD_EXTRA;
+    uint32_t size = record_size(file->kind, first), step = record_room(file->kind, first);
     struct known_file *known = &file->database->files[file->kind];
     uint64_t records;
     uint8_t *raw;
@@ -444,6 +476,10 @@ int records_write(struct record_file *file, uint64_t first, const uint8_t *data,
 
         if (is_log_head(file, first + i))
             memcpy(binding.root, database_root(file->database)->id, ROOT_ID);
+        if (file->kind == FILE_WAL) {
+            binding.head = file->database->head;
+            memcpy(at + size + RECORD_EXTRA, &binding.head, sizeof(binding.head));
+        }
         status = known_reserve(file->database, file->kind, first + i);
         if (status) {
             sqlite3_free(raw);

@@ -3,9 +3,10 @@
  * A database's files as the host has them: records of authenticated ciphertext, AES-128-GCM.
  *
  *   main file   4096 bytes: the head (head.h); then per page of 4096 bytes nonce 12 | ciphertext 4096 | tag 16
- *   -wal        the same of the log's head of 32 bytes; then per frame of 24 + 4096 bytes
+ *   -wal        the same of the log's head of 32 bytes; then per frame of 24 + 4096 bytes; each followed by 8 bytes:
+ *               the number of the database's head (head.h) when it was written
  *
- * Every record is bound to the database (its key is its own), the file and the record's number.  Nonces
+ * Every record is bound to the database (its key is its own), the file, the record's number and that of the head.  Nonces
  * are random: a key is good for 2^32 writes (NIST SP 800-38D, 8.3), which is 16 TiB.
  *
  * Which of them belong together is in the root (root.h): what the host can do and is not found is to bring back an
@@ -23,10 +24,11 @@
 #define LOG_HEAD 32u
 #define HEAD_SIZE 4096u
 #define RECORD_EXTRA 28u
+#define LOG_EXTRA (RECORD_EXTRA + 8u)
 
 /* A failure of the host's, as SQLite's code; what is not what the enclave wrote. */
 enum record_status { RECORD_OK = 0, RECORD_END = 1, RECORD_TAMPERED = -1001, RECORD_MEMORY = -1002, RECORD_TORN = -1003,
-                     RECORD_DENIED = -1004 };
+                     RECORD_DENIED = -1004, RECORD_FORMAT = -1005 };
 
 struct record_file {
     struct database *database;
@@ -36,6 +38,8 @@ struct record_file {
 };
 
 uint32_t record_size(enum file_kind kind, uint64_t record);
+/* The same in the file. */
+uint32_t record_room(enum file_kind kind, uint64_t record);
 /* How many the host's file has room for; or a negative tm_errno. */
 int64_t records_counted(const struct record_file *file);
 /* How many there are, as this life knows: the host is asked only after a cut that nobody heard of any more. */

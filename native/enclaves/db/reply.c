@@ -60,6 +60,9 @@ static const char *own_message(int code)
         return "the enclave's heap is full, of what its other connections have and of kept pages";
     case DB_E_COPYING:
         return "a copy of the database is under way on this connection, or there is none to go on with";
+    case DB_E_FORMAT:
+        return "an earlier version of this enclave has made the database, in a format that this one does not read: export it "
+               "with that version (teemate db export), delete it, and import what it gave (teemate db import)";
     default:
         return "the operation is none: a length or number in it cannot be";
     }
@@ -88,6 +91,8 @@ void reply_error(struct reply *reply, struct connection *connection, int code, i
 
     if (connection->tampered && is_of_files(code))
         error.code = DB_E_TAMPERED;
+    if (connection->older && is_of_files(code))
+        error.code = DB_E_FORMAT;
     if (connection->no_storage && is_of_files(code))
         error.code = DB_E_STORAGE;
     if (code == SQLITE_FULL && (connection->no_space || connection->limited))

@@ -134,6 +134,7 @@ static int write_root(struct record_file *file, const struct record_file *log, u
     if (status)
         return status;
     head.root.pages = (uint64_t)pages;
+    head.root.head = database->head;
     tm_random(head.root.id, ROOT_ID);
     head.root.frames = frames;
     if (log && frames)
@@ -252,6 +253,10 @@ int root_read(struct record_file *file, struct record_file *log)
     if (status)
         return status;
     root = database_root(database);
+#ifndef DB_TEST_NO_FRESHNESS
+    if (root->head > database->head)
+        return RECORD_TAMPERED; /* the host has brought back an older head, and with it older rights */
+#endif
     database->files[FILE_MAIN].records = root->pages;
     database->frames_needed = 0;
     /* A log that is not right is judged when it is read. */

@@ -4,7 +4,7 @@
  * left them.
  *
  *   -root   two heads, each in 4096 bytes of its own, sealed with the database's key: number, id, what log it was made
- *           from, how many pages; then the tags, in chunks of 4096, of each head in turn.  Root n has head and chunks
+ *           from, how many pages, the number of the file's head (head.h); then the tags, in chunks of 4096, of each head in turn.  Root n has head and chunks
  *           n modulo 2; the other place has the last one until n is whole.  Chunks are sealed under the root's id.
  *
  * A checkpoint writes pages, syncs them, then writes and syncs a root; only then may the log be begun anew, and

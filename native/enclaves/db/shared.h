@@ -67,6 +67,7 @@ struct root {
     uint64_t frames;       /* of that log */
     uint64_t last;         /* short tag of the last of them; 0: there are none */
     uint64_t pages;
+    uint64_t head;         /* number of the database's head: an older one does not go with it */
 };
 
 struct database {
