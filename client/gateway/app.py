@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
-from typing import Any, Protocol, final
+from typing import Any, final
 from urllib.parse import parse_qsl
 
 import trio
@@ -17,24 +17,23 @@ from ..errors import Error
 from ..functions._wire import PAYLOAD_MAX
 from .admission import Admission, FunctionBusyError, QueueFullError
 from .answers import Answer, Refused, of_error, problem
+from .body import PIECE, Body, Gone, Message, Receive, too_large
 from .openapi import (
     MAX_ARGUMENT_BYTES,
     MAX_ARGUMENTS,
     NAME_PATTERN,
+    STREAM_HEADER,
     TIMEOUT_HEADER,
     TIMEOUT_PATTERN,
     openapi_json,
 )
 from .settings import Settings
+from .streaming import BrokenOffError, Functions, Streamed, stream
 
 __all__ = ["Functions", "Gateway"]
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-PIECE = 64 << 10
-"""Bytes of a result that are handed on at once: more only when the client has taken these."""
 SEND_SECONDS = 30.0
 SEND_RATE = 16 << 10
 """A client takes its answer within this, and a second more for as many bytes, or is cut off."""
@@ -45,32 +44,10 @@ the enclave ends it by itself, by a coarse clock."""
 BODY_RATE = 16 << 10
 """Bytes a second that a body comes at, at least, once it has taken as long as requests have that name no
 deadline: while it comes its sender holds a place."""
-LEFTOVER_SECONDS = 1.0
-"""For how long, and up to twice `max_body`, a client is listened to before it gets an answer that does not
-need its body: many read their answer when they have sent all, or never."""
 
 _NAME = re.compile(NAME_PATTERN)
 _TIMEOUT = re.compile(TIMEOUT_PATTERN.encode())
 _LOOPBACK = (b"localhost", b"127.0.0.1", b"::1")
-
-
-class Functions(Protocol):
-    """What the gateway needs of ``broker.functions`` on trio."""
-
-    async def invoke(
-        self,
-        name: str,
-        payload: bytes,
-        *,
-        args: Sequence[str] = ...,
-        timeout: float | None = ...,  # noqa: ASYNC109
-    ) -> bytes:
-        """See :meth:`teemate.Functions.invoke`."""
-        ...
-
-
-class _Gone(Exception):  # noqa: N818 - nobody is told
-    """The client has left."""
 
 
 @final
@@ -110,18 +87,24 @@ class Gateway:
     async def _serve(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         request = uuid.uuid4().hex
         began = trio.current_time()
-        body = _Body(receive, self._max_body)
+        body = Body(receive, self._max_body)
+        streamed = Streamed(send, _head(request))
         try:
-            answer = await self._answer(scope, body, began)
+            answer = await self._answer(scope, body, began, streamed)
         except Refused as refused:
             answer = refused.answer
-        except _Gone:
+        except BrokenOffError as error:
+            # Who has got a part of it already is told by the connection, which ends in the middle.
+            self._log.warning("stream broken off", request=request, path=scope["path"], reason=str(error))
+            return
+        except Gone:
             self._log.info("request", request=request, path=scope["path"], outcome="client left")
             return
         except Exception as error:  # whatever it is, this request is told and the others go on
             self._log.error("internal error", request=request, path=scope["path"], exc_info=error)
             answer = problem(500, "internal-error", "the gateway failed: its log says more")
-        await body.discard()
+        if not streamed.started:
+            await body.discard()
         self._log.info(
             "request",
             request=request,
@@ -129,9 +112,11 @@ class Gateway:
             path=scope["path"],
             status=answer.status,
             received=body.received,
-            sent=len(answer.body),
+            sent=streamed.sent or len(answer.body),
             seconds=round(trio.current_time() - began, 6),
         )
+        if streamed.started:
+            return
         close = not body.complete and scope["http_version"].startswith("1")
         async with trio.open_nursery() as nursery:
             # The server says from within our `send` that the connection is closed, and what it has to
@@ -143,7 +128,7 @@ class Gateway:
                 self._log.warning("answer not taken", request=request, path=scope["path"])
             nursery.cancel_scope.cancel()
 
-    async def _answer(self, scope: Mapping[str, Any], body: _Body, began: float) -> Answer:
+    async def _answer(self, scope: Mapping[str, Any], body: Body, began: float, streamed: Streamed) -> Answer:
         self._check_origin(scope)
         path, method = scope["path"], scope["method"]
         if path == "/healthz":
@@ -158,7 +143,7 @@ class Gateway:
         name = path.removeprefix("/fn/")
         if not _NAME.fullmatch(name):
             raise Refused(problem(404, "not-found", "no function has such a name"))
-        return await self._invoke(name, scope, body, began)
+        return await self._invoke(name, scope, body, began, streamed)
 
     def _check_origin(self, scope: Mapping[str, Any]) -> None:
         """Turn away what a web page has a browser send to this host's loopback."""
@@ -184,18 +169,22 @@ class Gateway:
             return problem(503, "connection-lost", "the broker does not answer", **facts)
         return _json(200, {"status": "ok", **facts})
 
-    async def _invoke(self, name: str, scope: Mapping[str, Any], body: _Body, began: float) -> Answer:
+    async def _invoke(
+        self, name: str, scope: Mapping[str, Any], body: Body, began: float, streamed: Streamed
+    ) -> Answer:
         arguments = _arguments(scope["query_string"])
         told, seconds = self._timeout(scope)
         deadline = began + seconds
         late = 504 if told else 408  # a deadline of the client's, or too slow for us
         length = _header(scope, b"content-length")
         if length is not None and int(length) > self._max_body:  # h11 takes digits alone
-            raise Refused(_too_large(self._max_body))
+            raise Refused(too_large(self._max_body))
         if self.draining:
             raise Refused(problem(503, "draining", "this gateway is stopping"))
         try:
             with self.admission.place(name):
+                if _streams(scope):
+                    return await self._stream(name, arguments, deadline, body, streamed)
                 payload = await self._read(body, began, deadline, late)
                 return await self._run(name, payload, arguments, deadline, body)
         except FunctionBusyError:
@@ -211,7 +200,27 @@ class Gateway:
                 problem(503, "busy", f"all slots are taken, and {self._settings.queue} requests wait already")
             ) from None
 
-    async def _read(self, body: _Body, began: float, deadline: float, late: int) -> bytes:
+    async def _stream(
+        self, name: str, arguments: list[str], deadline: float, body: Body, streamed: Streamed
+    ) -> Answer:
+        """Wait for a slot, then let the body in and the result out while the function runs."""
+        async with AsyncExitStack() as held:
+            await _until(
+                deadline,
+                lambda: held.enter_async_context(self.admission.slot()),
+                504,
+                "no slot was free by the deadline",
+            )
+            try:
+                return await stream(self._functions, name, arguments, deadline, body, streamed)
+            except Error as error:
+                if error.code not in ("not-found", "function-failed"):
+                    self._log.warning("invocation failed", function=name, code=error.code, reason=str(error))
+                if streamed.started:
+                    raise BrokenOffError(str(error)) from error
+                return of_error(error)
+
+    async def _read(self, body: Body, began: float, deadline: float, late: int) -> bytes:
         """Read the body by the deadline, however late that is, or for as long as it comes fast enough."""
         patience = began + self._settings.timeout
         try:
@@ -225,7 +234,7 @@ class Gateway:
             raise Refused(problem(408, "call-timeout", why)) from None
 
     async def _run(
-        self, name: str, payload: bytes, arguments: list[str], deadline: float, body: _Body
+        self, name: str, payload: bytes, arguments: list[str], deadline: float, body: Body
     ) -> Answer:
         """Wait for a slot and invoke, for as long as the client is there."""
         answer: Answer | None = None
@@ -263,7 +272,7 @@ class Gateway:
                 answer = refused.answer
             nursery.cancel_scope.cancel()
         if answer is None:
-            raise _Gone
+            raise Gone
         return answer
 
     def _timeout(self, scope: Mapping[str, Any]) -> tuple[bool, float]:
@@ -276,53 +285,6 @@ class Gateway:
                 problem(400, "protocol-error", f"{TIMEOUT_HEADER} is seconds, more than 0, such as 2.5")
             )
         return True, min(float(told), self._settings.max_timeout)
-
-
-@final
-class _Body:
-    """A request's body, read once, and whether its sender is still there."""
-
-    def __init__(self, receive: Receive, limit: int) -> None:
-        self._receive = receive
-        self._limit = limit
-        self.received = 0
-        self.complete = False
-
-    async def read(self, deadline: Callable[[int], float]) -> bytes:
-        """Return all; raises TooSlowError at the `deadline`, which is told how many bytes were received."""
-        pieces = bytearray()
-        with trio.CancelScope(deadline=deadline(0)) as scope:
-            while not self.complete:
-                pieces += await self._next()
-                if self.received > self._limit:
-                    raise Refused(_too_large(self._limit))
-                scope.deadline = deadline(self.received)
-            return bytes(pieces)
-        raise trio.TooSlowError
-
-    async def discard(self) -> None:
-        """Take what is still on its way, within bounds, so that the answer is read."""
-        end = 2 * self._limit + PIECE
-        with trio.move_on_after(LEFTOVER_SECONDS):
-            try:
-                while not self.complete and self.received < end:
-                    await self._next()
-            except _Gone:
-                pass
-
-    async def _next(self) -> bytes:
-        message = await self._receive()
-        if message["type"] == "http.disconnect":
-            raise _Gone
-        piece: bytes = message.get("body", b"")
-        self.received += len(piece)
-        self.complete = not message.get("more_body", False)
-        return piece
-
-    async def gone(self) -> None:
-        """Return when the client has left, having sent all."""
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
 
 
 async def _live(receive: Receive, send: Send) -> None:
@@ -345,9 +307,7 @@ async def _send(send: Send, answer: Answer, request: str, *, head: bool, close: 
     headers = [
         (b"content-type", answer.content_type.encode()),
         (b"content-length", str(len(answer.body)).encode()),
-        (b"cache-control", b"no-store"),
-        (b"x-content-type-options", b"nosniff"),
-        (b"teemate-request", request.encode()),
+        *_head(request),
         *answer.headers,
     ]
     if close:
@@ -360,6 +320,28 @@ async def _send(send: Send, answer: Answer, request: str, *, head: bool, close: 
     await send({"type": "http.response.body", "body": bytes(body), "more_body": False})
 
 
+def _head(request: str) -> list[tuple[bytes, bytes]]:
+    """Headers of every response."""
+    return [
+        (b"cache-control", b"no-store"),
+        (b"x-content-type-options", b"nosniff"),
+        (b"teemate-request", request.encode()),
+    ]
+
+
+def _streams(scope: Mapping[str, Any]) -> bool:
+    """Whether the request asks for streams."""
+    asked = _header(scope, STREAM_HEADER.lower().encode())
+    if asked is None:
+        return False
+    if asked != b"1":
+        raise Refused(problem(400, "protocol-error", f"{STREAM_HEADER} is 1, or left out"))
+    if not scope["http_version"].startswith("1"):
+        # There is no way to end such an answer in the middle so that it is noticed.
+        raise Refused(problem(501, "unsupported", "streams are for HTTP/1.1 here"))
+    return True
+
+
 def _header(scope: Mapping[str, Any], name: bytes) -> bytes | None:
     value: bytes | None = next((value for key, value in scope["headers"] if key == name), None)
     return value
@@ -368,10 +350,6 @@ def _header(scope: Mapping[str, Any], name: bytes) -> bytes | None:
 def _allow(method: str, allowed: str) -> None:
     if method not in allowed.split(", "):
         raise Refused(problem(405, "unsupported", f"{method} is not for this path", allow=allowed))
-
-
-def _too_large(limit: int) -> Answer:
-    return problem(413, "limit-reached", f"a request's body has at most {limit} bytes here")
 
 
 def _json(status: int, body: Mapping[str, object]) -> Answer:

@@ -12,12 +12,14 @@ __all__ = [
     "MAX_ARGUMENTS",
     "MAX_ARGUMENT_BYTES",
     "NAME_PATTERN",
+    "STREAM_HEADER",
     "TIMEOUT_HEADER",
     "TIMEOUT_PATTERN",
     "openapi_json",
 ]
 
 NAME_PATTERN = "[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
+STREAM_HEADER = "TeeMate-Stream"
 TIMEOUT_HEADER = "TeeMate-Timeout"
 TIMEOUT_PATTERN = "([1-9][0-9]{0,8}(\\.[0-9]{1,9})?|0\\.0{0,8}[1-9][0-9]{0,8})"
 """Seconds, more than 0."""
@@ -57,6 +59,7 @@ _FAILURES = {
     422: "The function ended with an exit code, trapped, or met one of its limits.",
     429: "The function has as many requests under way as it may have.",
     500: "The gateway failed.",
+    501: "Streams were asked for, and not by HTTP/1.1.",
     502: "The enclave failed.",
     503: "All slots are taken and the queue is full, or the enclave is not to be had.",
     504: "The deadline has passed.",
@@ -116,6 +119,13 @@ def openapi_json(settings: Settings) -> bytes:
                     "pattern": f"^{TIMEOUT_PATTERN}$",
                     "default": f"{settings.timeout:g}",
                 },
+            },
+            {
+                "name": STREAM_HEADER,
+                "in": "header",
+                "description": "1: the body goes into the function, and its result comes out, while it runs. "
+                "A failure after the result's first byte ends the answer in the middle.",
+                "schema": {"type": "string", "enum": ["1"]},
             },
         ],
         "requestBody": {"required": False, "content": {**binary, "*/*": {"schema": {}}}},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,22 @@ class PlayedFunctions:
             return payload
         finally:
             self.inside -= 1
+
+    async def stream(
+        self,
+        name: str,
+        source: AsyncIterable[bytes],
+        sink: Callable[[bytes], Awaitable[object]],
+        *,
+        args: Sequence[str] = (),
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> None:
+        """``echo`` gives each piece back as it comes."""
+        if name != "echo":
+            await self.invoke(name, b"", args=args, timeout=timeout)
+            return
+        async for piece in source:
+            await sink(piece)
 
 
 @dataclass
@@ -105,6 +121,7 @@ class Client:
         pieces: int = 1 << 16,
         pause: float = 0.0,
         response: Response | None = None,
+        version: str = "1.1",
     ) -> Response:
         """Send a request, whose `body` never comes if it is None; `leaves`: when the client does.
 
@@ -139,7 +156,7 @@ class Client:
 
         scope = {
             "type": "http",
-            "http_version": "1.1",
+            "http_version": version,
             "method": method,
             "path": path,
             "query_string": query.encode(),

@@ -14,7 +14,8 @@ from played_functions import Client, Response
 import teemate
 from teemate.functions import FunctionLimit
 from teemate.functions._wire import PAYLOAD_MAX
-from teemate.gateway.app import BODY_RATE, LATE_SECONDS, LEFTOVER_SECONDS
+from teemate.gateway.app import BODY_RATE, LATE_SECONDS
+from teemate.gateway.body import LEFTOVER_SECONDS
 from teemate.gateway.log import configure_log
 from teemate.gateway.settings import GatewayError, Settings, parse_listen
 
@@ -288,7 +289,22 @@ async def test_the_document_names_every_status_that_is_given() -> None:
     document = json.loads((await Client().request("GET", "/openapi.json")).body)
     assert document["openapi"] == "3.1.0"
     told = set(document["paths"]["/fn/{name}"]["post"]["responses"])
-    assert told == {"200", "400", "403", "404", "405", "408", "413", "422", "429", "500", "502", "503", "504"}
+    assert told == {
+        "200",
+        "400",
+        "403",
+        "404",
+        "405",
+        "408",
+        "413",
+        "422",
+        "429",
+        "500",
+        "501",
+        "502",
+        "503",
+        "504",
+    }
 
 
 @pytest.mark.parametrize(
@@ -311,3 +327,15 @@ def test_settings_that_cannot_work_are_refused() -> None:
         with pytest.raises(GatewayError):
             Settings(**wrong)
     assert Settings.from_json(Settings(slots=7).to_json()) == Settings(slots=7)
+
+
+async def test_a_stream_goes_through_in_pieces_and_by_http_1_alone() -> None:
+    client = Client()
+    streams = {"TeeMate-Stream": "1"}
+    response = await client.request("POST", "/fn/echo", b"payload" * 100, pieces=50, headers=streams)
+    assert (response.status, response.body) == (200, b"payload" * 100)
+    assert "content-length" not in response.headers
+    assert [len(piece) for piece in response.pieces] == [50] * 14 + [0]
+    client.functions.error = FunctionLimit("it met one", "fuel", 1, {})
+    assert (await client.request("POST", "/fn/other", headers=streams)).status == 422
+    assert (await client.request("POST", "/fn/echo", headers=streams, version="2")).status == 501

@@ -11,6 +11,7 @@ import pytest
 import trio
 from running_broker import RunningBroker
 from running_functions import run_functions
+from stream_modules import CAT, READS_ON, WRITES_ON
 
 import teemate
 from teemate.functions import FunctionFailed, FunctionLimit, FunctionLimits, Functions
@@ -23,14 +24,6 @@ with teemate.connect(sys.argv[1]) as broker:
         sys.stdout.buffer.write(broker.functions.invoke("cat", line))
         sys.stdout.buffer.flush()
 """
-READ = wasm.i32(60000) + wasm.i32(0) + wasm.I32_STORE + wasm.i32(60004) + wasm.i32(50000) + wasm.I32_STORE
-READ += wasm.i32(0) + wasm.i32(60000) + wasm.i32(1) + wasm.i32(60008) + wasm.call("fd_read") + wasm.DROP
-BACK = wasm.i32(60004) + wasm.i32(60008) + wasm.I32_LOAD + wasm.I32_STORE
-BACK += wasm.i32(1) + wasm.i32(60000) + wasm.i32(1) + wasm.i32(60012) + wasm.call("fd_write") + wasm.DROP
-# Until nothing comes: read up to 50,000 bytes and write them.
-CAT = wasm.command(wasm.LOOP + READ + BACK + wasm.i32(60008) + wasm.I32_LOAD + b"\x0d\x00" + wasm.END)
-READS_ON = wasm.command(wasm.LOOP + READ + wasm.BRANCH + wasm.END)
-WRITES_ON = wasm.command(wasm.LOOP + wasm.write(1, 0, 60000) + wasm.BRANCH + wasm.END)
 
 
 class BrokenError(Exception):
