@@ -87,7 +87,10 @@ class _ModeType(_IntType):
     "--socket", "broker", type=click.Path(), envvar="TEEMATE_SOCKET", show_envvar=True, help="The broker's."
 )
 @click.option("--enclave", default=_DEFAULT.enclave, show_default=True, help="Which has the functions.")
-@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option(
+    "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True,
+    help="Of the records on standard error.",
+)  # fmt: skip
 def main(
     places: tuple[str, ...],
     socket_mode: int,
