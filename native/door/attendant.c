@@ -356,7 +356,7 @@ static void take_request(int fd)
         (void)!recv(fd, &used, sizeof(used), MSG_DONTWAIT);
 }
 
-/* struct tm_bind, as broker/control.py makes it. */
+/* struct tm_bind, as broker/enclaves/control.py makes it. */
 static void bind_slot(const struct attendant_shelf *shelf, const struct attendant_client *client,
                       struct plain_slot *slot)
 {

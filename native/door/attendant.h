@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Answers plain attaches by itself: broker/attendant.py says when, and what has to hold.
+ * Answers plain attaches by itself: broker/connections/attendant.py says when, and what has to hold.
  *
  * A *shelf* holds grants of one enclave that are ready: a slot with its key, and a number.  A *seat* is a
  * connection that waits for its client's next message.  Either the message is a plain attach to a shelf that

@@ -4,7 +4,7 @@
 #include <math.h>
 #include <string.h>
 
-#define MAX_ID 9007199254740991ull /* as in broker/requests.py */
+#define MAX_ID 9007199254740991ull /* as in broker/connections/requests.py */
 #define MAX_NAME 64u
 
 /* ---- reading ------------------------------------------------------------------------ */
@@ -49,7 +49,7 @@ static bool text(struct reader *reader, const char *expected)
     return true;
 }
 
-/* A time that broker/requests.py would take: finite, and not negative. */
+/* A time that broker/connections/requests.py would take: finite, and not negative. */
 static bool seconds(struct reader *reader)
 {
     uint64_t bits = 0;
@@ -141,7 +141,7 @@ static void put_bytes(struct writer *writer, const char *key, const uint8_t *byt
     put(writer, bytes, size);
 }
 
-/* The order of everything is that of broker/granting.py and broker/enclaves.py. */
+/* The order of everything is that of broker/slots/granting.py and broker/enclaves/enclave.py. */
 size_t plain_reply(const struct plain_text *common, const struct plain_counts *counts, uint64_t id,
                    const struct plain_slot *slot, uint8_t *out, size_t room)
 {

@@ -6,7 +6,7 @@
  *       return sim_gp(fault);
  *
  * Each id stands once in the sim's sources and is guarded by at least one tested
- * row of tests/conformance/table.toml.  In a mutation build (-DSIM_MUTATIONS) the
+ * row of tests/conformance/table/.  In a mutation build (-DSIM_MUTATIONS) the
  * branch whose id is in the environment variable TEEMATE_SIM_MUTANT is not there:
  * its condition is false.  The conformance tests run every mutant and fail when one
  * survives.  In other builds the macro is its condition and the id costs nothing.
