@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from teemate.broker.policy.limits import Limits, Resource
+from teemate.db import _errors as database_errors
 from teemate.errors import Error
 from teemate.functions import _errors as function_errors
 from teemate.functions._wire import LIMITS
@@ -133,6 +134,13 @@ def test_every_error_about_a_limit_names_the_setting_and_what_it_is() -> None:
         assert "setting" in limit.keys or limit.where.startswith("broker/slots/shortage.py"), limit.where
         if not limit.where.startswith("client/"):  # which does not know the broker's
             assert "maximum" in limit.keys, limit.where
+
+
+def test_every_error_of_the_database_is_explained() -> None:
+    part = PAGE[PAGE.index("## The database") : PAGE.index("## Functions")]
+    rows = set(re.findall(r"^\| `([A-Za-z]+)` \| [^|]+ \| [^|]+ \|$", part, re.MULTILINE))
+    bases = {"Error", "DatabaseError", "Warning"}
+    assert rows == {name for name in database_errors.__all__ if name[0].isupper()} - bases
 
 
 def test_every_error_and_limit_of_functions_is_explained() -> None:
