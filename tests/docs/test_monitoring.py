@@ -36,6 +36,28 @@ def offered() -> set[str]:
     return names
 
 
+def values() -> set[tuple[str, str]]:
+    """Metrics, and what their labels of a fixed few values may be."""
+    metrics = pytest.importorskip(
+        "teemate.broker.telemetry.metrics", reason="prometheus-client is not installed"
+    )
+    import structlog
+
+    from teemate.broker.policy.rules import DenialReason, Policy
+    from teemate.broker.service import Service
+
+    service = Service(Policy(), structlog.wrap_logger(structlog.ReturnLogger()))
+    found = {
+        (sample.name, value)
+        for family in metrics.families(metrics.read(service)).collect()
+        for sample in family.samples
+        for label, value in sample.labels.items()
+        if label in ("outcome", "kind", "state")
+    }
+    found |= {("teemate_slots", state) for state in metrics._SLOT_STATES}
+    return found | {("teemate_denials_total", reason.value) for reason in DenialReason}
+
+
 def expressions(found: Any) -> Iterator[str]:
     """The queries of a dashboard."""
     if isinstance(found, dict):
@@ -68,6 +90,17 @@ def test_the_page_explains_every_metric_and_no_other() -> None:
     told = {name.removesuffix("_total") for name in METRIC.findall(page)}
     there = {re.sub("_(total|bucket|count|sum)$", "", name) for name in offered()}
     assert told == there
+
+
+def test_the_page_has_the_values_of_labels() -> None:
+    rows = (MONITORING / "README.md").read_text().split("\n| ")
+    there = values()
+    assert len(there) > 25
+    assert {
+        (metric, value)
+        for metric, value in there
+        if not any(f"`{metric}" in row and f"`{value}`" in row for row in rows)
+    } == set()
 
 
 def promtool(*arguments: str, folder: Path = MONITORING) -> subprocess.CompletedProcess[str]:
