@@ -340,8 +340,12 @@ int teemate_slot_close(struct teemate_slot *slot);
 int teemate_slot_call(struct teemate_slot *slot, const char *name, size_t name_length, const void *in,
                       size_t in_length, void *out, size_t out_capacity, uint64_t pause_after_ns,
                       struct teemate_call *call);
+/* Go on with a call that is PAUSED; returns as teemate_slot_call does. */
 int teemate_slot_resume(struct teemate_slot *slot, uint64_t pause_after_ns, struct teemate_call *call);
-/* `status` 0, or negative: the OCALL failed (the enclave sees TM_E_OCALL). */
+/*
+ * Answer an OCALL and go on; `data` is copied, 1 MiB at most (-EINVAL).  `status` 0, or negative: the OCALL failed (the enclave sees
+ * TM_E_OCALL).  Returns as teemate_slot_call does.
+ */
 int teemate_slot_answer(struct teemate_slot *slot, int32_t status, const void *data, size_t length,
                         uint64_t pause_after_ns, struct teemate_call *call);
 /* Give a paused, faulted or OCALLing call up; the slot stays as it is in the enclave. */
@@ -409,7 +413,7 @@ int teemate_private_disk(struct teemate_enclave *enclave, teemate_disk *disk, vo
 int teemate_sim_is(int fd);
 /* Blocks of memory that the enclave's file holds, in pages. */
 int64_t teemate_sim_pages(int fd);
-/* Test builds say here what is switched off ("gate", "scrub", "signature"); "" in products. */
+/* Test builds say here what is switched off (meson's option test_build); "" in products.  Static. */
 const char *teemate_test_build(void);
 
 /* cffi: end */

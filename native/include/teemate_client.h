@@ -59,13 +59,13 @@ enum teemate_code {
     TEEMATE_DRAINING = 6,         /* the enclave takes no new clients: wait for its successor */
     TEEMATE_ADDRESS_IN_USE = 7,   /* the text names the mapping that is in the enclave's way */
     TEEMATE_NOT_ATTACHED = 8,     /* this process holds no grant; a child of fork never does */
-    TEEMATE_IMAGE_ERROR = 9,
+    TEEMATE_IMAGE_ERROR = 9,      /* an image is bad: of who makes enclaves, not of these functions */
     TEEMATE_ENCLAVE_FAULT = 10,   /* the enclave's code failed: `vector`, `address`; the slot is out of use */
     TEEMATE_ENCLAVE_LOST = 11,    /* the enclave is gone: attach to its next generation */
     TEEMATE_CALL_TIMEOUT = 12,    /* given up; the slot is out of use */
     TEEMATE_CALL_FAILED = 13,     /* the enclave answered with a `status` of its own */
     TEEMATE_PROTOCOL_ERROR = 14,  /* one side sent what the protocol does not allow */
-    TEEMATE_UNSUPPORTED = 15,
+    TEEMATE_UNSUPPORTED = 15,     /* the broker, or this process, cannot do it: the text says what is missing */
     TEEMATE_CONNECTION_LOST = 16, /* the broker is not there (any more) */
     TEEMATE_INTERNAL_ERROR = 17,  /* a bug in TeeMate */
     TEEMATE_CALL_ABANDONED = 18,  /* the program's own options ended the call; the slot is out of use */
