@@ -89,6 +89,10 @@ class Broker:
     is waited for, for as long as it said (``resume_grace``): requests take longer meanwhile, and
     that is all.  If it does not come back, or does not know this process any more, its enclaves
     raise :class:`EnclaveLost`; what needs a broker that is gone raises :class:`ConnectionLost`.
+
+    What is for administrators (and, of :meth:`create` to :meth:`undrain`, for owners of enclaves and who
+    the policy lets create) raises :class:`Denied` for everybody else, and :class:`NotFound` for a name or
+    number that there is not.
     """
 
     def __init__(self, connection: Connection) -> None:

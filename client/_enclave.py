@@ -115,7 +115,9 @@ class Enclave:
     def slot(self, wait: float = SLOT_WAIT) -> SlotLease:
         """Return a context manager that takes a free slot for this thread.
 
-        Waits up to `wait` seconds for one, then raises :class:`Busy`.
+        Waits up to `wait` seconds for one, then raises :class:`Busy`; so it does at once when this process
+        has no slot left.  :class:`Revoked`, :class:`EnclaveLost` or :class:`NotAttached` when the enclave is
+        gone.
         """
         return SlotLease(self, wait)
 

@@ -57,6 +57,8 @@ def create_enclave(
         ``sgx``, ``sim``, or ``auto``: sgx where it works.
     debug
         Set the DEBUG attribute, if the SIGSTRUCT allows it.
+    name
+        For messages and ``repr``; the image's file name without its ending unless set.
     storage
         A folder that exists, for the files of the enclave's code, which this process then reads
         and writes for it; None: it has none.  Files are made with mode 0600.  Whoever can write there
@@ -66,8 +68,8 @@ def create_enclave(
     ------
     ImageError
         With the step that failed, and the offset of the record at fault.
-    AddressInUse, Denied, LimitReached, Unsupported
-        As the message says.
+    AddressInUse, Denied, LimitReached, NotFound, Unsupported
+        As the message says; NotFound is about `storage`.
 
     """
     if backend not in _BACKENDS:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["OcallHandler", "Slot"]
 
 OcallHandler = Callable[[bytes], bytes]
-"""Gets an OCALL's data and returns the answer.
+"""Gets an OCALL's data and returns the answer, 1 MiB at most.
 
 An exception from it fails the OCALL; the enclave ends the call, and then the caller gets the exception.
 What is no :class:`Exception` (KeyboardInterrupt) abandons the call."""
@@ -137,6 +137,14 @@ class Slot:
             The slot, the enclave or the grant is gone.
         NotFound
             The image has no ECALL of that name.
+        Busy
+            Another thread has this slot; or a lock inside was not free within its patience: ``detail`` has
+            its ``holder``, a slot.
+        LimitReached
+            The answer has more than `max_reply` bytes (``detail`` has how many are ``needed``), or the
+            enclave's heap is full.
+        Denied
+            The enclave does not accept the slot's identity: release it, and acquire another.
         BaseException
             What a signal handler or an OCALL handler raised; the slot is out of use.
 

@@ -34,9 +34,13 @@ class SlotCounts(NamedTuple):
     total: int
     free: int
     used: int
+    """Assigned, or on their way to or from somebody."""
     withheld: int
+    """Kept back until a process that may still have them mapped has ended or said that it has not."""
     quarantined: int
+    """Never handed out again."""
     waiting: int
+    """Requests that wait for some."""
 
     @classmethod
     def parse(cls, untrusted: Mapping[str, Any]) -> SlotCounts:
@@ -286,9 +290,12 @@ class EnclaveStatistics(NamedTuple):
     """What one :class:`Enclave` has done in this process."""
 
     slots: int
+    """That this process has, and how many of them no thread has taken."""
     free: int
     calls: int
+    """That have ended."""
     pauses: int
+    """How often a call came back to Python before it had ended, and went on."""
     ocalls: int
     abandoned: int
     """Calls given up by a time-out, an exception or a cancellation; each cost a slot."""
