@@ -222,9 +222,9 @@ uint32_t teemate_lease_slot(const struct teemate_lease *lease);
 /*
  * An OCALL of the enclave's, in the calling thread.  `name` (`name_length` bytes, not terminated)
  * and `data` are the library's, for the time of this call.  Return 0 with *answer pointing to
- * *answer_length bytes that stay where they are until the handler is called again or the call ends (0 bytes
- * unless set); negative: the OCALL failed, and the enclave decides how to go on; TEEMATE_OCALL_ABANDON: the
- * whole call is given up.  It must not call through the same lease.
+ * *answer_length bytes (0 unless set; more than 1 MiB are a failure) that stay where they are until the
+ * handler is called again or the call ends; negative: the OCALL failed, and the enclave decides how to go
+ * on; TEEMATE_OCALL_ABANDON: the whole call is given up.  It must not call through the same lease.
  */
 typedef int (*teemate_ocall_handler)(void *context, const char *name, size_t name_length, const void *data,
                                      size_t length, const void **answer, size_t *answer_length);
