@@ -38,6 +38,7 @@ from teemate.broker.slots.granting import Granting
 from teemate.broker.slots.grants import Grant
 from teemate.broker.slots.holders import Looking
 from teemate.broker.slots.intruders import Intruders
+from teemate.broker.slots.lending import Lending
 from teemate.broker.slots.reclaim import Reclaimer
 from teemate.broker.slots.revocation import Revocation
 from teemate.broker.telemetry.audit import Audit, Complaints
@@ -93,6 +94,7 @@ class Service:
         self.disposal = Disposal()
         self.reclaimer = Reclaimer(self.processes, log, self._unusable)
         self.granting = Granting(self)
+        self.lending = Lending(self)
         self.administration = Administration(self)
         self.generations = Generations(self)
         self.destruction = Destruction(self)

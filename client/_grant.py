@@ -16,7 +16,8 @@ from teemate._enclave import LEAVE_WAIT, Enclave
 from teemate._native import lib
 from teemate._slot import Slot
 from teemate._types import EnclaveInfo, SlotGrant
-from teemate.errors import Busy, EnclaveLost, Revoked
+from teemate.errors import Busy, EnclaveLost, ProtocolError, Revoked
+from teemate.wire import close_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -125,6 +126,30 @@ class GrantedEnclave(Enclave):
                 session=self._session,
                 check=check,
             )
+
+    def open_file(self, slot: Slot, name: str, *, writable: bool) -> None:
+        """Give `slot` a descriptor of the file `name`, which the enclave's code lends it.
+
+        Where the policy has ``io = "client"``: what the code asks of that file is then done in this process.
+
+        Raises
+        ------
+        NotFound
+            The code does not lend it, or only to read.
+        Unsupported
+            The policy has no such thing.
+
+        """
+        self.check_here()
+        reply = self._connection.request(
+            "files.open",
+            {"grant": self.grant, "slot": slot.index, "file": name, "writable": writable},
+            session=self._session,
+        )
+        if len(reply.fds) != 1:
+            close_all(reply.fds)
+            raise ProtocolError(f"a reply to files.open brings 1 descriptor, this one {len(reply.fds)}")
+        slot.lend(name, reply.fds[0])
 
     def count_in(self, page: Any) -> None:
         """Have every call counted in `page`, which the broker reads."""

@@ -103,6 +103,12 @@ class Slot:
         """Say which slot of which enclave."""
         return f"<Slot {self.index} of {self._enclave.name}{', ' + self.broken if self.broken else ''}>"
 
+    def lend(self, name: str, fd: int) -> None:
+        """Have calls do what the enclave asks of its file `name` with `fd`, which is this slot's by now."""
+        error = lib.teemate_slot_lend(self._handle, name.encode(), fd)
+        if error:
+            raise native_error(error, new_diag(), f"{self._enclave.name}: lending slot {self.index} {name!r}")
+
     # ---- calls ----------------------------------------------------------------------
 
     def call(

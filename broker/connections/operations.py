@@ -27,6 +27,7 @@ from teemate.broker.connections.requests import (
     Holders,
     Monitor,
     Nothing,
+    OpenFile,
     Release,
     Result,
     Revoke,
@@ -172,6 +173,12 @@ def slots_acquire(client: Client, args: Acquire, _fds: tuple[int, ...]) -> Resul
 def slots_release(client: Client, args: Release, _fds: tuple[int, ...]) -> Result:
     """Take slots of a grant back."""
     return client.service.granting.release(client, args)
+
+
+@method("files.open", OpenFile.parse)
+def files_open(client: Client, args: OpenFile, _fds: tuple[int, ...]) -> Result:
+    """Give a descriptor of a file that the enclave's code lends the holder of a slot."""
+    return client.service.lending.open_file(client, args)
 
 
 @method("detach", Detach.parse, changes=True)

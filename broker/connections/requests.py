@@ -28,6 +28,7 @@ __all__ = [
     "Hello",
     "Monitor",
     "Nothing",
+    "OpenFile",
     "Release",
     "Request",
     "Result",
@@ -272,6 +273,26 @@ class Release:
             untrusted.slots("slots"),
             untrusted.flag("clean"),
             untrusted.flag("stolen"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFile:
+    """Arguments of `files.open`."""
+
+    grant: int
+    slot: int
+    name: str
+    writable: bool
+
+    @classmethod
+    def parse(cls, untrusted: Arguments) -> OpenFile:
+        """Check and convert."""
+        return cls(
+            untrusted.uint("grant"),
+            untrusted.uint("slot", _MAX_SLOT),
+            untrusted.name("file"),
+            untrusted.flag("writable"),
         )
 
 

@@ -315,7 +315,9 @@ class Administration:
         settings, built, policy = self._service.policy.broker, enclave.built, enclave.policy
         storage = None
         if with_storage and policy.storage and settings.state_directory is not None:
-            storage = Storage.of(settings.state_directory, policy.name, policy.storage_limit)
+            storage = Storage.of(
+                settings.state_directory, policy.name, policy.storage_limit, lends=policy.io == "client"
+            )
         warden = Warden(
             warden_program(), enclave.geometry, enclave.key, (built.fd, built.arena),
             self._service.log.bind(enclave=enclave.name),

@@ -15,7 +15,16 @@ import time
 from dataclasses import dataclass, field
 from typing import final
 
-__all__ = ["BIND_SIZE", "CONTROL_SIZE", "ControlKey", "ControlOp", "ControlResult", "SlotKey", "SlotWord"]
+__all__ = [
+    "BIND_SIZE",
+    "CONTROL_SIZE",
+    "ControlKey",
+    "ControlOp",
+    "ControlResult",
+    "Lent",
+    "SlotKey",
+    "SlotWord",
+]
 
 BIND_SIZE = 88
 CONTROL_SIZE = 352
@@ -42,6 +51,7 @@ class ControlOp(enum.IntEnum):
     RESET = 5
     SSA = 6
     AUTHOR = 10
+    LENT = 13
 
 
 _NO_MAC = {ControlOp.PROBE, ControlOp.SSA}
@@ -65,6 +75,14 @@ class SlotWord(enum.IntEnum):
     @classmethod
     def _missing_(cls, value: object) -> SlotWord:
         return cls.UNKNOWN
+
+
+class Lent(enum.IntEnum):
+    """enum tm_lent: what an enclave's code lends a slot of a file."""
+
+    NOT = 0
+    READ = 1
+    WRITE = 2
 
 
 @final

@@ -3,7 +3,8 @@
 An enclave is replaced by its *next generation*, built from the same image, when its memory is gone, when
 no warden can be had for it, or when all of its slots are in quarantine.  Nothing is carried over:
 what was in the old one is lost, or stays with who still holds it.  The old one is *retired*: it
-is not attached to any more, and taken down when nobody holds anything of it.
+is not attached to any more, and taken down when nobody holds anything of it.  Whose clients have descriptors
+of its files (``io = "client"``) is revoked before that, as the files are the new one's.
 
 An image that breaks its enclaves must not keep the host busy for ever: the first rebuild comes at
 once, each further one after a pause twice as long, and after `rebuild_limit` of them within `rebuild_window`
@@ -138,6 +139,10 @@ class Generations:
                 image=source.origin, reason=str(error),
             )  # fmt: skip
             return not self._wanted(enclave)
+        if policy.io == "client":
+            # Who has descriptors of the old one's files could go on writing them beside the new one.
+            grants = [service.grants[number] for number in enclave.grants]
+            await service.revocation.revoke_all(grants, None, "the broker", "its enclave was built anew")
         if not self._wanted(enclave):
             await service.administration.take_down(built)
             return True

@@ -133,6 +133,8 @@ def _enclave(enclave: EnclavePolicy) -> Iterator[str]:
         yield f"    may attach: {_rule(rule)}"
     if enclave.storage:
         yield f"    files of up to {format_size(enclave.storage_limit)} in the state directory"
+    if enclave.io == "client":
+        yield "    its clients have descriptors of these files: they can cut, fill and change them"
     yield f"    {enclave.slots_per_client} slots a client, {enclave.clients_per_uid} clients a user"
 
 

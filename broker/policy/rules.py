@@ -118,6 +118,8 @@ class EnclavePolicy:
     """Whether its code has files, in the broker's state directory."""
     storage_limit: int = 1 << 30
     """Bytes that they may take together."""
+    io: str = "warden"
+    """Who reads and writes them; ``client``: each client, with descriptors of those that it is lent."""
 
     def missing_for_attach(
         self, identity: Identity, tree: CgroupTree, *, backend: str, debug: bool
@@ -367,7 +369,16 @@ def _enclave(table: Table, base: Path, default_owner: int) -> EnclavePolicy:
         rebuild_pause=table.number("rebuild_pause", 1.0, 0.0, 3600.0),
         storage=table.flag("storage", False),
         storage_limit=table.whole("storage_limit", 1 << 30, 4096),
+        io=table.choice("io", "warden", ("warden", "client")),
     )
+    if policy.io == "client" and not policy.storage:
+        raise table.error("io", "there are no files that clients could read and write: set storage = true")
+    if policy.io == "client" and not policy.revoke_kill:
+        raise table.error(
+            "io",
+            "a client that does not leave when it is revoked may be about to write, over what its successor"
+            " has written by then: set revoke_kill = true",
+        )
     if (policy.share_sim or policy.share_sgx) and policy.debug:
         raise table.error(
             "debug", "a debug enclave is never shared between owners: its memory is open to all of them"

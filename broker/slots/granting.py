@@ -202,7 +202,7 @@ class Granting:
 
     def acquire(self, client: Client, args: requests.Acquire) -> requests.Result:
         """Give a grant more slots, now or when they are free."""
-        grant = self._grant(client, args.grant)
+        grant = self.grant_of(client, args.grant)
         if grant.revoked:
             raise errors.Revoked(f"grant {grant.number} was taken back: detach it, then attach again")
         self._require_ready(grant.enclave)
@@ -404,7 +404,7 @@ class Granting:
 
     def release(self, client: Client, args: requests.Release) -> requests.Result:
         """Take slots back; without `clean` they are withheld for as long as the process lives."""
-        grant = self._grant(client, args.grant)
+        grant = self.grant_of(client, args.grant)
         foreign = [index for index in args.slots if index not in grant.charges]
         if foreign:
             raise errors.NotFound(
@@ -420,7 +420,7 @@ class Granting:
 
     def detach(self, client: Client, args: requests.Detach) -> requests.Result:
         """End a grant; its slots go the way of `release`."""
-        grant = self._grant(client, args.grant)
+        grant = self.grant_of(client, args.grant)
         self._give_back(grant, grant.slots, clean=args.clean)
         self._end(grant, "detached")
         return Answer({})
@@ -454,7 +454,7 @@ class Granting:
     def _state(grant: Grant, index: int) -> SlotState:
         return grant.enclave.slots.slots[index].state
 
-    def _grant(self, client: Client, number: int) -> Grant:
+    def grant_of(self, client: Client, number: int) -> Grant:
         """Return a grant of this client; others' are not there for it, nor is one that it was not told of.
 
         Who guesses the number of a grant that still waits for its slots would get some for it, and

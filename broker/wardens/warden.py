@@ -27,7 +27,7 @@ from typing import final
 import trio
 from structlog.typing import FilteringBoundLogger
 
-from teemate.broker.enclaves.control import ControlKey, ControlOp
+from teemate.broker.enclaves.control import ControlKey, ControlOp, Lent
 from teemate.broker.enclaves.storage import Storage
 from teemate.broker.wardens.protocol import (
     REPLY_SIZE,
@@ -189,6 +189,11 @@ class Warden:
             pause = min(2 * pause, _SHORT_LIFE)
         return None
 
+    @property
+    def storage(self) -> Storage | None:
+        """The folder of the enclave's files, while they are this enclave's."""
+        return self._storage
+
     def forget_storage(self) -> None:
         """Wardens that start from now on have none."""
         self._storage = None
@@ -228,6 +233,13 @@ class Warden:
             if attempt == 2:
                 raise WardenError(f"{op.name} of slot {slot}: {reply.text or os.strerror(-reply.status)}")
         raise AssertionError("the second attempt returns or raises")
+
+    async def lent(self, slot: int, name: str) -> Lent:
+        """Return what the enclave's code lends the holder of `slot` of the file `name`."""
+        reply = await self.control(ControlOp.LENT, slot, data=name.encode().ljust(64, b"\0"))
+        if reply.status != 0 or reply.result.length != 1:
+            return Lent.NOT
+        return Lent(reply.result.data[0]) if reply.result.data[0] in set(Lent) else Lent.NOT
 
     async def probe(self, slot: int) -> WardenReply:
         """Enter through the slot's own TCS; not `entered`: it is in use or has no SSA frame left."""
@@ -343,7 +355,7 @@ class Warden:
         words, folders = [str(self._program)], []
         with contextlib.ExitStack() as theirs:
             if self._storage is not None:
-                words += ["storage", str(self._storage.limit)]
+                words += ["lending" if self._storage.lends else "storage", str(self._storage.limit)]
                 try:
                     folders.append(await trio.to_thread.run_sync(self._storage.open))
                 except OSError as error:

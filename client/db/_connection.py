@@ -21,7 +21,7 @@ from teemate.db._codes import NUMBERS
 from teemate.db._cursor import Cursor, Parameters
 from teemate.db._dump import dump
 from teemate.db._errors import ROOM, error_of
-from teemate.db._opening import LEVELS, answered, isolation, named
+from teemate.db._opening import LEVELS, answered, isolation, named, take_files
 from teemate.db._statement import Statement, statement_of
 from teemate.db._whole import Whole
 from teemate.db._wire import (
@@ -126,6 +126,12 @@ class Connection(Whole):
             slot = held.enter_context(slot_of(enclave) if isinstance(enclave, str) else enclave.slot())
             reply = answered(lambda: slot.call("db_open", request), f"open {database!r}")
             self._opened = Opened.parse(reply)
+            try:
+                take_files(slot, name, self._opened)
+            except BaseException:
+                with contextlib.suppress(teemate_errors.Error):
+                    slot.call("db_close")
+                raise
             self._held = held.pop_all()
         self._slot = slot
         self._has_file = bool(name)

@@ -98,7 +98,7 @@ class LimitReached(OperationalError, errors.LimitReached):  # noqa: N818
 
 
 TAMPERED, PARAMETERS, STATEMENTS, CURSOR, CURSORS, ROOM, TIME, REQUEST, STORAGE = range(-1, -10, -1)
-DENIED, EXISTS, RIGHTS, COPYING, SIZE, SPACE, HEAP, FORMAT = range(-10, -18, -1)
+DENIED, EXISTS, RIGHTS, COPYING, SIZE, SPACE, HEAP, FORMAT, FILES = range(-10, -19, -1)
 _OWN: dict[int, tuple[type[Error], str]] = {
     TAMPERED: (DatabaseTampered, ""),
     PARAMETERS: (ProgrammingError, ""),
@@ -111,6 +111,7 @@ _OWN: dict[int, tuple[type[Error], str]] = {
     EXISTS: (DatabaseExists, ""),
     COPYING: (ProgrammingError, ""),
     FORMAT: (NotSupportedError, ""),
+    FILES: (OperationalError, ""),
 }
 _NOMEM = 7
 _LIMITS: dict[int, tuple[str, dict[str, object]]] = {

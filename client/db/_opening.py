@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from teemate import errors as teemate_errors
+from teemate._grant import GrantedEnclave
 from teemate.db import _errors
 from teemate.db._errors import error_of
-from teemate.db._wire import CREATE, DB_FAILED, MEMORY, READONLY, decode_failure
+from teemate.db._wire import CREATE, DB_FAILED, MEMORY, READONLY, Access, Opened, decode_failure
 
-__all__ = ["LEVELS", "answered", "isolation", "name_of", "named"]
+if TYPE_CHECKING:
+    from teemate._slot import Slot
+
+__all__ = ["LEVELS", "answered", "isolation", "name_of", "named", "take_files"]
 
 LEVELS = {"": 1, "DEFERRED": 1, "IMMEDIATE": 2, "EXCLUSIVE": 3}
 """Levels of isolation, as enum db_begin."""
@@ -46,6 +50,18 @@ def named(database: Any, *, readonly: bool, create: bool) -> tuple[bytes, int]:
     if os.fsdecode(database) in (":memory:", ""):
         return b"", MEMORY
     return name_of(database), READONLY if readonly else CREATE if create else 0
+
+
+def take_files(slot: Slot, database: bytes, opened: Opened) -> None:
+    """Have this process read and write the files of the database that was opened, if it is to do so."""
+    if not opened.files:
+        return
+    enclave = slot._enclave
+    if not isinstance(enclave, GrantedEnclave):
+        raise _errors.InternalError("a private enclave lends no files")
+    for name in (database.decode(), f"{database.decode()}-wal")[: opened.files]:
+        enclave.open_file(slot, name, writable=opened.access > Access.READ)
+    slot.call("db_direct")
 
 
 def answered(call: Callable[[], bytes], what: str) -> bytes:

@@ -134,14 +134,18 @@ class Opened:
     sqlite_version: int
     access: Access
     """How it is open: not more than its owner has granted, nor than what was asked for."""
+    files: int
+    """How many descriptors this client needs before it goes on: of the database's file, and of its log."""
 
     @classmethod
     def parse(cls, reply: bytes) -> Opened:
         """Decode a struct db_opened."""
         if len(reply) != _OPENED.size:
             raise ProtocolError(f"db_opened has {_OPENED.size} bytes, this one {len(reply)}")
-        connection, slot, version, access, _ = _OPENED.unpack(reply)
-        return cls(connection, slot, version, Access(access))
+        connection, slot, version, access, files = _OPENED.unpack(reply)
+        if files > 2:
+            raise ProtocolError(f"a database has 2 files that a client may have, not {files}")
+        return cls(connection, slot, version, Access(access), files)
 
 
 @dataclass(frozen=True, slots=True)

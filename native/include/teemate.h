@@ -328,6 +328,14 @@ int teemate_slot_open(struct teemate_enclave *enclave, const struct teemate_slot
 int teemate_slot_close(struct teemate_slot *slot);
 
 /*
+ * The enclave's code has lent this slot the file `name` (io = "client"), and `fd` is the descriptor that the broker gave:
+ * calls do with it what the code asks of that file.  It is the slot's from here on, also when this fails, and is closed
+ * when another takes its place or with the slot; -1: the slot has none any more.  At most 4 at a time: -ENOSPC.
+ * -EINVAL: no such name can be; -EBUSY while a thread is inside.
+ */
+int teemate_slot_lend(struct teemate_slot *slot, const char *name, int fd);
+
+/*
  * ECALL by name.  `in`, `out` and `name` stay the caller's and must live until the
  * call is done or abandoned.  The first call of a slot binds its identity as
  * well.  Besides a signal and `pause_after_ns`, a call that only waits for a lock

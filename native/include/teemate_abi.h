@@ -166,7 +166,8 @@ enum tm_ocall {
     TM_OCALL_WAKE = 2,  /* request: struct tm_ocall_wait; libteemate does it */
     TM_OCALL_PRINT = 3, /* request: text for stderr; debug images only; libteemate does it */
     TM_OCALL_FILE = 4,  /* request: struct tm_file_request, then what is to be written; libteemate does it
-                         * for a private enclave.  Answer: i64 result, then what was read */
+                         * for a private enclave, and with a descriptor that the slot was lent.  Answer: i64
+                         * result, then what was read */
 };
 
 /*
@@ -238,6 +239,15 @@ enum tm_storage {
     TM_STORAGE_WARDEN = 1, /* the warden's I/O thread */
     TM_STORAGE_CALLER = 2, /* the calling process: TM_OCALL_FILE */
     TM_STORAGE_MOVED = 3,  /* nobody any more: the enclave's next generation has it */
+    /* The warden's I/O thread, but for files that a slot was lent: its process has a descriptor and does TM_OCALL_FILE. */
+    TM_STORAGE_LENT = 4,
+};
+
+/* TM_CTL_LENT. */
+enum tm_lent {
+    TM_LENT_NOT = 0,
+    TM_LENT_READ = 1,  /* a descriptor that reads */
+    TM_LENT_WRITE = 2, /* one that writes too */
 };
 
 /* ---- identity ------------------------------------------------------------- */
@@ -307,6 +317,9 @@ enum tm_control_op {
     TM_CTL_REPORT = 11,
     /* `argument`: enum tm_storage.  MAC. */
     TM_CTL_STORAGE = 12,
+    /* `data`: a file's name, 64 bytes, zero padded.  What the enclave's code lends the holder of `slot` of it
+     * just now: result: data[0], enum tm_lent.  MAC. */
+    TM_CTL_LENT = 13,
 };
 
 /* A control ECALL's request, in the warden's memory; copied in once. */

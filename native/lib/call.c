@@ -21,6 +21,7 @@
 #include <unistd.h>
 
 #include "counters.h"
+#include "files.h"
 #include "private.h"
 #include "slot.h"
 
@@ -134,6 +135,40 @@ static int32_t ocall_print(const uint8_t *text, uint64_t length)
     return 0;
 }
 
+/* With the descriptor that the slot was lent. */
+static int64_t lent_file(const struct teemate_slot *slot, const struct tm_file_request *request, void *data)
+{
+    for (size_t i = 0; i < SLOT_LENT; i++)
+        if (slot->lent[i].name[0] != '\0' && memcmp(slot->lent[i].name, request->name, sizeof(request->name)) == 0)
+            return file_do(slot->lent[i].fd, request, data);
+    return -EBADF;
+}
+
+/* A request of `length` bytes lies in the slot's buffer, where its answer of *answer bytes goes. */
+static int32_t ocall_file(struct teemate_slot *slot, uint64_t length, uint64_t *answer)
+{
+    uint8_t *buffer = slot->ocall_buffer, *place;
+    struct tm_file_request request;
+    uint64_t data = 0, room = 0;
+    int64_t result;
+
+    memcpy(&request, buffer, sizeof(request));
+    if (request.op == TM_FILE_OP_READ)
+        room = request.length;
+    else if (request.op == TM_FILE_OP_WRITE)
+        data = request.length;
+    if (room > TM_FILE_DATA || data > TM_FILE_DATA || length != sizeof(request) + data)
+        return TM_E_OCALL;
+    place = buffer + (data != 0 ? sizeof(request) : sizeof(result));
+    result = private_has_disk(slot->enclave) ? private_file(slot->enclave, &request, place)
+                                             : lent_file(slot, &request, place);
+    if (room != 0 && result > (int64_t)room)
+        result = -EIO;
+    memcpy(buffer, &result, sizeof(result));
+    *answer = sizeof(result) + (room != 0 && result > 0 ? (uint64_t)result : 0);
+    return 0;
+}
+
 /* The next entry returns from the outstanding OCALL. */
 static void slot_prepare_return(struct teemate_slot *slot, int32_t status, uint64_t length)
 {
@@ -178,7 +213,7 @@ static int slot_ocall(struct teemate_slot *slot, uint64_t kind, uint64_t length,
 
         if (length < sizeof(struct tm_file_request))
             return slot_nonsense(slot);
-        status = private_file(slot->enclave, slot->ocall_buffer, length, &answer);
+        status = ocall_file(slot, length, &answer);
         slot_prepare_return(slot, status, answer);
         return 1;
     }

@@ -45,16 +45,20 @@ static uint64_t cost(uint64_t size)
 /* Does a file of `before` bytes (-1: there is none) still fit when it has `after`? */
 static bool fits(const struct files *files, int64_t before, uint64_t after)
 {
-    uint64_t rest = files->taken - (before < 0 ? 0 : cost((uint64_t)before));
+    uint64_t counted = before < 0 ? 0 : cost((uint64_t)before);
+    uint64_t rest = files->taken - (counted < files->taken ? counted : files->taken);
 
     if (before >= 0 && cost(after) <= cost((uint64_t)before))
         return true;
     return files->limit == 0 || (rest <= files->limit && cost(after) <= files->limit - rest);
 }
 
+/* Who else writes there is not seen: a file may have become larger than what was counted of it. */
 static void account(struct files *files, int64_t before, int64_t after)
 {
-    files->taken -= before < 0 ? 0 : cost((uint64_t)before);
+    uint64_t counted = before < 0 ? 0 : cost((uint64_t)before);
+
+    files->taken -= counted < files->taken ? counted : files->taken;
     files->taken += after < 0 ? 0 : cost((uint64_t)after);
 }
 
@@ -197,27 +201,42 @@ static int64_t do_read(int fd, uint64_t offset, uint8_t *data, uint64_t length)
     return (int64_t)done;
 }
 
+static int64_t write_all(int fd, uint64_t offset, const uint8_t *data, uint64_t length)
+{
+    uint64_t done = 0;
+
+    while (done < length) {
+        ssize_t n = pwrite(fd, data + done, length - done, (off_t)(offset + done));
+
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0)
+            return n < 0 ? -errno : -EIO;
+        done += (uint64_t)n;
+    }
+    return (int64_t)length;
+}
+
+static int cut(int fd, uint64_t size)
+{
+    int result;
+
+    do
+        result = ftruncate(fd, (off_t)size);
+    while (result != 0 && errno == EINTR);
+    return result == 0 ? 0 : -errno;
+}
+
 static int64_t do_write(struct files *files, struct file *file, uint64_t offset, const uint8_t *data, uint64_t length)
 {
-    int64_t before = size_of(file->fd), after, result = (int64_t)length;
-    uint64_t done = 0;
+    int64_t before = size_of(file->fd), after, result;
 
     if (before < 0)
         return before;
     if (offset + length > (uint64_t)before && !fits(files, before, offset + length))
         return -ENOSPC;
     file->written = true;
-    while (done < length) {
-        ssize_t n = pwrite(file->fd, data + done, length - done, (off_t)(offset + done));
-
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0) {
-            result = n < 0 ? -errno : -EIO;
-            break;
-        }
-        done += (uint64_t)n;
-    }
+    result = write_all(file->fd, offset, data, length);
     after = size_of(file->fd);
     account(files, before, after < 0 ? before : after);
     return result;
@@ -233,11 +252,9 @@ static int64_t do_truncate(struct files *files, struct file *file, uint64_t size
     if (!fits(files, before, size))
         return -ENOSPC;
     file->written = true;
-    do
-        result = ftruncate(file->fd, (off_t)size);
-    while (result != 0 && errno == EINTR);
-    if (result != 0)
-        return -errno;
+    result = cut(file->fd, size);
+    if (result < 0)
+        return result;
     account(files, before, (int64_t)size);
     return 0;
 }
@@ -351,6 +368,28 @@ int64_t files_do(struct files *files, const struct tm_file_request *request, voi
         return size_of(file->fd);
     case TM_FILE_OP_TRUNCATE:
         return do_truncate(files, file, request->offset);
+    default:
+        return -EINVAL;
+    }
+}
+
+int64_t file_do(int fd, const struct tm_file_request *request, void *data)
+{
+    bool transfers = request->op == TM_FILE_OP_READ || request->op == TM_FILE_OP_WRITE;
+
+    if (request->offset > INT64_MAX / 2 || (transfers && request->length > TM_FILE_DATA))
+        return -EINVAL;
+    switch (request->op) {
+    case TM_FILE_OP_READ:
+        return do_read(fd, request->offset, data, request->length);
+    case TM_FILE_OP_WRITE:
+        return write_all(fd, request->offset, data, request->length);
+    case TM_FILE_OP_SYNC:
+        return fdatasync(fd) == 0 ? 0 : -errno;
+    case TM_FILE_OP_SIZE:
+        return size_of(fd);
+    case TM_FILE_OP_TRUNCATE:
+        return cut(fd, request->offset);
     default:
         return -EINVAL;
     }

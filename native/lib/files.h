@@ -2,8 +2,8 @@
 /*
  * The files of one enclave, on the host: everything lies in one folder.
  *
- * Used by the warden's I/O thread for a shared enclave and by the calling thread for a private one; one
- * thread at a time.  What comes from the enclave is checked like what comes from anybody: a name is
+ * Used by the warden's I/O thread for a shared enclave and by the calling thread for a private one; but for
+ * file_do() one thread at a time.  What comes from the enclave is checked like what comes from anybody: a name is
  * one plain component, opened beneath the folder without following links.
  */
 #ifndef TEEMATE_FILES_H
@@ -30,5 +30,11 @@ void files_close(struct files *files);
  * files, each with its zero, as many whole ones as fit; `offset` of them are left out.
  */
 int64_t files_do(struct files *files, const struct tm_file_request *request, void *data);
+
+/*
+ * One request of a file that this process has a descriptor of: READ, WRITE, SYNC, SIZE or TRUNCATE.  From any thread;
+ * no limit.
+ */
+int64_t file_do(int fd, const struct tm_file_request *request, void *data);
 
 #endif

@@ -384,32 +384,19 @@ int teemate_private_storage(struct teemate_enclave *enclave, int directory, uint
     return teemate_private_disk(enclave, folder_disk, files);
 }
 
-int32_t private_file(struct teemate_enclave *enclave, uint8_t *buffer, uint64_t length, uint64_t *answer)
+bool private_has_disk(const struct teemate_enclave *enclave)
+{
+    return enclave->warden != NULL && enclave->warden->present != 0;
+}
+
+int64_t private_file(struct teemate_enclave *enclave, const struct tm_file_request *request, void *data)
 {
     struct private_warden *warden = enclave->warden;
-    struct tm_file_request request;
-    uint64_t data = 0, room = 0;
-    int64_t result;
+    int64_t result = -ENOSYS;
 
-    if (warden == NULL || warden->present == 0 || length < sizeof(request))
-        return TM_E_OCALL;
-    memcpy(&request, buffer, sizeof(request));
-    if (request.op == TM_FILE_OP_READ)
-        room = request.length;
-    else if (request.op == TM_FILE_OP_WRITE)
-        data = request.length;
-    if (room > TM_FILE_DATA || data > TM_FILE_DATA || length != sizeof(request) + data)
-        return TM_E_OCALL;
     pthread_mutex_lock(&warden->disk_lock);
-    if (warden->disk == NULL)
-        result = -ENOSYS;
-    else
-        result = warden->disk(warden->disk_context, &request,
-                              buffer + (data != 0 ? sizeof(request) : sizeof(result)));
+    if (warden->disk != NULL)
+        result = warden->disk(warden->disk_context, request, data);
     pthread_mutex_unlock(&warden->disk_lock);
-    if (room != 0 && result > (int64_t)room)
-        result = -EIO;
-    memcpy(buffer, &result, sizeof(result));
-    *answer = sizeof(result) + (room != 0 && result > 0 ? (uint64_t)result : 0);
-    return 0;
+    return result;
 }

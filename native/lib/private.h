@@ -3,7 +3,10 @@
 #ifndef TEEMATE_PRIVATE_H
 #define TEEMATE_PRIVATE_H
 
+#include <stdbool.h>
+
 #include "enclave.h"
+#include "teemate_abi.h"
 
 /*
  * Tell the enclave the time when its image wants that and the last time was told
@@ -12,11 +15,10 @@
  */
 int private_tick(struct teemate_enclave *enclave);
 
-/*
- * TM_OCALL_FILE: the request of `length` bytes in `buffer` (SLOT_OCALL_CAPACITY bytes), where its answer of
- * *answer bytes goes.  Returns 0, or TM_E_OCALL when it is none, or the enclave has no storage here.
- */
-int32_t private_file(struct teemate_enclave *enclave, uint8_t *buffer, uint64_t length, uint64_t *answer);
+/* Is it private, and this process the one that made it? */
+bool private_has_disk(const struct teemate_enclave *enclave);
+/* Do what it asks of its files (teemate_disk); -ENOSYS when it has none. */
+int64_t private_file(struct teemate_enclave *enclave, const struct tm_file_request *request, void *data);
 
 /* Forget the keys and unmap the warden's TCSs; called by teemate_close. */
 void private_end(struct teemate_enclave *enclave);

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "counters.h"
 #include "crypto.h"
@@ -81,8 +82,17 @@ static void memory_unmap(struct teemate_slot *slot)
         munmap(memory, MEMORY_SIZE);
 }
 
+static void lent_forget(struct slot_lent *lent)
+{
+    if (lent->name[0] != '\0')
+        close(lent->fd);
+    memset(lent, 0, sizeof(*lent));
+}
+
 static void slot_free(struct teemate_slot *slot)
 {
+    for (size_t i = 0; i < SLOT_LENT; i++)
+        lent_forget(&slot->lent[i]);
     memory_unmap(slot);
     free(slot);
 }
@@ -134,6 +144,45 @@ int teemate_slot_close(struct teemate_slot *slot)
     teemate_unmap_tcs(slot->enclave, slot->tcs_offset);
     slot_free(slot);
     return clean ? 1 : 0;
+}
+
+/* With the slot taken. */
+static int lend(struct teemate_slot *slot, const char *name, int fd)
+{
+    struct slot_lent *place = NULL;
+
+    for (size_t i = 0; i < SLOT_LENT; i++) {
+        struct slot_lent *lent = &slot->lent[i];
+
+        if (lent->name[0] != '\0' && strcmp(lent->name, name) == 0)
+            lent_forget(lent);
+        if (lent->name[0] == '\0' && place == NULL)
+            place = lent;
+    }
+    if (fd < 0)
+        return 0;
+    if (place == NULL)
+        return -ENOSPC;
+    memcpy(place->name, name, strlen(name));
+    place->fd = fd;
+    return 0;
+}
+
+int teemate_slot_lend(struct teemate_slot *slot, const char *name, int fd)
+{
+    size_t length = name == NULL ? 0 : strnlen(name, sizeof(slot->lent->name));
+    int result = -EINVAL;
+
+    if (slot != NULL && length != 0 && length < sizeof(slot->lent->name)) {
+        result = slot_take(slot);
+        if (result == 0) {
+            result = lend(slot, name, fd);
+            slot_give(slot);
+        }
+    }
+    if (result != 0 && fd >= 0)
+        close(fd);
+    return result;
 }
 
 void teemate_slot_abandon(struct teemate_slot *slot)

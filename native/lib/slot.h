@@ -36,6 +36,13 @@ struct slot_entry {
     uint64_t rdi, rsi, rdx, r8;
 };
 
+/* A file that the enclave's code has lent this slot (teemate_slot_lend); a free place has no name. */
+struct slot_lent {
+    char name[64];
+    int fd; /* owned */
+};
+#define SLOT_LENT 4u
+
 struct teemate_slot {
     struct teemate_enclave *enclave;
     uint64_t tcs_offset;
@@ -55,6 +62,7 @@ struct teemate_slot {
     uint64_t wait_until;        /* CLOCK_MONOTONIC, ns; 0: no wait is under way */
     struct tm_call request;
     struct tm_bind bind;
+    struct slot_lent lent[SLOT_LENT];
 };
 
 /*

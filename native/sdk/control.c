@@ -275,7 +275,8 @@ static int64_t report(const struct tm_control *request, struct tm_control_result
 static bool needs_mac(uint32_t op)
 {
     return op == TM_CTL_ARM || op == TM_CTL_CLEAR || op == TM_CTL_RESET || op == TM_CTL_REWRITE ||
-           op == TM_CTL_REINIT || op == TM_CTL_TIME || op == TM_CTL_AUTHOR || op == TM_CTL_STORAGE;
+           op == TM_CTL_REINIT || op == TM_CTL_TIME || op == TM_CTL_AUTHOR || op == TM_CTL_STORAGE ||
+           op == TM_CTL_LENT;
 }
 
 static int64_t control(struct thread *self, const struct tm_control *request, uint64_t cssa,
@@ -341,6 +342,11 @@ static int64_t control(struct thread *self, const struct tm_control *request, ui
         break;
     case TM_CTL_STORAGE:
         status = io_storage(request->argument);
+        break;
+    case TM_CTL_LENT:
+        result->data[0] = (uint8_t)io_lent(thread, (const char *)request->data);
+        result->length = 1;
+        status = 0;
         break;
     default:
         status = TM_E_UNKNOWN;

@@ -78,7 +78,7 @@ static int64_t await_idle(struct thread *self)
 
         if (IO_STATE(word) == IO_IDLE)
             return 0;
-        if (io_mode() != TM_STORAGE_WARDEN)
+        if (!io_by_warden())
             return -TM_ESTALE;
         sleep(self, word, counter);
     }
@@ -100,7 +100,7 @@ static int64_t await_answer(struct thread *self, const struct mailbox *mailbox)
         if (IO_STATE(word) == IO_DONE)
             return mailbox->result;
         /* Nobody takes it any more; what was taken is answered, or given back by the next warden. */
-        if (IO_STATE(word) == IO_POSTED && io_mode() != TM_STORAGE_WARDEN) {
+        if (IO_STATE(word) == IO_POSTED && !io_by_warden()) {
             if (io_swap(self, &word, IO_WORD(IO_NUMBER(word), IO_IDLE)))
                 return -TM_ESTALE;
             continue;
@@ -149,7 +149,8 @@ static int64_t plausible(const struct tm_file_request *request, int64_t result)
     }
 }
 
-static int64_t ask(const struct tm_file_request *request, void *data)
+/* `direct`: of a file that the slot's process has a descriptor of. */
+static int64_t ask(const struct tm_file_request *request, void *data, bool direct)
 {
     struct thread *self = thread_self();
     struct mailbox *mailbox;
@@ -159,7 +160,7 @@ static int64_t ask(const struct tm_file_request *request, void *data)
         status = mailbox_get(self, &mailbox);
     if (status)
         return status;
-    if (io_mode() == TM_STORAGE_CALLER)
+    if (io_mode() == TM_STORAGE_CALLER || (direct && io_mode() == TM_STORAGE_LENT))
         return plausible(request, ocall_file(request, data));
     return plausible(request, post(self, mailbox, request, data));
 }
@@ -185,7 +186,7 @@ static int64_t ask_of(uint32_t number, enum tm_file_op op, uint64_t offset, void
     if (length > TM_FILE_MOST || offset > OFFSET_MOST)
         return -TM_EINVAL;
     memcpy(request.name, handle->name, sizeof(request.name));
-    return ask(&request, data);
+    return ask(&request, data, handle->direct);
 }
 
 int tm_file_open(const char *name, unsigned flags, uint32_t *number)
@@ -210,7 +211,7 @@ int tm_file_open(const char *name, unsigned flags, uint32_t *number)
         return -TM_EMFILE;
     memcpy(request.name, name, strlen(name));
     request.flags = flags & TM_FILE_CREATE ? TM_FILE_OP_CREATE : 0;
-    status = (int)ask(&request, NULL);
+    status = (int)ask(&request, NULL, false);
     if (status)
         return status;
     memcpy(mailbox->handles[place].name, request.name, sizeof(request.name));
@@ -225,7 +226,42 @@ int tm_file_close(uint32_t number)
 
     if (!handle)
         return -TM_EBADF;
-    memset(handle, 0, sizeof(*handle));
+    handle_forget(handle);
+    return 0;
+}
+
+bool tm_file_lends(void)
+{
+    return io_mode() == TM_STORAGE_LENT;
+}
+
+int tm_file_lend(uint32_t number)
+{
+    static _Atomic uint64_t lent;
+    struct handle *handle = handle_of(number);
+    int status = 0;
+
+    if (!handle)
+        return -TM_EBADF;
+    if (!tm_file_lends())
+        return -TM_EPERM;
+    if (handle->lent)
+        return 0;
+    /* Its name is on the disk from here on: who has its descriptor only cannot see to that. */
+    if (!(handle->flags & TM_FILE_READ_ONLY))
+        status = tm_file_sync(number);
+    if (!status)
+        handle->lent = ++lent;
+    return status;
+}
+
+int tm_file_direct(uint32_t number)
+{
+    struct handle *handle = handle_of(number);
+
+    if (!handle || !handle->lent)
+        return -TM_EBADF;
+    handle->direct = true;
     return 0;
 }
 
@@ -261,7 +297,7 @@ int tm_file_delete(const char *name)
     if (name_check(name))
         return -TM_EINVAL;
     memcpy(request.name, name, strlen(name));
-    return (int)ask(&request, NULL);
+    return (int)ask(&request, NULL, false);
 }
 
 int64_t tm_file_list(uint64_t from, void *buffer, size_t length)
@@ -270,5 +306,5 @@ int64_t tm_file_list(uint64_t from, void *buffer, size_t length)
 
     if (length > TM_FILE_MOST || from > OFFSET_MOST)
         return -TM_EINVAL;
-    return ask(&request, buffer);
+    return ask(&request, buffer, false);
 }

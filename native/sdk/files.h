@@ -3,8 +3,9 @@
  * Files for enclave code, kept by the host.
  *
  * Those of a shared enclave lie in its folder of the broker's state directory, and a thread of
- * the warden does what is asked for: clients never hold a descriptor of them.  Of a private
- * enclave the calling process does it, in the folder that the enclave was created with.
+ * the warden does what is asked for: clients never hold a descriptor of them, unless the policy has
+ * io = "client" and the code lends them one (tm_file_lend()).  Of a private enclave the calling process
+ * does it, in the folder that the enclave was created with.
  *
  * THE HOST SEES AND CAN CHANGE EVERYTHING HERE: names, sizes, contents, and which old version of
  * a file it brings back.  Write what is sealed or authenticated, and check what is read.
@@ -24,6 +25,7 @@
 #ifndef TMSDK_FILES_H
 #define TMSDK_FILES_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -61,6 +63,22 @@ enum tm_file_flags {
 int tm_file_open(const char *name, unsigned flags, uint32_t *handle);
 /* Never fails but with -TM_EBADF; says nothing about what was written (tm_file_sync() does). */
 int tm_file_close(uint32_t handle);
+
+/* Whether the policy lets clients have descriptors of files (io = "client"). */
+bool tm_file_lends(void);
+/*
+ * From now on the broker gives the slot's process a descriptor of the file when it asks for one: until the
+ * handle is closed or the slot's holder is gone.  One that only reads for a handle that was opened so.  What was given
+ * cannot be taken back: WHO HAS IT CAN CHANGE, CUT AND FILL THE FILE FOR AS LONG AS IT LIKES.  -TM_EPERM where the
+ * policy has none of that; a failure of tm_file_sync(), since the file's name has to be on the disk first.
+ */
+int tm_file_lend(uint32_t handle);
+/*
+ * The slot's process has its descriptor now: it does what is asked of this handle from here on, in an OCALL, and
+ * can lie about that.  What is under way when it dies is done or not, or done in part, and never later.  -TM_EBADF
+ * when it was not lent.
+ */
+int tm_file_direct(uint32_t handle);
 
 /* The number of bytes read: fewer than `length` only at the end of the file.  Buffers are the enclave's memory. */
 int64_t tm_file_read(uint32_t handle, uint64_t offset, void *buffer, size_t length);

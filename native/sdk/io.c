@@ -21,13 +21,30 @@ bool io_was_asleep(uint32_t *word)
 
 int64_t io_storage(uint64_t mode)
 {
-    if (mode > TM_STORAGE_CALLER)
+    if (mode > TM_STORAGE_CALLER && mode != TM_STORAGE_LENT)
         return TM_E_ARGUMENT;
     /* Who has used files of this enclave must not believe that there never were any. */
     if (mode == TM_STORAGE_NONE && storage != TM_STORAGE_NONE)
         mode = TM_STORAGE_MOVED;
     storage = (uint32_t)mode;
     return 0;
+}
+
+enum tm_lent io_lent(const struct thread *thread, const char name[64])
+{
+    const struct mailbox *mailbox = thread->mailbox;
+
+    for (uint32_t i = 0; mailbox && storage == TM_STORAGE_LENT && i < TM_FILE_HANDLES; i++) {
+        const struct handle *handle = &mailbox->handles[i];
+        uint64_t number = handle->lent;
+        bool same = number && !memcmp(handle->name, name, sizeof(handle->name));
+        uint32_t flags = __atomic_load_n(&handle->flags, __ATOMIC_RELAXED);
+
+        __atomic_thread_fence(__ATOMIC_ACQUIRE);
+        if (same && handle->lent == number)
+            return flags & TM_FILE_READ_ONLY ? TM_LENT_READ : TM_LENT_WRITE;
+    }
+    return TM_LENT_NOT;
 }
 
 void io_drop(struct thread *thread)
@@ -43,8 +60,8 @@ void io_drop(struct thread *thread)
 
 void io_release(struct thread *dead)
 {
-    if (dead->mailbox)
-        memset(dead->mailbox->handles, 0, sizeof(dead->mailbox->handles));
+    for (uint32_t i = 0; dead->mailbox && i < TM_FILE_HANDLES; i++)
+        handle_forget(&dead->mailbox->handles[i]);
     io_drop(dead);
 }
 
@@ -149,7 +166,7 @@ struct gate_result tm_gate_io(uint64_t address)
     memcpy(&step, (const void *)address, sizeof(step));
     if (step.begins > 1 || !range_outside(step.data, TM_FILE_DATA))
         return out;
-    out.status = tm_control_state == CONTROL_READY && storage == TM_STORAGE_WARDEN ? 0 : TM_E_NOTREADY;
+    out.status = tm_control_state == CONTROL_READY && io_by_warden() ? 0 : TM_E_NOTREADY;
     if (out.status)
         return out;
     if (step.begins)

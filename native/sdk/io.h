@@ -40,7 +40,20 @@
 struct handle {
     char name[64]; /* empty: not open */
     uint32_t flags; /* enum tm_file_flags */
+    bool direct;    /* the slot's process does it, with its own descriptor */
+    /* Not 0: the broker may give the slot's process a descriptor of it.  A number of its own each time, so that
+     * who reads this and the rest from another slot sees whether they belong together. */
+    _Atomic uint64_t lent;
 };
+
+/* What it was lent goes first: nobody finds it with what another file's handle has next. */
+static inline void handle_forget(struct handle *handle)
+{
+    handle->lent = 0;
+    memset(handle->name, 0, sizeof(handle->name));
+    handle->flags = 0;
+    handle->direct = false;
+}
 
 /* On the heap, kept for as long as the enclave lives; made by the slot's first holder that opens a file. */
 struct mailbox {
@@ -60,11 +73,18 @@ static inline bool io_swap(struct thread *thread, uint64_t *expected, uint64_t d
 
 /* Who does the requests now. */
 enum tm_storage io_mode(void);
+/* Is that the warden's I/O thread, but perhaps for what is lent? */
+static inline bool io_by_warden(void)
+{
+    return io_mode() == TM_STORAGE_WARDEN || io_mode() == TM_STORAGE_LENT;
+}
 /* After a post: was the I/O thread asleep?  Then `word` of the arena wakes it. */
 bool io_was_asleep(uint32_t *word);
 
 /* TM_CTL_STORAGE. */
 int64_t io_storage(uint64_t mode);
+/* TM_CTL_LENT: what the slot is lent of the file `name`. */
+enum tm_lent io_lent(const struct thread *thread, const char name[64]);
 /* Nobody waits for this slot's last request any more. */
 void io_drop(struct thread *thread);
 /* RESET: the holder of this slot is no more. */

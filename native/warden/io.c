@@ -154,7 +154,7 @@ int warden_io_start(struct warden *warden, uint32_t *frames, struct teemate_diag
 {
     struct tm_control control = {
         .op = TM_CTL_STORAGE,
-        .argument = warden->storage ? TM_STORAGE_WARDEN : TM_STORAGE_NONE,
+        .argument = warden->lends ? TM_STORAGE_LENT : warden->storage ? TM_STORAGE_WARDEN : TM_STORAGE_NONE,
     };
     struct tm_control_result unused;
     struct control_exit exit;

@@ -4,9 +4,10 @@
  * SOCK_SEQPACKET socketpair as descriptor 3.  Answers one request after the other and
  * ends when the other end is closed.
  *
- *     teemate-warden [storage LIMIT]
+ *     teemate-warden [storage|lending LIMIT]
  *
- * With `storage`, descriptor 4 is the folder of the enclave's files, which may take LIMIT bytes (0: no limit).
+ * With `storage`, descriptor 4 is the folder of the enclave's files, which may take LIMIT bytes (0: no limit).  With
+ * `lending` clients may have descriptors of them besides: what they write is not held to the limit.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -168,9 +169,10 @@ static int read_arguments(struct warden *warden, int count, char **arguments)
 
     if (count == 1)
         return 0;
-    if (count != 3 || strcmp(arguments[1], "storage") != 0)
+    if (count != 3 || (strcmp(arguments[1], "storage") != 0 && strcmp(arguments[1], "lending") != 0))
         return -EINVAL;
     warden->storage = true;
+    warden->lends = strcmp(arguments[1], "lending") == 0;
     warden->storage_limit = strtoull(arguments[2], &end, 10);
     return *end == '\0' && end != arguments[2] ? 0 : -EINVAL;
 }
@@ -178,7 +180,7 @@ static int read_arguments(struct warden *warden, int count, char **arguments)
 int main(int count, char **arguments)
 {
     struct warden warden = {0};
-    const char *step = "arguments: none, or `storage LIMIT`";
+    const char *step = "arguments: none, or `storage LIMIT`, or `lending LIMIT`";
     int result = read_arguments(&warden, count, arguments);
 
     if (result == 0)

@@ -31,6 +31,7 @@ struct warden {
     bool started;                    /* START has succeeded */
     bool damaged;                    /* a control ECALL has faulted: repair before the next */
     bool storage;                    /* STORAGE_DIRECTORY is the enclave's folder */
+    bool lends;                      /* clients may have descriptors of files that lie there */
     uint64_t storage_limit;          /* bytes; 0: none */
     uint32_t contended;              /* entries that found their TCS busy, since the last reply */
 };

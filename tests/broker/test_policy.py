@@ -94,6 +94,9 @@ def test_a_good_file_is_read_into_frozen_types(tmp_path: Path) -> None:
         ("min_isvsvn = 3", "min_isvsvn = 70000", 31, "create.min_isvsvn"),
         ("min_isvsvn = 3", 'mrsigner = "abc"', 31, "create.mrsigner: expected 64 hexadecimal digits"),
         ("slots = 7", "slots = = 7", 6, "Invalid value"),
+        ('start = "create"', 'start = "create"\nio = "client"', 20, "set storage = true"),
+        ('start = "create"', 'start = "create"\nstorage = true\nio = "client"', 21, "set revoke_kill = true"),
+        ('start = "create"', 'start = "create"\nio = "kernel"', 20, "expected one of warden, client"),
     ],
 )
 def test_a_mistake_is_told_with_file_line_and_key(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from backends import BACKEND
 from connections import Connection, database_image
+from running_broker import RunningBroker
 
 import teemate
 
@@ -60,3 +62,31 @@ def connect(enclave: teemate.Enclave) -> Iterator[Callable[..., Connection]]:
     yield open_one
     for held in slots:
         held.__exit__(None, None, None)
+
+
+@pytest.fixture
+def begin(
+    broker: Callable[..., RunningBroker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., RunningBroker]:
+    """Start a broker whose enclave "db" has files; more lines of its policy, and perhaps another image."""
+
+    def start_one(*settings: str, image: Path | None = None, **options: bool) -> RunningBroker:
+        running = broker(
+            f"[administrators]\nuids = [{os.geteuid()}]\n"
+            f'[broker]\nstate_directory = "{tmp_path / "state"}"\n'
+            f'[[enclave]]\nname = "db"\nimage = "{image or database_image()}"\nstorage = true\n'
+            'insecure_sim_sharing = true\nshare_between_owners = "unfenced"\nslots_per_client = 8\n'
+            + "".join(f"{line}\n" for line in settings)
+            + '[[enclave.attach]]\nuid = "*"\n',
+            **options,
+        )
+        monkeypatch.setenv("TEEMATE_SOCKET", running.socket)
+        return running
+
+    return start_one
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """Where the files of the enclave that `begin` starts lie."""
+    return tmp_path / "state" / "enclaves" / "db"

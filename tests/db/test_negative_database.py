@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +14,15 @@ from backends import BACKEND
 from connections import BUSY, CREATE, UNCACHED, Caller, Connection, SqlError, database_image
 from dying import DyingDisk, Moment
 from images import Images
+from own_descriptors import descriptors
+from running_broker import RunningBroker
 from test_database_files import fill
 from test_power_cut import MARK, SYNC, File, look, recorded, state
-from test_tampering import ask
+from test_tampering import HEAD, PAGE, ask
 from users import needs_root, slots_of
 
 import teemate
+from teemate import db
 
 HOLES = ("DB_TEST_NO_FRESHNESS", "DB_TEST_KEEP_LOCKS", "DB_TEST_NO_SYNC", "DB_TEST_NO_RIGHTS")
 
@@ -113,3 +118,18 @@ def test_without_rights_a_database_is_everybodys(altered: Callable[[], teemate.E
             db = Connection(one, "accounts")
             fill(db, 3)
             assert Connection(other, "accounts").sql("SELECT count(*) FROM t") == [(3,)]
+
+
+def test_without_freshness_a_client_with_a_descriptor_brings_an_old_page_back(
+    altered_image: Path, begin: Callable[..., RunningBroker], files: Path
+) -> None:
+    begin('io = "client"', "revoke_kill = true", image=altered_image)
+    with contextlib.closing(db.connect("db", "ledger")) as connection:
+        connection.executescript("CREATE TABLE t(v); INSERT INTO t VALUES ('old')")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (descriptor,) = descriptors(files / "ledger")
+        before = os.pread(descriptor, PAGE, HEAD + PAGE)
+        connection.executescript("UPDATE t SET v = 'new'; PRAGMA wal_checkpoint(TRUNCATE)")
+        os.pwrite(descriptor, before, HEAD + PAGE)
+        with contextlib.closing(db.connect("db", "ledger", uncached=True)) as another:
+            assert another.execute("SELECT v FROM t").fetchall() == [("old",)]

@@ -3,6 +3,8 @@
 
 #include "cache.h"
 #include "copy.h"
+#include "file.h"
+#include "files.h"
 #include "head.h"
 #include "reply.h"
 
@@ -257,6 +259,8 @@ int connection_allowed(struct connection *self)
 {
     uint64_t head;
 
+    if (self->indirect)
+        return DB_E_FILES;
     if (self->copy)
         return DB_E_COPYING;
     if (!self->database || (head = self->database->head) == self->head)
@@ -298,6 +302,52 @@ static int open(struct connection *self, const struct db_open *request, const ch
     return code;
 }
 
+/* ---- files that the client reads and writes itself --------------------------------- */
+
+/* Of the database that is open: how many; both while it has a log. */
+static uint32_t own_files(struct connection *self, struct file *files[2])
+{
+    sqlite3_file *base = NULL;
+
+    if (!self->database || sqlite3_file_control(self->db, "main", SQLITE_FCNTL_FILE_POINTER, &base) || !base)
+        return 0;
+    files[0] = file_of(base);
+    files[1] = self->log;
+    return self->log ? 2 : 1;
+}
+
+/*
+ * Until the client has them it does nothing: what the warden writes for one client and what another writes itself have
+ * no order when the first has died.  What the warden goes on writing is in nobody's way: heads, roots (root.h), and files
+ * that no database is in yet.
+ */
+static int lend_files(struct connection *self, uint32_t *count)
+{
+    struct file *files[2];
+    int status = 0;
+
+    *count = tm_file_lends() ? own_files(self, files) : 0;
+    for (uint32_t i = 0; i < *count && !status; i++)
+        status = tm_file_lend(files[i]->records.handle);
+    self->indirect = *count != 0;
+    return file_code(status, SQLITE_CANTOPEN);
+}
+
+TM_ECALL(db_direct)
+{
+    struct connection *self = connection_self();
+    struct file *files[2];
+    uint32_t count = self ? own_files(self, files) : 0;
+
+    if (!self || !self->indirect)
+        return TM_E_STATE;
+    for (uint32_t i = 0; i < count; i++)
+        if (tm_file_direct(files[i]->records.handle))
+            return TM_E_STATE;
+    self->indirect = false;
+    return 0;
+}
+
 TM_ECALL(db_open)
 {
     struct tm_caller caller = tm_caller();
@@ -305,6 +355,7 @@ TM_ECALL(db_open)
     struct connection *self;
     struct db_open request;
     char name[DB_NAME_MAX + 1] = {0};
+    uint32_t files = 0;
     int status;
 
     if (rq->in_len < sizeof(request))
@@ -343,6 +394,8 @@ TM_ECALL(db_open)
     if (self->cursors) {
         memset(self->cursors, 0, self->cursor_limit * sizeof(*self->cursors));
         status = open(self, &request, name);
+        if (!status)
+            status = lend_files(self, &files);
     }
     if (status) {
         struct reply reply = {0};
@@ -358,7 +411,8 @@ TM_ECALL(db_open)
     opened = (struct db_opened){.connection = self->number,
                                 .slot = caller.slot,
                                 .sqlite_version = SQLITE_VERSION_NUMBER,
-                                .access = self->readonly ? DB_ACCESS_READ : self->granted};
+                                .access = self->readonly ? DB_ACCESS_READ : self->granted,
+                                .files = files};
     return tm_reply(rq, &opened, sizeof(opened));
 }
 

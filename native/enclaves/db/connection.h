@@ -39,6 +39,7 @@ struct connection {
     enum db_access granted;    /* what the caller may do with it */
     bool readonly;             /* the caller asked for no more than to read */
     uint64_t head;             /* of the database's heads, the one that was looked at */
+    bool indirect;             /* the client has to take the files' descriptors first (db_direct) */
     struct copy *copy;         /* that is under way */
     uint64_t number; /* of all connections of the enclave */
     uint64_t uses;
@@ -81,7 +82,7 @@ void connection_end_cursor(struct connection *self, struct cursor *cursor);
 bool connection_name_is_right(const char *name, uint32_t length);
 /* SQLite's limits and hooks, for a database of this connection. */
 int connection_set_up(struct connection *self, sqlite3 *db);
-/* May the caller still have what was opened?  0, DB_E_DENIED, DB_E_COPYING: nothing is done for it any more, or just now. */
+/* May the caller still have what was opened?  0, DB_E_DENIED, DB_E_COPYING, DB_E_FILES: nothing is done for it any more, or just now. */
 int connection_allowed(struct connection *self);
 /* From now on a statement runs for a caller. */
 void connection_begin(struct connection *self, const volatile uint32_t *interrupt);

@@ -9,6 +9,7 @@
  *
  *   db_open       struct db_open, name                   -> struct db_opened
  *   db_run        struct db_run, operations              -> results
+ *   db_direct     nothing; db_opened said `files`        -> nothing: the client has their descriptors
  *   db_close      nothing                                -> nothing; what is open is rolled back
  *   db_delete     name of a database that nobody has open; from a slot with a connection
  *                                                        -> nothing, or struct db_error with DB_FAILED
@@ -73,11 +74,17 @@ struct db_opened {
     uint32_t slot;
     uint32_t sqlite_version; /* 3054000 */
     uint32_t access; /* enum db_access: how it is open, which may be less than what was asked for */
-    uint32_t reserved;
+    uint32_t files;  /* how many descriptors the client has to have before it goes on (db_direct) */
 };
 _Static_assert(sizeof(struct db_opened) == 24, "db_opened");
 
 #define DB_FAILED 1 /* status */
+
+/*
+ * Where the policy has io = "client" the client reads and writes the database's files itself: NAME and, when `files` is 2,
+ * NAME-wal.  The broker gives it their descriptors (files.open) for as long as the database is open in the slot; ones that
+ * only read when that is all that it may, or wants.  Until db_direct it gets DB_E_FILES for whatever it asks.
+ */
 
 /* ---- db_run ------------------------------------------------------------------ */
 
@@ -191,6 +198,7 @@ enum db_own_code {
     DB_E_SPACE = -15,     /* the enclave's files take all that its policy gives them, or the host's disk is full */
     DB_E_HEAP = -16,      /* the connection may take more, but the enclave's heap is full */
     DB_E_FORMAT = -17,    /* an earlier build of the enclave has made the database, in a format that this one does not read */
+    DB_E_FILES = -18,     /* the client has not said that it has the files' descriptors (db_direct) */
 };
 
 /* Bytes that the reply needs whatever happens: smaller ones are TM_E_SPACE. */

@@ -58,6 +58,9 @@ static const char *own_message(int code)
                "is full";
     case DB_E_HEAP:
         return "the enclave's heap is full, of what its other connections have and of kept pages";
+    case DB_E_FILES:
+        return "the policy of the enclave has io = \"client\", and this client has not taken the descriptors of the "
+               "database's files: it is of a version that cannot";
     case DB_E_COPYING:
         return "a copy of the database is under way on this connection, or there is none to go on with";
     case DB_E_FORMAT:

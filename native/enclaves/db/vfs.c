@@ -209,6 +209,13 @@ static int vfs_open(sqlite3_vfs *vfs, sqlite3_filename name, sqlite3_file *base,
     }
     if (!main) {
         file->readonly = file_of(sqlite3_database_file_object(name))->readonly;
+        /* Of what only reads the client gets a descriptor that only reads, where it gets one. */
+        if (file->readonly && tm_file_lends()) {
+            tm_file_close(file->records.handle);
+            status = tm_file_open(name, TM_FILE_READ_ONLY, &file->records.handle);
+            if (status)
+                return file_code(status, SQLITE_CANTOPEN);
+        }
         connection_self()->log = file;
     }
     base->pMethods = &file_methods;
