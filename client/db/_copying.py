@@ -163,7 +163,7 @@ def import_by(connection: Whole, path: Path, database: str, *, progress: Progres
 def databases(enclave: Enclave | str) -> list[Listing]:
     """Return the databases of `enclave` that this user may use, by name.
 
-    One that another client is just making or opening for the first time is not among them.
+    One that another client is just making is not among them.
     """
     from teemate.db._connection import connect
 

@@ -16,6 +16,7 @@ from dying import DyingDisk, Moment
 from images import Images
 from own_descriptors import descriptors
 from running_broker import RunningBroker
+from strangers import stopped_stranger
 from test_database_files import fill
 from test_power_cut import MARK, SYNC, File, look, recorded, state
 from test_tampering import HEAD, PAGE, ask
@@ -24,12 +25,18 @@ from users import needs_root, slots_of
 import teemate
 from teemate import db
 
-HOLES = ("DB_TEST_NO_FRESHNESS", "DB_TEST_KEEP_LOCKS", "DB_TEST_NO_SYNC", "DB_TEST_NO_RIGHTS")
+HOLES = (
+    "DB_TEST_NO_FRESHNESS",
+    "DB_TEST_KEEP_LOCKS",
+    "DB_TEST_NO_SYNC",
+    "DB_TEST_NO_RIGHTS",
+    "DB_TEST_ADMIT_LATE",
+)
 
 
 @pytest.fixture(scope="module")
 def altered_image(images: Images, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The database image without any of the four."""
+    """The database image without any of these."""
     return altered_database(images, tmp_path_factory.mktemp("altered"), *HOLES)
 
 
@@ -133,3 +140,17 @@ def test_without_freshness_a_client_with_a_descriptor_brings_an_old_page_back(
         os.pwrite(descriptor, before, HEAD + PAGE)
         with contextlib.closing(db.connect("db", "ledger", uncached=True)) as another:
             assert another.execute("SELECT v FROM t").fetchall() == [("old",)]
+
+
+@needs_root
+def test_a_stranger_that_is_not_turned_away_first_holds_the_database_up(
+    altered_image: Path, begin: Callable[..., RunningBroker], tmp_path: Path
+) -> None:
+    running = begin(image=altered_image)
+    with (
+        stopped_stranger(running, "delete", tmp_path),
+        pytest.raises(db.OperationalError) as failed,
+        contextlib.closing(db.connect("db", "ledger")),
+    ):
+        pass
+    assert failed.value.sqlite_errorname == "SQLITE_BUSY"

@@ -32,8 +32,12 @@ static int begin_new(struct copy *copy, const char *name)
 {
     struct database *database;
     char log[DB_NAME_MAX + 8];
-    int code = manage_claim(name, &database), status;
+    struct rights rights;
+    int code, status = head_rights_of(name, &rights);
 
+    if (!status || status == RECORD_FORMAT)
+        return DB_E_EXISTS;
+    code = manage_claim(name, &database);
     if (code)
         return code;
     vfs_log_name(name, log);

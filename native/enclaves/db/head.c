@@ -22,23 +22,23 @@ _Static_assert(SEALED <= PLACE && 2 * PLACE == HEAD_SIZE, "two heads before the 
 #endif
 #define DB_FORMAT_KNOWN 2u /* the oldest with a head like this */
 
-static void bind(const struct database *database, uint32_t format, uint8_t text[80])
+static void bind(const char *name, uint32_t format, uint8_t text[80])
 {
     static const char label[] = "teemate database ";
 
     memset(text, 0, 80);
     memcpy(text, label, sizeof(label));
     text[sizeof(label) - 1] = (uint8_t)('0' + format);
-    memcpy(text + 24, database->name, strlen(database->name));
+    memcpy(text + 24, name, strlen(name));
 }
 
 /* In which format is it sealed?  0: in none. */
-static uint32_t open_head(const struct database *database, const uint8_t *sealed, struct head *head)
+static uint32_t open_head(const char *name, const uint8_t *sealed, struct head *head)
 {
     uint8_t binding[80];
 
     for (uint32_t format = DB_FORMAT; format >= DB_FORMAT_KNOWN; format--) {
-        bind(database, format, binding);
+        bind(name, format, binding);
         if (!tm_unseal(binding, sizeof(binding), sealed, SEALED, head))
             return format;
     }
@@ -54,7 +54,7 @@ static int write(struct record_file *file, uint64_t number, const struct rights 
     int status;
 
     memcpy(head.key, database->key, sizeof(head.key));
-    bind(database, DB_FORMAT, binding);
+    bind(database->name, DB_FORMAT, binding);
     status = tm_seal(SGX_KEYPOLICY_MRSIGNER, binding, sizeof(binding), &head, sizeof(head), sealed);
     tm_wipe(&head, sizeof(head));
     if (status)
@@ -70,43 +70,52 @@ static void adopt(struct database *database, uint64_t number, const struct right
     database->head = number;
 }
 
-int head_read(struct record_file *file)
+/* The head that counts, as the file has it; to be wiped. */
+static int find(uint32_t handle, const char *name, struct head *best)
 {
     static const uint8_t nothing[SEALED];
-    struct database *database = file->database;
     uint8_t sealed[SEALED];
-    struct head head, best = {.number = 0};
     uint32_t found = 0;
     bool made = false;
+    struct head head;
 
     for (uint64_t place = 0; place < 2; place++) {
         uint32_t format;
         int64_t got;
 
         memset(sealed, 0, sizeof(sealed));
-        got = tm_file_read(file->handle, place * PLACE, sealed, sizeof(sealed));
+        got = tm_file_read(handle, place * PLACE, sealed, sizeof(sealed));
         if (got < 0)
             return (int)got;
         if (!memcmp(sealed, nothing, sizeof(sealed)))
             continue;
         made = made || !place; /* which is written last when a database is made */
-        format = open_head(database, sealed, &head);
+        format = open_head(name, sealed, &head);
         if (!format || head.number % 2 != place)
             continue;
-        if (format > found || (format == found && head.number > best.number)) {
-            best = head;
+        if (format > found || (format == found && head.number > best->number)) {
+            *best = head;
             found = format;
         }
     }
-    if (found) {
-        memcpy(database->key, best.key, sizeof(best.key));
-        adopt(database, best.number, &best.rights);
-    }
     tm_wipe(&head, sizeof(head));
-    tm_wipe(&best, sizeof(best));
     if (found)
         return found == DB_FORMAT ? 0 : RECORD_FORMAT;
     return made ? RECORD_TAMPERED : -TM_ENOENT;
+}
+
+int head_read(struct record_file *file)
+{
+    struct database *database = file->database;
+    struct head head = {.number = 0};
+    int status = find(file->handle, database->name, &head);
+
+    if (!status || status == RECORD_FORMAT) {
+        memcpy(database->key, head.key, sizeof(head.key));
+        adopt(database, head.number, &head.rights);
+    }
+    tm_wipe(&head, sizeof(head));
+    return status;
 }
 
 int head_begin(struct record_file *file, const char *log)
@@ -172,25 +181,67 @@ bool head_has_room(const struct database *database, uint64_t pages, uint64_t now
     return !most || pages <= most || pages <= now;
 }
 
-enum db_access head_access(const struct database *database)
+enum db_access rights_access(const struct rights *rights)
 {
     struct tm_identity identity = tm_caller().identity;
     enum db_access access = DB_ACCESS_NONE;
-    struct rights rights;
 
 #ifdef DB_TEST_NO_RIGHTS
     /* Test build: everybody is the owner. */
     return DB_ACCESS_OWNER;
 #endif
-    head_rights(database, &rights);
-    if (rights.owner == identity.uid)
+    if (rights->owner == identity.uid)
         return DB_ACCESS_OWNER;
-    for (uint32_t i = 0; i < rights.count && i < DB_RIGHTS_MAX; i++) {
-        const struct db_right *right = &rights.list[i];
+    for (uint32_t i = 0; i < rights->count && i < DB_RIGHTS_MAX; i++) {
+        const struct db_right *right = &rights->list[i];
         uint32_t id = right->grantee == DB_GRANT_UID ? identity.uid : identity.gid;
 
         if (right->id == id && right->access > access)
             access = right->access;
     }
     return access;
+}
+
+enum db_access head_access(const struct database *database)
+{
+    struct rights rights;
+
+    head_rights(database, &rights);
+    return rights_access(&rights);
+}
+
+int head_rights_of(const char *name, struct rights *rights)
+{
+    const struct database *database = database_known(name);
+    struct head head = {.number = 0};
+    uint32_t handle;
+    int status;
+
+    if (database && database->ready) {
+        head_rights(database, rights);
+        /* Meanwhile it may have been deleted, and be another name's. */
+        if (database->ready && database_is(database, name))
+            return 0;
+    }
+    status = tm_file_open(name, TM_FILE_READ_ONLY, &handle);
+    if (status)
+        return status;
+    status = find(handle, name, &head);
+    tm_file_close(handle);
+    *rights = head.rights;
+    tm_wipe(&head, sizeof(head));
+    return status;
+}
+
+bool head_admits(const char *name, enum db_access access)
+{
+    struct rights rights;
+    int status;
+
+#ifdef DB_TEST_ADMIT_LATE
+    /* Test build: rights are looked at when the database is held. */
+    return true;
+#endif
+    status = head_rights_of(name, &rights);
+    return (status && status != RECORD_FORMAT) || rights_access(&rights) >= access;
 }

@@ -33,6 +33,17 @@ int head_change(struct record_file *file, const struct rights *rights);
 
 /* What the running slot's identity may do with it, as it is open now or about to be. */
 enum db_access head_access(const struct database *database);
+/*
+ * The rights of the database of that name, whether somebody has opened it in this life or not: nothing of it is held, and
+ * nothing is remembered.  0, RECORD_FORMAT; -TM_ENOENT: there is none; RECORD_TAMPERED; another negative tm_errno.
+ */
+int head_rights_of(const char *name, struct rights *rights);
+/*
+ * False when it is certain that the running slot's identity may not do that with it.  To be asked before anything of the
+ * database is held: whoever holds something is waited for, however long its process stands still.
+ */
+bool head_admits(const char *name, enum db_access access);
+enum db_access rights_access(const struct rights *rights);
 /* May a transaction leave it with so many pages, when it has `now`?  What is too large already need not shrink. */
 bool head_has_room(const struct database *database, uint64_t pages, uint64_t now);
 /* A consistent copy of the rights. */

@@ -67,7 +67,7 @@ static int delete(const char *name)
 {
     struct database *database;
     char log[DB_NAME_MAX + 8];
-    int code = manage_claim(name, &database), status;
+    int code = head_admits(name, DB_ACCESS_OWNER) ? manage_claim(name, &database) : DB_E_DENIED, status;
 
     if (code)
         return code;
@@ -212,40 +212,18 @@ TM_ECALL(db_describe)
 
 /* ---- listing -------------------------------------------------------------------- */
 
-/* The head of a database that nobody has opened in this life. */
-static bool read_head(const char *name)
-{
-    struct record_file file = {.kind = FILE_MAIN};
-    bool found = false;
-    int status;
-
-    if (manage_claim(name, &file.database))
-        return false; /* somebody opens it, or makes it: it is there the next time */
-    if (!file.database->ready && !tm_file_open(name, TM_FILE_READ_ONLY, &file.handle)) {
-        status = head_read(&file);
-        found = !status || status == RECORD_FORMAT; /* its owner can delete it */
-        tm_file_close(file.handle);
-    }
-    database_drop(file.database, HOLDS_SETUP);
-    return found;
-}
-
 /* One that there is and that the caller may use. */
 static bool look(const char *name, struct db_listing *listing)
 {
-    struct database *database;
     struct rights rights;
-    bool known;
+    int status = head_rights_of(name, &rights);
 
-    if (database_find(name, &database))
+    if (status && status != RECORD_FORMAT) /* of an earlier format: its owner can delete it */
         return false;
-    known = database->ready || read_head(name);
-    head_rights(database, &rights);
     listing->owner = rights.owner;
-    listing->access = head_access(database);
+    listing->access = rights_access(&rights);
     memcpy(listing->name, name, strlen(name) + 1);
-    /* The struct may have become another name's meanwhile. */
-    return known && database_is(database, name) && listing->access != DB_ACCESS_NONE;
+    return listing->access != DB_ACCESS_NONE;
 }
 
 TM_ECALL(db_list)

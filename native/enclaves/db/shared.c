@@ -27,6 +27,11 @@ static struct database *find(const char *name)
     return database;
 }
 
+struct database *database_known(const char *name)
+{
+    return find(name);
+}
+
 bool database_is(const struct database *database, const char *name)
 {
     return !strcmp(database->name, name);

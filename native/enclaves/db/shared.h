@@ -97,6 +97,8 @@ struct database {
  */
 int database_find(const char *name, struct database **database);
 bool database_is(const struct database *database, const char *name);
+/* The one of that name, and nothing is made for it: NULL when there is none. */
+struct database *database_known(const char *name);
 /* Nothing is known of it any more, and its wal-index is empty: for who holds HOLDS_SETUP, with nobody else in it. */
 void database_wipe(struct database *database);
 const struct root *database_root(const struct database *database);

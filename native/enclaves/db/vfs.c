@@ -182,6 +182,8 @@ static int vfs_open(sqlite3_vfs *vfs, sqlite3_filename name, sqlite3_file *base,
     if (length > DB_NAME_MAX)
         return SQLITE_CANTOPEN;
     memcpy(plain, name, length);
+    if (main && !head_admits(plain, DB_ACCESS_READ))
+        return file_code(RECORD_DENIED, SQLITE_CANTOPEN);
     code = main ? come_in(plain, &database) : database_find(plain, &database) ? SQLITE_NOMEM : SQLITE_OK;
     if (code)
         return code;
