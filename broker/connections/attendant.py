@@ -333,6 +333,9 @@ class Attendant:
             or client.identity.pid in self._service.reclaimer.left_behind
         ):
             return None
+        if connection.brief:  # who comes, calls once and leaves would pay for a seat and not use it
+            connection.brief = False
+            return None
         if len(account.seats) >= _SEATS:  # first, as it may have been given something
             oldest = next(iter(account.seats))
             oldest.left = True

@@ -63,6 +63,8 @@ class Connection:
         self._unstarted: list[tuple[Any, ...]] = []
         self.passed_on = 0
         """Messages in a row that were none for the attendant."""
+        self.brief = False
+        """Whether it came for one grant, as far as can be told, and has not stayed after it."""
         self._waiting = 0
         self._turn: Turn | None = None
         """The user's turn while it is ours: who resumes may belong to another account afterwards."""
@@ -134,6 +136,7 @@ class Connection:
             self.outbox.send_held()
         except (errors.ProtocolError, errors.LimitReached, OSError) as error:
             return error
+        self.brief = bool(self.client.grants)
         return None
 
     def _receive(self) -> wire.Packet:

@@ -117,3 +117,21 @@ def test_a_client_that_asks_for_what_is_not_plain_is_answered_by_the_broker(
     seated(admin)
     client.fails("attach", "not-found", enclave="nothing", slots=1)
     assert given(admin) == 0
+
+
+def test_a_client_that_came_for_one_attach_is_seated_when_it_stays(
+    broker: Broker, vault_policy: Policy, connect: Connect
+) -> None:
+    there = broker(vault_policy())
+    admin, client = connect(there), connect(there, hello=False)
+    hello = client.post("hello", version=1, client="brief")
+    attach = client.post("attach", enclave="vault", slots=1)
+    client.reply(hello)
+    reply = client.reply(attach)
+    for passed in (0, 1):
+        drop_descriptors(client)
+        client.ok("detach", grant=reply["ok"]["grant"], clean=True)
+        if passed:
+            seated(admin)
+        reply = client.call("attach", enclave="vault", slots=1)
+        assert given(admin) == passed
