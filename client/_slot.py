@@ -166,10 +166,15 @@ class Slot:
         max_reply: int,
         check: Check | None,
     ) -> bytes:
-        if not self._busy.acquire(blocking=False):
+        if not self._busy.acquire(False):
             raise self._in_use()
+        enclave = self._enclave
         try:
-            handle = self._usable()
+            # What most calls do not need is not asked for: a child of fork is told by the C library.
+            if enclave.gone is None and self.revoked is None and self.broken is None:
+                handle = self._handle
+            else:
+                handle = self._usable()
             deadline = None if timeout is None else _MONOTONIC() + timeout
             # Both have to stay where they are until the call is over.
             data = payload if type(payload) is bytes else bytes(payload)
@@ -208,13 +213,15 @@ class Slot:
                 raise self._ended(name)
             if error:
                 raise self._refused(error, f"call {name!r}")
-            self._enclave._called()
+            enclave._called()
             if failed is not None:
                 raise failed
             length = call.out_length
+            if not length and not call.status:
+                return b""
             reply = bytes(ffi.buffer(self._out, min(length, max_reply)))
             if call.status:
-                raise status_error(call.status, self._enclave.name, name, length, reply)
+                raise status_error(call.status, enclave.name, name, length, reply)
             return reply
         finally:
             self._busy.release()

@@ -59,7 +59,10 @@ _SCM_MAX_FD = 253
 """So many the kernel lets through (include/net/scm.h).  There is room for all of them: what it has to cut
 off it closes itself, before the receive returns: that can take for ever (broker/connections/disposal.py)."""
 _ANCILLARY = socket.CMSG_SPACE(_SCM_MAX_FD * array.array("i").itemsize)
-_RECEIVE_FLAGS = socket.MSG_CMSG_CLOEXEC
+# Whole numbers: to combine those of Python's enumeration takes longer than the system call.
+_RECEIVE_FLAGS = int(socket.MSG_CMSG_CLOEXEC)
+_SEND_FLAGS = int(socket.MSG_NOSIGNAL)
+_CUT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
 
 
 class Packet(NamedTuple):
@@ -289,7 +292,7 @@ def _packet(
             numbers = array.array("i")
             numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
             fds += tuple(numbers)
-    if len(fds) > MAX_FDS or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+    if len(fds) > MAX_FDS or flags & _CUT:
         dispose(fds)
         if flags & socket.MSG_TRUNC:
             _refuse(f"more than {MAX_MESSAGE} bytes", MAX_MESSAGE)
@@ -313,7 +316,7 @@ def send(sock: socket.socket, data: bytes, fds: Iterable[int] = (), flags: int =
         socket's send buffer is smaller than the packet.
 
     """
-    sock.sendmsg([data], _rights(fds), socket.MSG_NOSIGNAL | flags)
+    sock.sendmsg([data], _rights(fds), _SEND_FLAGS | flags)
 
 
 def receive(
@@ -346,7 +349,7 @@ def receive(
 
 async def send_async(sock: trio.socket.SocketType, data: bytes, fds: Iterable[int] = ()) -> None:
     """:func:`send` on a trio socket: waits while the other side's buffer is full."""
-    await sock.sendmsg([data], _rights(fds), socket.MSG_NOSIGNAL)
+    await sock.sendmsg([data], _rights(fds), _SEND_FLAGS)
 
 
 async def receive_async(sock: trio.socket.SocketType) -> Packet:
