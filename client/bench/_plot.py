@@ -289,10 +289,14 @@ def _whole_ticks(axes: Any, line: Series) -> None:
 
 
 def _plain_numbers(axis: Any) -> None:
-    """10 and not 10¹."""
-    from matplotlib.ticker import FuncFormatter
+    """10 and not 10¹, with more of them where the axis has few powers; what was drawn says how many."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    low, high = axis.get_view_interval()
+    subs = tuple(range(1, 10)) if high < 8 * low else (1, 2, 5) if high < 1000 * low else (1,)
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _short(value: float) -> str:
