@@ -340,6 +340,17 @@ def test_floats_are_computed_as_everywhere_else(functions: Functions) -> None:
     assert functions.invoke("floats") == expected
 
 
+@pytest.mark.parametrize(
+    "operation", [0x9B, 0x9C, 0x9D, 0x9E, 0x9F], ids=["ceil", "floor", "trunc", "nearest", "sqrt"]
+)
+def test_a_signalling_nan_comes_out_quiet(functions: Functions, operation: int) -> None:
+    signalling = b"\x42" + wasm.sleb(0x7FF4_0000_0000_0001) + b"\xbf"
+    code = wasm.i32(0) + signalling + bytes([operation]) + wasm.F64_STORE
+    functions.deploy("floats", wasm.command(code + wasm.write(1, 0, 8)))
+    (bits,) = struct.unpack("<Q", functions.invoke("floats"))
+    assert bits & 0x7FF8_0000_0000_0000 == 0x7FF8_0000_0000_0000
+
+
 def test_an_exit_code_is_told_with_the_end_of_stderr(functions: Functions) -> None:
     functions.deploy("exits", wasm.printing(b"lost", errors=b"first line\nwhat was wrong\n", code=3))
     with pytest.raises(FunctionFailed, match="exit code 3: what was wrong") as caught:

@@ -12,9 +12,9 @@ What comes out depends on the sources and on rustc alone (`rustc -vV` of who wan
 say the same): not on folders, nor on how cargo is set up by the environment.
 
 The target is x86_64-unknown-linux-gnu, for its ready-made `core` and `alloc`: they compute floats with SSE2
-and pass them in registers, as System V's ABI has it.  (x86_64-unknown-none has soft floats.)  Nothing of
-Linux or libc is linked; the code is position independent, and chooses nothing at run time by what the
-processor has, since CPUID does not exist in an enclave.
+and pass them in registers, as System V's ABI has it; what is compiled here may use SSE4.1, as the SDK may.
+(x86_64-unknown-none has soft floats.)  Nothing of Linux or libc is linked; the code is position independent,
+and chooses nothing at run time by what the processor has, since CPUID does not exist in an enclave.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from pathlib import Path
 
 CRATE = Path(__file__).resolve().parent / "engine"
 TARGET = "x86_64-unknown-linux-gnu"
-FLAGS = "-C relocation-model=pic -C target-cpu=x86-64 -C force-unwind-tables=no"
+FEATURES = "-C target-cpu=x86-64 -C target-feature=+sse3,+ssse3,+sse4.1"
+FLAGS = f"-C relocation-model=pic {FEATURES} -C force-unwind-tables=no"
 # The curve by integers alone: its other backends ask the processor, by CPUID, what it has.
 FLAGS += ' --cfg curve25519_dalek_backend="serial"'
 NAME = "libteemate_functions.a"
@@ -62,7 +63,7 @@ def _cargo() -> tuple[str, bytes]:
 
 
 def _sources() -> list[Path]:
-    return [CRATE / "Cargo.toml", CRATE / "Cargo.lock", *sorted((CRATE / "src").glob("*.rs"))]
+    return [CRATE / "Cargo.toml", CRATE / "Cargo.lock", *sorted(CRATE.glob("*/*.*"))]
 
 
 def _environment() -> dict[str, str]:
