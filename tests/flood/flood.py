@@ -37,6 +37,7 @@ for _folder in ("", "broker"):
 
 from hostile import Lingering, send_with  # noqa: E402
 from images import Images  # noqa: E402
+from other_users import burner, child, cpu_time, p99, together  # noqa: E402
 from raw_client import RawClient  # noqa: E402
 from running_broker import RunningBroker, run_broker  # noqa: E402
 
@@ -233,54 +234,16 @@ ATTACKS: dict[str, Attack] = {
 # ---- running them -------------------------------------------------------------------
 
 
-def _child(work: Callable[[], dict[str, Any]], uid: int) -> tuple[int, int]:
-    """Run `work` in a process of the user; returns its pid, and where its result can be read."""
-    ours, theirs = os.pipe()
-    pid = os.fork()
-    if pid:
-        os.close(theirs)
-        return pid, ours
-    try:
-        os.close(ours)
-        os.setgroups([])
-        os.setresgid(uid, uid, uid)
-        os.setresuid(uid, uid, uid)
-        with os.fdopen(theirs, "w") as out:
-            json.dump(work(), out)
-    except BaseException as failure:
-        print(f"attacker: {failure!r}", file=sys.stderr)
-    finally:
-        os._exit(0)
-
-
-def _cpu() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
 def _attacker(attack: Attack, path: str, seconds: float) -> dict[str, Any]:
     signal.alarm(int(seconds) + 20)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
     end = time.monotonic() + seconds
     seen: Counter[str] = Counter()
-    before = _cpu()
+    before = cpu_time()
     while time.monotonic() < end:
         with contextlib.suppress(OSError):
             attack(path, lambda: time.monotonic() < end, seen)
-    return {"cpu": _cpu() - before, "seen": seen}
-
-
-def _burner(cpu: float, seconds: float) -> dict[str, Any]:
-    """As much CPU as an attacker had, evenly over the time."""
-    signal.alarm(int(seconds) + 20)
-    started, before = time.monotonic(), _cpu()
-    while (elapsed := time.monotonic() - started) < seconds:
-        if _cpu() - before < cpu * elapsed / seconds:
-            for _ in range(2000):
-                pass
-        else:
-            time.sleep(0.0005)
-    return {"cpu": _cpu() - before, "seen": {}}
+    return {"cpu": cpu_time() - before, "seen": seen}
 
 
 def _waited(pid: int) -> float:
@@ -317,19 +280,8 @@ def _victim(path: str, seconds: float) -> dict[str, Any]:
 
 
 def _together(running: list[tuple[int, int]]) -> list[dict[str, Any]]:
-    results = []
-    for pid, out in running:
-        with os.fdopen(out) as file:
-            text = file.read()
-        os.waitpid(pid, 0)
-        ended: dict[str, Any] = {"cpu": 0.0, "seen": {}, "times": [], "failures": ["ended"], "waited": 0.0}
-        results.append(json.loads(text) if text else ended)
-    return results
-
-
-def p99(times: list[float]) -> float:
-    ordered = sorted(times)
-    return ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)] if ordered else float("inf")
+    ended: dict[str, Any] = {"cpu": 0.0, "seen": {}, "times": [], "failures": ["ended"], "waited": 0.0}
+    return [result or ended for result in together(running)]
 
 
 def rss(pid: int) -> int:
@@ -366,7 +318,7 @@ class _Slices:
     ) -> list[dict[str, Any]]:
         """Have the victim attach beside `others`; returns what came of it and of them."""
         cpu, waited = _cpu_of(broker), _waited(broker)
-        victim, *results = _together([_child(lambda: _victim(path, length), VICTIM), *others])
+        victim, *results = _together([child(lambda: _victim(path, length), VICTIM), *others])
         self.times += victim["times"]
         self.victim_waited += victim["waited"]
         self.cpu += sum(result["cpu"] for result in results)
@@ -388,7 +340,7 @@ def measure(running: RunningBroker, name: str, seconds: float, attackers: int) -
     """One attack and its control runs, a slice of each after the other."""
     path, broker = running.socket, running.pid
     admin = RawClient(path, name="flood")
-    _together([_child(lambda: _victim(path, 0.5), VICTIM)])  # warm
+    _together([child(lambda: _victim(path, 0.5), VICTIM)])  # warm
     before_rss, before_fds = rss(broker), len(os.listdir(f"/proc/{broker}/fd"))
     slices = max(1, round(seconds / SLICE))
     length = seconds / slices
@@ -398,13 +350,13 @@ def measure(running: RunningBroker, name: str, seconds: float, attackers: int) -
 
     def burners(shares: list[float]) -> list[tuple[int, int]]:
         return [
-            _child(lambda cpu=share: _burner(cpu, length), FIRST_ATTACKER + number)  # type: ignore[misc]
+            child(lambda cpu=share: burner(cpu, length), FIRST_ATTACKER + number)  # type: ignore[misc]
             for number, share in enumerate(shares)
         ]
 
     for done in range(1, slices + 1):
         under = [
-            _child(lambda: _attacker(ATTACKS[name], path, length), FIRST_ATTACKER + number)
+            child(lambda: _attacker(ATTACKS[name], path, length), FIRST_ATTACKER + number)
             for number in range(attackers)
         ]
         victim, *results = attack.run(broker, path, length, under)

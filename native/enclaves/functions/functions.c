@@ -76,6 +76,11 @@ static bool is_ready(uint64_t version)
     return slot_warm(slot_self(), version) != NULL;
 }
 
+#ifdef TM_TEST_ONE_AT_A_TIME
+/* Test build: who invokes waits for whoever does. */
+static struct tm_mutex running;
+#endif
+
 static int run_module(void *argument)
 {
     struct invocation *it = argument;
@@ -91,7 +96,13 @@ static int run_module(void *argument)
             return FN_CRASHED; /* it could be when it was deployed */
         slot_keep(slot, it->function.version, it->prepared);
     }
+#ifdef TM_TEST_ONE_AT_A_TIME
+    tm_assert(!tm_lock(&running));
+#endif
     engine_run(it->prepared, &it->run);
+#ifdef TM_TEST_ONE_AT_A_TIME
+    tm_unlock(&running);
+#endif
     return 0;
 }
 
