@@ -1,11 +1,13 @@
 """Modules that were changed at random are refused, or run within their limits: nothing worse comes of them.
 
-A thousand in a plain run.  ``--full`` tries a hundred thousand; the campaign is
-``python tests/functions/test_mutated_modules.py 1000000 SEED``, which any number of processes may share.
+A thousand in a plain run.  ``--full`` tries a hundred thousand; the campaign, which CI has a minute of, is
+``python tests/functions/test_mutated_modules.py --modules 1000000 --seed SEED``.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import random
 import sys
 import time
@@ -103,8 +105,8 @@ def attempt(functions: Functions, module: bytes) -> str:
     return "ran"
 
 
-def campaign(count: int, seed: int, report: float = 0) -> Counter[str]:
-    """Try `count` modules; each thousand an unchanged one has to work, and nothing may have been left."""
+def campaign(count: int, seed: int, seconds: float = float("inf"), *, report: bool = False) -> Counter[str]:
+    """Try `count` modules, or for so long; each thousand an unchanged one works, and nothing was left."""
     image = functions_image()
     source = random.Random(seed)
     modules = corpus()
@@ -114,6 +116,8 @@ def campaign(count: int, seed: int, report: float = 0) -> Counter[str]:
         functions = Functions.of(enclave)
         heap = 0
         for number in range(count):
+            if time.monotonic() - begin > seconds:
+                break
             module = mutated(source, modules)
             try:
                 ends[attempt(functions, module)] += 1
@@ -129,10 +133,8 @@ def campaign(count: int, seed: int, report: float = 0) -> Counter[str]:
                 assert not heap or used < heap + (16 << 20)
                 heap = heap or used
                 if report:
-                    print(
-                        f"{number + 1} {dict(ends)} {(number + 1) / (time.monotonic() - begin):.0f}/s",
-                        flush=True,
-                    )
+                    rate = (number + 1) / (time.monotonic() - begin)
+                    print(f"{number + 1} {dict(ends)} {rate:.0f}/s", file=sys.stderr)
     return ends
 
 
@@ -144,5 +146,16 @@ def test_whatever_is_changed_in_a_module_ends_well(request: pytest.FixtureReques
     assert ends["ran"] > count // 50
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--modules", type=int, default=1_000_000)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--report", action="store_true", help="tell of every thousand")
+    options = parser.parse_args()
+    ends = campaign(options.modules, options.seed, options.seconds, report=options.report)
+    print(json.dumps({"seed": options.seed, "modules": ends.total(), **ends}))
+
+
 if __name__ == "__main__":
-    print(campaign(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1, report=1))
+    main()
