@@ -37,10 +37,12 @@ PLACES = {
         "the log's head": 12 + 8,
         "the log's nonce": 1,
         "the log's tag": 12 + 32 + 3,
+        "the log's number of the head": 12 + 32 + 16,
         "a frame's nonce": LOG_HEAD + FRAME,
         "a frame's head": LOG_HEAD + FRAME + 12 + 4,
         "a frame's page": LOG_HEAD + FRAME + 12 + 24 + 99,
-        "a frame's tag": LOG_HEAD + 2 * FRAME - 2,
+        "a frame's tag": LOG_HEAD + 2 * FRAME - 8 - 2,
+        "a frame's number of the head": LOG_HEAD + 2 * FRAME - 8,
     },
 }
 
@@ -132,6 +134,101 @@ def test_pages_that_were_swapped_are_found(connect: Connect, storage: Path) -> N
     db.slot.call("db_close")
     path.write_bytes(data)
     assert ask(reading(db.slot))[0] == 200
+
+
+# What lies where in the newer one of a root's two places (root.h); its chunk of tags comes after both.
+ROOT = {
+    "nonce": 1,
+    "sealed head": 12 + 8,
+    "tag": 12 + 80 + 5,
+}
+
+
+@pytest.mark.parametrize("place", [*ROOT, "a page's tag in it", "the chunk's nonce"])
+def test_a_changed_byte_of_the_root_is_found_in_the_next_life(life: Life, storage: Path, place: str) -> None:
+    path = storage / "accounts-root"
+    with life() as enclave, enclave.slot() as slot:
+        db = Connection(slot, "accounts")
+        fill(db, 200)
+        db.sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        before = path.read_bytes()
+        db.sql("UPDATE t SET v = v || 'more'")
+        db.sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        db.close()
+    after = path.read_bytes()
+    newer = 0 if before[:HEAD] != after[:HEAD] else HEAD
+    assert before[newer : newer + HEAD] != after[newer : newer + HEAD]
+    if place in ROOT:
+        flip(path, newer + ROOT[place])
+    else:  # where the two chunks of the two roots differ
+        chunk = next(n for n in range(2 * HEAD, len(after)) if before[n : n + 1] != after[n : n + 1])
+        flip(path, chunk + (40 if "page" in place else 0))
+    assert path.read_bytes() != after
+    with life() as enclave, enclave.slot() as slot:
+        detects(partial(Connection, slot, "accounts"))
+    path.write_bytes(after)
+    with life() as enclave, enclave.slot() as slot:
+        assert ask(Connection(slot, "accounts"))[0] == 200
+
+
+def test_frames_of_the_log_that_were_swapped_are_found(life: Life, storage: Path) -> None:
+    path = storage / "accounts-wal"
+    with life() as enclave, enclave.slot() as slot:
+        db = Connection(slot, "accounts")
+        fill(db, 200)
+        db.sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        for state in "abc":  # each in frames of the same pages
+            db.sql("UPDATE t SET v = ? WHERE id < 100", state)
+        db.close()
+        right = path.read_bytes()
+        frames = (len(right) - LOG_HEAD) // FRAME
+        swapped = bytearray(right)
+        for number in range(frames // 2):
+            one, two = (
+                slice(LOG_HEAD + n * FRAME, LOG_HEAD + (n + 1) * FRAME) for n in (number, frames - 1 - number)
+            )
+            swapped[one], swapped[two] = right[two], right[one]
+        path.write_bytes(swapped)
+        detects(lambda: reading(slot))
+        slot.call("db_close")
+        path.write_bytes(right)
+        assert ask(reading(slot))[0] == 200
+    one, two = (slice(LOG_HEAD + n * FRAME, LOG_HEAD + (n + 1) * FRAME) for n in (0, 1))
+    swapped = bytearray(right)
+    swapped[one], swapped[two] = right[two], right[one]
+    path.write_bytes(swapped)
+    with life() as enclave, enclave.slot() as slot:
+        detects(partial(Connection, slot, "accounts"))
+
+
+@pytest.mark.parametrize("what", ["a page", "a frame", "all files"])
+def test_what_is_of_another_database_is_found(life: Life, storage: Path, what: str) -> None:
+    with life() as enclave, enclave.slot() as slot:
+        for name in ("accounts", "salaries"):
+            db = Connection(slot, name)
+            fill(db, 200)
+            db.sql("PRAGMA wal_checkpoint(TRUNCATE)")
+            for _ in range(3):
+                db.sql("UPDATE t SET v = v || 'more' WHERE id < 100")
+            db.close()
+        name = "accounts-wal" if what == "a frame" else "accounts"
+        ours = (storage / name).read_bytes()
+        theirs = (storage / name.replace("accounts", "salaries")).read_bytes()
+        # In this life what is read of it, a frame of the last transaction; in the next one any but that.
+        frames = (len(ours) - LOG_HEAD) // FRAME
+        last = HEAD + ((len(ours) - HEAD) // PAGE - 1) * PAGE
+        places = [LOG_HEAD + (frames - 1) * FRAME, LOG_HEAD + FRAME] if what == "a frame" else [last, last]
+        length = FRAME if what == "a frame" else PAGE
+        for at in places if what != "all files" else ():
+            (storage / name).write_bytes(ours[:at] + theirs[at : at + length] + ours[at + length :])
+            if at == places[0]:
+                detects(lambda: reading(slot))
+                slot.call("db_close")
+    if what == "all files":
+        for suffix in ("", "-wal", "-root"):
+            (storage / f"accounts{suffix}").write_bytes((storage / f"salaries{suffix}").read_bytes())
+    with life() as enclave, enclave.slot() as slot:
+        detects(partial(Connection, slot, "accounts"))
 
 
 def test_a_database_under_anothers_name_is_found(life: Life, storage: Path) -> None:
