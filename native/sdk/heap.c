@@ -7,6 +7,7 @@
 #include "heap.h"
 
 #define EXACT_LOOKS 8u
+#define AROUND 16384u /* a part of the 64 KiB that Linux takes, since nothing says where these begin */
 
 struct heap heap;
 
@@ -134,6 +135,18 @@ int heap_lock(void)
     return status;
 }
 
+/*
+ * Make zeroes of it.  One read in each stretch first: of a page that is read, Linux maps what lies around it too, of one
+ * that is written it does not (mm/memory.c, do_fault_around), and in a process that has just attached every page
+ * is a fault.
+ */
+static void clear(uint8_t *start, size_t size)
+{
+    for (size_t at = 0; size >= AROUND && at < size; at += AROUND)
+        (void)*(volatile uint8_t *)(start + at);
+    memset(start, 0, size);
+}
+
 int tm_try_alloc(size_t length, void **result)
 {
     struct free_block *found;
@@ -176,7 +189,7 @@ int tm_try_alloc(size_t length, void **result)
     owned_enter(&txn, &found->block);
     tm_txn_commit(&txn);
     tm_unlock(&heap.mutex);
-    memset(&found->block + 1, 0, size - sizeof(struct block));
+    clear((uint8_t *)(&found->block + 1), size - sizeof(struct block));
     *result = &found->block + 1;
     return 0;
 }
