@@ -116,7 +116,8 @@ class GrantedEnclave(Enclave):
             if free < count:
                 raise Busy(f"{self.name}: {count} slots to release, but only {free} of this grant are free")
             never_opened = [self._unopened.pop() for _ in range(min(count, len(self._unopened)))]
-            opened = [self._free.pop() for _ in range(count - len(never_opened))]
+            # Those that were not used for the longest time: the others are warm.
+            opened = [self._free.pop(0) for _ in range(count - len(never_opened))]
         results = [slot._close() for slot in opened]
         numbers = [slot.slot for slot in never_opened] + [slot.index for slot in opened]
         if numbers:

@@ -27,6 +27,8 @@ _CLOCK = 2.0
 the slot."""
 
 _SLICE = 0.05
+_IDLE = 30.0
+"""Seconds after which a slot that no call has needed goes back to the broker."""
 
 
 class Functions:
@@ -38,14 +40,22 @@ class Functions:
     def __init__(self, attach: Callable[[Check | None], Enclave]) -> None:
         self._attach = attach
         self._lock = threading.Lock()
+        self._using = threading.Lock()
         self._enclave: Enclave | None = None
+        self._gives_back = True
+        self._inside = 0
+        self._needed: dict[int, float] = {}
+        """When so many calls were last under way at once."""
+        self._looked = time.monotonic()
         self._output: dict[str, int] = {}
         """Of functions that may write more than is usual."""
 
     @classmethod
     def of(cls, enclave: Enclave) -> Functions:
         """Return the functions of an enclave that is attached already, or private; it stays the caller's."""
-        return cls(lambda _: enclave)
+        functions = cls(lambda _: enclave)
+        functions._gives_back = False
+        return functions
 
     def deploy(
         self,
@@ -161,6 +171,14 @@ class Functions:
     def clear_keys(self) -> None:
         """Delete all that this user's functions have put; it outlives them otherwise."""
         self._clear_keys(None)
+
+    def give_back(self, idle: float = _IDLE) -> int:
+        """Give slots back to the broker that no call has needed for `idle` seconds; return how many.
+
+        Calls do so by themselves now and then; who makes none for long may want to.  Of an enclave that was
+        attached by others (:meth:`of`) none is given back.
+        """
+        return self._release(idle, None)
 
     # ---- the same with `check`, which is called while something is waited for -------------------
 
@@ -278,10 +296,38 @@ class Functions:
         ocalls: Mapping[str, OcallHandler] | None = None,
     ) -> bytes:
         enclave, slot = self._take(timeout, check)
+        self._count(1)
         try:
             return _told(name, slot, ecall, request, room, check, timeout, ocalls)
         finally:
             enclave._give_back(slot)
+            self._count(-1)
+            if time.monotonic() - self._looked > _IDLE:
+                self._release(_IDLE, check)
+
+    def _count(self, more: int) -> None:
+        with self._using:
+            self._needed[self._inside] = time.monotonic()
+            self._inside += more
+            self._needed[self._inside] = time.monotonic()
+
+    def _release(self, idle: float, check: Check | None) -> int:
+        enclave = self._enclave
+        now = self._looked = time.monotonic()
+        if not self._gives_back or not isinstance(enclave, GrantedEnclave) or enclave.gone is not None:
+            return 0
+        with self._using:
+            needed = max((count for count, when in self._needed.items() if when + idle > now), default=0)
+            needed = max(needed, self._inside)
+        statistics = enclave.statistics()
+        excess = min(statistics.slots - needed, statistics.free)
+        if excess <= 0:
+            return 0
+        try:
+            enclave._release(excess, check)
+        except Busy:  # taken meanwhile: they are needed
+            return 0
+        return excess
 
     def _take(self, timeout: float | None, check: Check | None) -> tuple[Enclave, Slot]:
         """Return a free slot; the one that was given back last, which has modules ready."""

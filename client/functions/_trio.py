@@ -111,6 +111,10 @@ class AsyncFunctions:
         """See :meth:`Functions.clear_keys`."""
         await self._run(lambda: self.sync._clear_keys(trio.from_thread.check_cancelled))
 
+    async def give_back(self, idle: float) -> int:
+        """See :meth:`Functions.give_back`."""
+        return await self._run(lambda: self.sync._release(idle, trio.from_thread.check_cancelled))
+
     async def usage(self) -> FunctionUsage:
         """See :meth:`Functions.usage`."""
         return await self._run(lambda: self.sync._usage(trio.from_thread.check_cancelled))

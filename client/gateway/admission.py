@@ -1,13 +1,12 @@
 """Who may run now, who waits, and who is turned away.
 
 A request takes a *place* before its body is read, so the bodies in memory are bounded, and a *slot* when
-it is there, so who sends slowly keeps none from running.  Slots are given in the order in which they are
-asked for.
+it is there, so who sends slowly keeps none from running.  Places are all workers' (places.py), slots each
+worker's own; these are given in the order in which they are asked for.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -15,15 +14,9 @@ from typing import final
 
 import trio
 
-__all__ = ["Admission", "AdmissionStatistics", "FunctionBusyError", "QueueFullError"]
+from .places import Places
 
-
-class QueueFullError(Exception):
-    """Every slot is taken, and as many wait as may."""
-
-
-class FunctionBusyError(Exception):
-    """The function has as many requests as it may have."""
+__all__ = ["Admission", "AdmissionStatistics"]
 
 
 @final
@@ -39,33 +32,27 @@ class AdmissionStatistics:
 
 @final
 class Admission:
-    """Places and slots of one worker."""
+    """Slots of one worker, and its part of the places; a function may have `concurrency` of these."""
 
-    def __init__(self, *, slots: int, queue: int, concurrency: int) -> None:
+    def __init__(self, *, slots: int, queue: int, concurrency: int, places: Places) -> None:
         self._slots = slots
         self._queue = queue
         self._concurrency = concurrency
         self._limiter = trio.Semaphore(slots, max_value=slots)
-        self._functions: Counter[str] = Counter()
-        self._places = 0
+        self._places = places
+        self._placed = 0
         self._running = 0
 
     @contextmanager
     def place(self, function: str) -> Generator[None, None, None]:
-        """Hold a place; raises :class:`FunctionBusyError` or :class:`QueueFullError` at once."""
-        if self._functions[function] >= self._concurrency:
-            raise FunctionBusyError
-        if self._places >= self._slots + self._queue:
-            raise QueueFullError
-        self._places += 1
-        self._functions[function] += 1
+        """Hold a place, or raise at once what :meth:`Places.take` does."""
+        place = self._places.take(function, self._concurrency)
+        self._placed += 1
         try:
             yield
         finally:
-            self._places -= 1
-            self._functions[function] -= 1
-            if not self._functions[function]:
-                del self._functions[function]  # names are the clients' choice
+            self._placed -= 1
+            self._places.give(place)
 
     @asynccontextmanager
     async def slot(self) -> AsyncGenerator[None, None]:
@@ -83,5 +70,5 @@ class Admission:
             slots=self._slots,
             queue=self._queue,
             running=self._running,
-            waiting=self._places - self._running,
+            waiting=self._placed - self._running,
         )

@@ -15,7 +15,7 @@ from structlog.typing import FilteringBoundLogger
 
 from ..errors import Error
 from ..functions._wire import PAYLOAD_MAX
-from .admission import Admission, FunctionBusyError, QueueFullError
+from .admission import Admission
 from .answers import Answer, Refused, of_error, problem
 from .body import PIECE, Body, Gone, Message, Receive, too_large
 from .openapi import (
@@ -27,6 +27,7 @@ from .openapi import (
     TIMEOUT_PATTERN,
     openapi_json,
 )
+from .places import FunctionBusyError, Places, QueueFullError
 from .settings import Settings
 from .streaming import BrokenOffError, Functions, Streamed, stream
 
@@ -52,7 +53,10 @@ _LOOPBACK = (b"localhost", b"127.0.0.1", b"::1")
 
 @final
 class Gateway:
-    """Answers requests; `ping` raises or returns when the broker answers."""
+    """Answers requests; `ping` raises or returns when the broker answers.
+
+    Without `places` it is the only worker.
+    """
 
     def __init__(
         self,
@@ -62,6 +66,7 @@ class Gateway:
         *,
         ping: Callable[[], Awaitable[None]],
         loopback: bool = False,
+        places: Places | None = None,
     ) -> None:
         self._functions = functions
         self._settings = settings
@@ -71,7 +76,10 @@ class Gateway:
         self._document = openapi_json(settings)
         self._max_body = min(settings.max_body, PAYLOAD_MAX)
         self.admission = Admission(
-            slots=settings.slots, queue=settings.queue, concurrency=settings.concurrency
+            slots=settings.slots,
+            queue=settings.queue,
+            concurrency=settings.concurrency,
+            places=Places.alone(settings.places) if places is None else places,
         )
         self.draining = False
 

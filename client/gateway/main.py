@@ -62,11 +62,11 @@ class _ModeType(_IntType):
 )
 @click.option(
     "--concurrency", type=_AT_LEAST_1, default=None,
-    help="Requests under way for one function, a worker; more get 429. Default: as many as slots and queue.",
+    help="Requests under way for one function; more get 429. Default: as many as all slots and the queue.",
 )  # fmt: skip
 @click.option(
     "--queue", type=click.IntRange(0), default=_DEFAULT.queue, show_default=True,
-    help="Requests that may wait for a slot, a worker; more get 503.",
+    help="Requests that may wait for a slot; more get 503.",
 )  # fmt: skip
 @click.option(
     "--max-body", type=SIZE, default="8M", show_default=True, help="A request's body; more gets 413."
@@ -78,6 +78,10 @@ class _ModeType(_IntType):
 @click.option(
     "--max-timeout", type=_SECONDS, default=_DEFAULT.max_timeout, show_default=True,
     help="Longest deadline that a request may name.",
+)  # fmt: skip
+@click.option(
+    "--idle", type=_SECONDS, default=_DEFAULT.idle, show_default=True,
+    help="Slots that are not needed for so long go back to the broker, in seconds.",
 )  # fmt: skip
 @click.option(
     "--grace", type=_SECONDS, default=_DEFAULT.grace, show_default=True,
@@ -101,6 +105,7 @@ def main(
     max_body: int,
     timeout: float,
     max_timeout: float,
+    idle: float,
     grace: float,
     broker: str | None,
     enclave: str,
@@ -118,12 +123,14 @@ def main(
         settings = Settings(
             broker=broker,
             enclave=enclave,
+            workers=workers,
             slots=slots,
-            concurrency=concurrency or slots + queue,
+            concurrency=concurrency or workers * slots + queue,
             queue=queue,
             max_body=max_body,
             timeout=timeout,
             max_timeout=max_timeout,
+            idle=idle,
             grace=grace,
         )
         with contextlib.ExitStack() as cleanup:
@@ -139,7 +146,7 @@ def main(
             signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the supervisor hears them
             for number in ENDING:  # what holds again when trio's receiver is gone
                 signal.signal(number, lambda *_: None)  # SIG_IGN would drop what is blocked
-            trio.run(Supervisor(settings, listeners, workers, log, log_format).run)
+            trio.run(Supervisor(settings, listeners, log, log_format).run)
     except GatewayError as error:
         raise click.ClickException(str(error)) from error
     sys.exit(0)

@@ -17,30 +17,34 @@ class GatewayError(Exception):
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Sizes are in bytes and times in seconds; counts are each worker's."""
+    """Sizes are in bytes and times in seconds."""
 
     broker: str | None = None
     """The broker's socket; None: as :func:`teemate.connect` finds it."""
     enclave: str = "functions"
     """Which enclave has the functions."""
+    workers: int = 1
+    """How many processes serve."""
     slots: int = 4
     """How many functions a worker runs at once: each takes a slot of the enclave."""
     concurrency: int = 36
-    """How many requests, running and waiting, may be for the same function."""
+    """How many requests, running and waiting, may be for the same function, whichever worker has them."""
     queue: int = 32
-    """How many requests may wait for a slot beside those that run."""
+    """How many requests may wait for a slot, in all workers, beside those that run."""
     max_body: int = 8 << 20
     """How large a request's body may be; functions take 16 MiB at most."""
     timeout: float = 10.0
     """A request's deadline when it names none."""
     max_timeout: float = 60.0
     """The longest deadline that a request may name."""
+    idle: float = 30.0
+    """A slot that was not needed for so long goes back to the broker."""
     grace: float = 30.0
     """How long requests that are under way may take when the gateway stops."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
-        for name in ("slots", "concurrency"):
+        for name in ("workers", "slots", "concurrency"):
             if getattr(self, name) < 1:
                 raise GatewayError(f"{name} is {getattr(self, name)}: at least 1 is needed")
         if self.queue < 0 or self.max_body < 0:
@@ -49,8 +53,14 @@ class Settings:
             raise GatewayError(
                 f"the timeout is more than 0 s, and at most {self.max_timeout:g} s (--max-timeout)"
             )
-        if self.grace <= 0:
-            raise GatewayError("the grace is more than 0 s")
+        for name in ("grace", "idle"):
+            if getattr(self, name) <= 0:
+                raise GatewayError(f"the {name} is more than 0 s")
+
+    @property
+    def places(self) -> int:
+        """How many requests may be there at once."""
+        return self.workers * self.slots + self.queue
 
     def to_json(self) -> str:
         """For a worker's command line."""

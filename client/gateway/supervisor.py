@@ -19,6 +19,8 @@ from typing import final
 import trio
 from structlog.typing import FilteringBoundLogger
 
+from . import places
+from .places import Places
 from .settings import Settings
 from .worker import READY
 
@@ -46,19 +48,20 @@ class SupervisorStatistics:
 
 @final
 class Supervisor:
-    """Runs `count` workers on `listeners`, which stay the caller's."""
+    """Runs as many workers as `settings` says on `listeners`, which stay the caller's."""
 
     def __init__(
         self,
         settings: Settings,
         listeners: Sequence[socket.socket],
-        count: int,
         log: FilteringBoundLogger,
         log_format: str,
     ) -> None:
         self._settings = settings
         self._listeners = listeners
-        self._count = count
+        self._count = settings.workers
+        self._memory = places.create(self._count, settings.places)
+        self._places = Places(self._memory, workers=self._count, count=settings.places, number=0)
         self._log = log
         self._log_format = log_format
         self._running: dict[int, subprocess.Popen[bytes]] = {}
@@ -139,10 +142,10 @@ class Supervisor:
                     [
                         *WORKER,
                         "--settings", self._settings.to_json(), "--control", str(theirs.fileno()),
-                        "--listeners", ",".join(map(str, descriptors)),
+                        "--listeners", ",".join(map(str, descriptors)), "--places", str(self._memory),
                         "--log-format", self._log_format, "--number", str(number),
                     ],
-                    pass_fds=[theirs.fileno(), *descriptors],
+                    pass_fds=[theirs.fileno(), self._memory, *descriptors],
                     stdin=subprocess.DEVNULL,
                 )  # fmt: skip
             self._starts += 1
@@ -163,6 +166,7 @@ class Supervisor:
                 if process.poll() is None:
                     process.kill()
                     process.wait()
+                self._places.clear(number)
 
     async def _await_ready(self, number: int, pid: int, control: socket.socket) -> None:
         control.setblocking(False)

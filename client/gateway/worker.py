@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -18,10 +19,12 @@ from hypercorn.trio import serve
 from structlog.typing import FilteringBoundLogger
 
 import teemate
+from teemate.functions._trio import AsyncFunctions
 
 from .app import Functions, Gateway
 from .connection import use_connections
 from .log import configure_log
+from .places import Places
 from .settings import Settings
 
 __all__ = ["READY", "main"]
@@ -32,7 +35,11 @@ Ping = Callable[[], Awaitable[None]]
 
 
 async def _serve(
-    settings: Settings, listeners: list[int], control: socket.socket, log: FilteringBoundLogger
+    settings: Settings,
+    listeners: list[int],
+    control: socket.socket,
+    places: Places,
+    log: FilteringBoundLogger,
 ) -> None:
     config = Config()
     config.bind = [f"fd://{fd}" for fd in listeners]
@@ -45,7 +52,8 @@ async def _serve(
     use_connections(log)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with open_functions(settings) as (functions, ping):
-            gateway = Gateway(functions, settings, log, ping=ping, loopback=any(map(_is_tcp, listeners)))
+            loopback = any(map(_is_tcp, listeners))
+            gateway = Gateway(functions, settings, log, ping=ping, loopback=loopback, places=places)
             stop = trio.Event()
 
             async def trigger() -> None:
@@ -73,8 +81,22 @@ async def _serve(
 @asynccontextmanager
 async def open_functions(settings: Settings) -> AsyncGenerator[tuple[Functions, Ping], None]:
     """Connect to the broker for as long as the block runs."""
-    async with teemate.open_broker(settings.broker, client="gateway") as broker:
-        yield broker.functions_of(settings.enclave), broker.ping
+    async with (
+        teemate.open_broker(settings.broker, client="gateway") as broker,
+        trio.open_nursery() as nursery,
+    ):
+        functions = broker.functions_of(settings.enclave)
+        nursery.start_soon(_give_back, functions, settings.idle)
+        yield functions, broker.ping
+        nursery.cancel_scope.cancel()
+
+
+async def _give_back(functions: AsyncFunctions, idle: float) -> None:
+    """Have the broker get slots again that are not needed."""
+    while True:
+        await trio.sleep(idle / 2)
+        with contextlib.suppress(teemate.Error):  # whoever invokes next hears of it
+            await functions.give_back(idle)
 
 
 def _is_tcp(fd: int) -> bool:
@@ -88,14 +110,18 @@ def main() -> None:
     parser.add_argument("--settings", required=True)
     parser.add_argument("--control", type=int, required=True)
     parser.add_argument("--listeners", required=True)
+    parser.add_argument("--places", type=int, required=True)
     parser.add_argument("--log-format", required=True)
     parser.add_argument("--number", type=int, required=True)
     given = parser.parse_args()
     log = configure_log(given.log_format, worker=given.number, pid=os.getpid())
     listeners = [int(fd) for fd in given.listeners.split(",")]
     control = socket.socket(fileno=given.control)
+    settings = Settings.from_json(given.settings)
+    places = Places(given.places, workers=settings.workers, count=settings.places, number=given.number)
+    os.close(given.places)
     try:
-        trio.run(_serve, Settings.from_json(given.settings), listeners, control, log)
+        trio.run(_serve, settings, listeners, control, places, log)
     except* teemate.Error as group:
         for error in group.exceptions:
             log.error("ended", reason=str(error))  # noqa: TRY400 - what it says is all there is to know

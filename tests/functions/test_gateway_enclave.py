@@ -7,15 +7,15 @@ import importlib.util
 import os
 import random
 import signal
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from gateway_kills import campaign, check
 from processes import wait_until
 from running_broker import RunningBroker
 from running_functions import free_slots, module, run_functions
-from running_gateway import CUT, Killer, RunningGateway, run_gateway
+from running_gateway import RunningGateway, run_gateway
 
 import teemate
 from teemate import wasm
@@ -105,36 +105,12 @@ def test_a_client_that_leaves_ends_its_function(running: RunningBroker, tmp_path
 
 
 def test_every_invocation_is_answered_once_or_its_connection_closed_while_workers_are_killed(
-    running: RunningBroker, request: pytest.FixtureRequest
+    request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """And nothing stays behind: no slot, and no block of the enclave's heap."""
-    requests = 2_000 if request.config.getoption("--full") else 60
-    kills, names = max(2, requests // 50), ("sha256", "json")
-    chance, outcomes = random.Random(31), Counter[str]()
-    total = free_slots(running)[1]
-    wait_until(lambda: free_slots(running)[0] >= total - 8, "other tests' slots are back")
-    with run_gateway(*OPTIONS, broker=running.socket) as gateway:
-        killer = Killer(gateway, workers=2, kills=kills)
-        sent = 0
-        while sent < requests * len(names) or killer.is_alive():
-            sent += 1
-            text = b"%d" % sent * chance.randrange(1, 500)
-            name = names[sent % 2]
-            payload, expected = (
-                (text, hashlib.sha256(text).hexdigest().encode() + b"\n")
-                if name == "sha256"
-                else (b'{"b": 1, "a": "%b"}' % text, b'{"a":"%b","b":1}' % text)
-            )
-            try:
-                reply = gateway.request("POST", f"/fn/{name}", payload)
-            except CUT:
-                outcomes["closed"] += 1
-                continue
-            outcomes[str(reply.status)] += 1
-            assert reply.status == 503 or (reply.status, reply.body) == (200, expected), reply
-        killer.finish()
-    assert sum(outcomes.values()) == sent
-    assert outcomes["200"] > sent / 2
+    """And nothing stays behind: no slot, and no byte of the enclave's heap."""
+    requests = 2_000 if request.config.getoption("--full") else 12
+    with run_functions() as running:
+        check(campaign(running, tmp_path, requests=requests, kills=max(2, requests // 50)))
 
 
 def test_nothing_of_a_gateway_that_was_killed_stays_in_the_enclave(running: RunningBroker) -> None:

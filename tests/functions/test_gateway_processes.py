@@ -184,7 +184,7 @@ async def test_a_worker_that_cannot_be_started_is_started_when_it_can_be(
         return record
 
     log = structlog.wrap_logger(records, processors=[note])
-    keeper = supervisor.Supervisor(Settings(), [], 1, log, "json")
+    keeper = supervisor.Supervisor(Settings(), [], log, "json")
     module, name = (subprocess, "Popen") if lacking == "processes" else (os, "pidfd_open")
     real = getattr(module, name)
 

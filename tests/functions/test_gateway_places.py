@@ -1,0 +1,163 @@
+"""Places are counted over all workers of a gateway, and a worker that dies holds none."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from processes import wait_until
+from running_functions import free_slots, run_functions
+from running_gateway import RunningGateway, run_gateway
+from test_gateway_processes import Asking, hold, let_go
+
+import teemate
+from teemate.functions import Functions
+from teemate.gateway.places import FunctionBusyError, Places, QueueFullError, create
+
+needs_hypercorn = pytest.mark.skipif(
+    importlib.util.find_spec("hypercorn") is None, reason="needs hypercorn: pip install 'teemate[gateway]'"
+)
+WORKERS, COUNT = 3, 5
+
+
+@pytest.fixture
+def workers() -> Iterator[list[Places]]:
+    fd = create(WORKERS, COUNT)
+    yield [Places(fd, workers=WORKERS, count=COUNT, number=number) for number in range(WORKERS)]
+    os.close(fd)
+
+
+def test_there_are_so_many_places_whoever_takes_them(workers: list[Places]) -> None:
+    taken = [(worker, worker.take("f", COUNT)) for worker in (*workers, *workers[:2])]
+    for worker in workers:
+        with pytest.raises(QueueFullError):
+            worker.take("g", COUNT)
+    assert workers[0].taken() == COUNT
+    worker, place = taken[1]
+    worker.give(place)
+    workers[2].take("g", COUNT)
+    assert workers[0].taken() == COUNT
+
+
+def test_one_worker_can_have_all_places(workers: list[Places]) -> None:
+    for _ in range(COUNT):
+        workers[1].take("f", 2 * COUNT)
+    with pytest.raises(QueueFullError):
+        workers[1].take("f", 2 * COUNT)
+
+
+def test_a_function_has_so_many_over_all_workers(workers: list[Places]) -> None:
+    workers[0].take("f", 2)
+    place = workers[1].take("f", 2)
+    with pytest.raises(FunctionBusyError):
+        workers[2].take("f", 2)
+    workers[2].take("g", 2)
+    workers[1].give(place)
+    workers[2].take("f", 2)
+
+
+def test_what_a_worker_held_that_is_gone_is_free_again(workers: list[Places]) -> None:
+    for worker in workers:
+        worker.take("f", COUNT)
+    workers[0].clear(1)
+    assert workers[2].taken() == 2
+
+
+def _take_and_give(fd: int, number: int, times: int) -> None:
+    places = Places(fd, workers=2, count=1, number=number)
+    had = 0
+    while had < times:
+        try:
+            place = places.take("f", 1)
+        except (FunctionBusyError, QueueFullError):
+            continue
+        had += 1
+        # Alone: nobody else has it as long as we do.
+        holder = os.pread(fd, 1, 4096)
+        assert holder == b"\0", holder
+        os.pwrite(fd, bytes([number + 1]), 4096)
+        assert os.pread(fd, 1, 4096) == bytes([number + 1])
+        os.pwrite(fd, b"\0", 4096)
+        places.give(place)
+
+
+def test_two_never_have_the_last_place() -> None:
+    fd = create(2, 1)
+    os.ftruncate(fd, 8192)
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=_take_and_give, args=(fd, number, 500)) for number in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    os.close(fd)
+    assert [process.exitcode for process in both] == [0, 0]
+
+
+@needs_hypercorn
+def test_places_that_a_killed_worker_held_are_taken_by_others(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with run_gateway("--workers", "2", "--slots", "2", "--queue", "0") as gateway:
+        victim, other = gateway.workers()
+        asked = [hold(gateway, tmp_path, pid) for pid in (victim, victim, other, other)]
+        refused = gateway.request("POST", "/fn/echo", b"x")
+        assert (refused.status, refused.json()["code"]) == (503, "busy")
+        os.kill(victim, signal.SIGKILL)
+        gateway.wait_for_workers(2, other_than=victim)
+        assert gateway.request("POST", "/fn/echo", b"x").body == b"x"
+        with let_go(tmp_path):
+            finish(asked)
+
+
+def finish(asked: list[Asking]) -> None:
+    for one in asked:
+        one.join()
+
+
+@needs_hypercorn
+def test_slots_that_are_not_needed_go_back_and_come_again() -> None:
+    with run_functions() as running, teemate.connect(running.socket) as broker:
+        broker.functions.deploy("empty", EMPTY)
+        free = free_slots(running)[0]
+        with run_gateway("--workers", "1", "--slots", "2", "--idle", "0.2", broker=running.socket) as gateway:
+            for _ in range(2):
+                assert invoke(gateway) == 200
+                wait_until(lambda: free_slots(running)[0] == free, "its slot is free again")
+
+
+EMPTY = bytes.fromhex(
+    "0061736d01000000010401600000030201000503010001071302066d656d6f72790200065f737461727400000a040102000b"
+)
+
+
+def invoke(gateway: RunningGateway) -> int:
+    return gateway.request("POST", "/fn/empty").status
+
+
+def test_a_program_gives_back_what_its_calls_no_longer_need() -> None:
+    with run_functions() as running, teemate.connect(running.socket) as broker:
+        functions = broker.functions
+        functions.deploy("empty", EMPTY)
+        before = free_slots(running)[0]
+        assert functions.give_back(60.0) == 0  # it was needed a moment ago
+        assert functions.give_back(0.0) == 1
+        wait_until(lambda: free_slots(running)[0] == before + 1, "its slot is free again")
+        assert functions.invoke("empty") == b""
+        wait_until(lambda: free_slots(running)[0] == before, "it has one again")
+
+
+def test_slots_that_somebody_attached_stay_his() -> None:
+    with (
+        run_functions() as running,
+        teemate.connect(running.socket) as broker,
+        broker.attach("functions", slots=2) as mine,
+    ):
+        functions = Functions.of(mine)
+        functions.list()
+        assert functions.give_back(0.0) == 0
+        assert mine.statistics().slots == 2
