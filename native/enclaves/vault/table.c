@@ -1,44 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#include "table.h"
+#include "table_inside.h"
 
-#define SHARDS 64u
 #define BUCKETS_MIN 16u   /* per shard */
 #define BUCKETS_MAX 4096u /* per shard */
 
-struct entry {
-    struct entry *next;
-    uint64_t hash;
-    uint64_t version;
-    uint64_t expires;
-    uint32_t value_length;
-    uint16_t key_length;
-    uint8_t space;
-    uint8_t reserved;
-    uint8_t principal[32];
-    uint8_t bytes[]; /* key, value */
-};
-
-/* What a principal has, while it has something. */
-struct account {
-    struct account *next;
-    struct table_usage usage;
-    uint8_t principal[32];
-};
-
-struct shard {
-    struct tm_mutex mutex;
-    uint64_t version; /* the last one given out */
-    uint64_t bytes;   /* of all accounts */
-    struct account *accounts;
-} __attribute__((aligned(64)));
-
-static struct {
-    struct shard shards[SHARDS];
-    uint64_t seed[2];  /* nobody outside can make keys collide */
-    uint64_t buckets;  /* per shard, a power of two */
-    struct entry **heads;
-    const struct table_limits *limits;
-} table;
+struct table table;
 
 static uint64_t rotate(uint64_t x, int bits)
 {
@@ -96,8 +62,7 @@ static uint64_t sip_of(const struct place *place)
     return s.a ^ s.b ^ s.c ^ s.d;
 }
 
-/* Its last digits are the shard. */
-static uint64_t hash_of(const struct place *place)
+uint64_t table_hash(const struct place *place)
 {
     struct place whose = {.space = place->space};
 
@@ -143,7 +108,7 @@ static struct entry **bucket_of(uint64_t hash)
     return &table.heads[hash % SHARDS * table.buckets + (hash / SHARDS & (table.buckets - 1))];
 }
 
-static int shard_lock(struct shard *shard)
+int shard_lock(struct shard *shard)
 {
     int status = tm_lock(&shard->mutex);
 
@@ -153,16 +118,6 @@ static int shard_lock(struct shard *shard)
         status = 0;
     }
     return status;
-}
-
-static bool is_at(const struct entry *entry, const struct place *place)
-{
-    return entry->space == place->space && !memcmp(entry->principal, place->principal, sizeof(entry->principal));
-}
-
-static bool is_over(const struct entry *entry)
-{
-    return entry->expires && entry->expires <= tm_time();
 }
 
 /* The link that points to the key's entry, or to where the chain ends. */
@@ -179,7 +134,7 @@ static struct entry **find(uint64_t hash, const struct place *place)
 
 int table_read(const struct place *place, struct value *value, size_t offset, void *buffer, size_t room)
 {
-    uint64_t hash = hash_of(place);
+    uint64_t hash = table_hash(place);
     struct shard *shard = shard_of(hash);
     struct entry *entry;
     int status = shard_lock(shard);
@@ -294,7 +249,7 @@ static void exchange(struct shard *shard, struct entry **link, struct entry *fre
 
 int table_put(const struct place *place, struct value *value, uint64_t *compare)
 {
-    uint64_t hash = hash_of(place);
+    uint64_t hash = table_hash(place);
     struct shard *shard = shard_of(hash);
     struct entry *fresh, *old, **link;
     struct account *spare = NULL;
@@ -349,7 +304,7 @@ out:
 
 int table_delete(const struct place *place)
 {
-    uint64_t hash = hash_of(place);
+    uint64_t hash = table_hash(place);
     struct shard *shard = shard_of(hash);
     struct account *spare = NULL;
     struct entry *old, **link;
@@ -371,7 +326,7 @@ int table_delete(const struct place *place)
 
 int table_usage(const struct place *place, struct table_usage *usage)
 {
-    struct shard *shard = shard_of(hash_of(place));
+    struct shard *shard = shard_of(table_hash(place));
     const struct account *account;
     int status = shard_lock(shard);
 
@@ -385,7 +340,7 @@ int table_usage(const struct place *place, struct table_usage *usage)
 
 int table_clear(const struct place *place)
 {
-    uint64_t number = hash_of(place) % SHARDS;
+    uint64_t number = table_hash(place) % SHARDS;
     struct shard *shard = &table.shards[number];
 
     for (uint64_t bucket = 0; bucket < table.buckets; bucket++) {
@@ -409,146 +364,6 @@ int table_clear(const struct place *place)
         tm_unlock(&shard->mutex);
     }
     return 0;
-}
-
-static bool is_listed(const struct entry *entry, const struct place *prefix)
-{
-    return is_at(entry, prefix) && !is_over(entry) && entry->key_length >= prefix->key_length &&
-           !memcmp(entry->bytes, prefix->key, prefix->key_length);
-}
-
-static size_t record_size(const struct entry *entry, bool with_values)
-{
-    return sizeof(struct vault_record) + entry->key_length + (with_values ? entry->value_length : 0);
-}
-
-/* Bytes that the bucket's records take; the first `room` of them are written. */
-static size_t scan_bucket(struct entry *entry, const struct place *prefix, bool with_values, uint8_t *out,
-                          size_t room, uint32_t *count)
-{
-    size_t length = 0;
-
-    for (; entry; entry = entry->next) {
-        struct vault_record record = {
-            .key_length = entry->key_length,
-            .value_length = entry->value_length,
-            .version = entry->version,
-            .expires = entry->expires,
-        };
-        size_t size = record_size(entry, with_values);
-
-        if (!is_listed(entry, prefix))
-            continue;
-        if (length + size <= room) {
-            memcpy(out + length, &record, sizeof(record));
-            memcpy(out + length + sizeof(record), entry->bytes, size - sizeof(record));
-        }
-        length += size;
-        ++*count;
-    }
-    return length;
-}
-
-/* Write the records of a bucket, as scan_bucket(); `what` is the caller's. */
-typedef size_t write_bucket(struct entry *entry, const void *what, uint8_t *out, size_t room, uint32_t *count);
-
-static int walk(write_bucket *write, const void *what, uint8_t *out, size_t room, uint64_t cursor, uint64_t buckets,
-                size_t *length, uint32_t *count, uint64_t *next)
-{
-    int status = 0;
-
-    *length = 0;
-    *count = 0;
-    while (cursor < buckets) {
-        struct shard *shard = &table.shards[cursor / table.buckets];
-        uint64_t end = (cursor / table.buckets + 1) * table.buckets;
-        bool full = false;
-
-        status = shard_lock(shard);
-        if (status)
-            break;
-        /* A few at a time: others wait for this lock. */
-        for (unsigned n = 0; cursor < end && n < 256; cursor++, n++) {
-            uint32_t some = 0;
-            size_t size = write(table.heads[cursor], what, out + *length, room - *length, &some);
-
-            if (size > room - *length) {
-                full = true;
-                if (!*length) {
-                    *length = size;
-                    status = TM_E_SPACE;
-                }
-                break;
-            }
-            *length += size;
-            *count += some;
-        }
-        tm_unlock(&shard->mutex);
-        if (full)
-            break;
-    }
-    *next = cursor < buckets ? cursor : 0;
-    return status;
-}
-
-struct scanned {
-    const struct place *prefix;
-    bool with_values;
-};
-
-static size_t scan_one(struct entry *entry, const void *what, uint8_t *out, size_t room, uint32_t *count)
-{
-    const struct scanned *scanned = what;
-
-    return scan_bucket(entry, scanned->prefix, scanned->with_values, out, room, count);
-}
-
-int table_scan(const struct place *prefix, bool with_values, uint8_t *out, size_t room, uint64_t cursor,
-               size_t *length, uint32_t *count, uint64_t *next)
-{
-    struct scanned scanned = {prefix, with_values};
-    uint64_t end = table.buckets * SHARDS;
-
-    if (table.limits) { /* all of them lie in one shard */
-        uint64_t first = hash_of(prefix) % SHARDS * table.buckets;
-
-        end = first + table.buckets;
-        if (cursor < first || cursor >= end)
-            cursor = first;
-    }
-    return walk(scan_one, &scanned, out, room, cursor, end, length, count, next);
-}
-
-/* ---- everything, for a successor ---------------------------------------------------- */
-
-static size_t dump_one(struct entry *entry, const void *what, uint8_t *out, size_t room, uint32_t *count)
-{
-    size_t length = 0;
-
-    (void)what;
-    for (; entry; entry = entry->next) {
-        struct table_record record = {.expires = entry->expires,
-                                      .value_length = entry->value_length,
-                                      .key_length = entry->key_length,
-                                      .space = entry->space};
-        size_t size = (size_t)entry->key_length + entry->value_length;
-
-        if (is_over(entry))
-            continue;
-        memcpy(record.principal, entry->principal, sizeof(record.principal));
-        if (length + sizeof(record) + size <= room) {
-            memcpy(out + length, &record, sizeof(record));
-            memcpy(out + length + sizeof(record), entry->bytes, size);
-        }
-        length += sizeof(record) + size;
-        ++*count;
-    }
-    return length;
-}
-
-int table_dump(uint8_t *out, size_t room, uint64_t cursor, size_t *length, uint32_t *count, uint64_t *next)
-{
-    return walk(dump_one, NULL, out, room, cursor, table.buckets * SHARDS, length, count, next);
 }
 
 uint64_t table_version(void)
