@@ -84,5 +84,3 @@ class FunctionUsage:
     """Bytes of these, with their values, and 72 for each."""
     keys_maximum: int
     """What these may be."""
-    moulds: int
-    """Bytes of what is kept beside the caller's modules, from which a slot has one ready by copying."""

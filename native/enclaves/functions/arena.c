@@ -5,7 +5,7 @@
 #include "keys.h"
 
 #define SMALL_MAX 16384u
-#define SPAN_MIN 32768u
+#define SPAN_MIN 65536u
 #define SHARES 256u /* slots, the warden's too: the image has fewer (images.toml) */
 #define REQUEST_ON_STACK 2048u /* dispatch.c copies no longer one to the heap */
 /* The longest request: an invocation's. */
@@ -132,10 +132,14 @@ int share_alloc(size_t size, void **block)
     return status;
 }
 
-static struct span *span_enter(struct arena *arena, size_t size)
+static struct span *span_take(struct arena *arena, size_t size)
 {
     void *block;
 
+    if (size > arena->budget || arena->used > arena->budget - size) {
+        arena->refused |= ARENA_OVER_BUDGET;
+        return NULL;
+    }
     if (!share_take(&own_share()->used, size)) {
         arena->refused |= ARENA_OWNER_FULL;
         return NULL;
@@ -154,15 +158,6 @@ static struct span *span_enter(struct arena *arena, size_t size)
     arena->spans = span;
     arena->used += size;
     return span;
-}
-
-static struct span *span_take(struct arena *arena, size_t size)
-{
-    if (size > arena->budget || arena->used > arena->budget - size) {
-        arena->refused |= ARENA_OVER_BUDGET;
-        return NULL;
-    }
-    return span_enter(arena, size);
 }
 
 static void span_give(struct arena *arena, struct span *span)
@@ -192,7 +187,7 @@ static void *small(struct arena *arena, size_t size)
         return piece;
     }
     if ((size_t)(arena->end - arena->next) < rounded) {
-        size_t wanted = (size_t)SPAN_MIN << (arena->small_spans < 4 ? arena->small_spans : 4);
+        size_t wanted = (size_t)SPAN_MIN << (arena->small_spans < 3 ? arena->small_spans : 3);
         struct span *span = span_take(arena, wanted);
 
         if (!span)
@@ -206,39 +201,11 @@ static void *small(struct arena *arena, size_t size)
     return fresh;
 }
 
-/* ---- a region ------------------------------------------------------------------------ */
-
-/* Never where something has been: what is left of one would be read as part of the next. */
-static void *region_alloc(struct arena *arena, size_t size)
-{
-    struct region *region = arena->region;
-    struct piece *piece = (struct piece *)region->next;
-    size_t room = (size + 15) & ~15ull;
-
-    if (size > SIZE_MAX / 2 || sizeof(*piece) + room > (size_t)(region->end - region->next)) {
-        arena->refused |= ARENA_OVER_BUDGET;
-        return NULL;
-    }
-    region->next += sizeof(*piece) + room;
-    *piece = (struct piece){.size = size, .used = 1};
-    return piece + 1;
-}
-
-static void region_free(const struct region *region, void *memory)
-{
-    tm_assert((uint8_t *)memory > region->start && (uint8_t *)memory < region->next);
-    ((struct piece *)memory - 1)->used = 0;
-}
-
-/* ---- the engine's ---------------------------------------------------------------------- */
-
 void *arena_alloc(struct arena *arena, size_t size, bool zeroed)
 {
     struct span *span;
     void *piece;
 
-    if (arena->region)
-        return region_alloc(arena, size);
     if (size > SMALL_MAX) {
         /* New blocks of the heap are zeroes. */
         span = size < SIZE_MAX / 2 ? span_take(arena, sizeof(*span) + size) : NULL;
@@ -255,10 +222,6 @@ void arena_free(struct arena *arena, void *memory, size_t size)
     size_t rounded;
     unsigned class;
 
-    if (arena->region) {
-        region_free(arena->region, memory);
-        return;
-    }
     if (size > SMALL_MAX) {
         span_give(arena, (struct span *)memory - 1);
         return;
@@ -294,7 +257,7 @@ void *arena_realloc(struct arena *arena, void *old, size_t old_size, size_t size
     size_t was, is;
     void *fresh;
 
-    if (!arena->region && size <= SMALL_MAX && old_size <= SMALL_MAX && class_of(size, &is) == class_of(old_size, &was))
+    if (size <= SMALL_MAX && old_size <= SMALL_MAX && class_of(size, &is) == class_of(old_size, &was))
         return old;
     if (old_size > SMALL_MAX && size > old_size && size < SIZE_MAX / 2 &&
         span_extend(arena, (struct span *)old - 1, sizeof(struct span) + size))
@@ -305,19 +268,6 @@ void *arena_realloc(struct arena *arena, void *old, size_t old_size, size_t size
         arena_free(arena, old, old_size);
     }
     return fresh;
-}
-
-void *arena_block(struct arena *arena, size_t size)
-{
-    struct span *span = span_enter(arena, sizeof(*span) + size);
-
-    return span ? span + 1 : NULL;
-}
-
-void arena_block_free(struct arena *arena, void *block)
-{
-    if (block)
-        span_give(arena, (struct span *)block - 1);
 }
 
 void arena_drop(struct arena *arena)

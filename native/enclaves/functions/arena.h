@@ -19,18 +19,6 @@
 
 struct span;
 
-/* One block that everything is carved from, piece by piece in the order in which it was allocated: mould.c. */
-struct region {
-    uint8_t *start, *next, *end; /* of zeroes at first */
-};
-
-/* Before each. */
-struct piece {
-    uint64_t size; /* of what follows, up to the next multiple of 16 */
-    uint64_t used; /* 0: freed */
-};
-_Static_assert(sizeof(struct piece) == 16, "piece");
-
 struct arena {
     struct span *spans; /* every block of the heap that it has */
     uint64_t used;      /* bytes of these */
@@ -39,7 +27,6 @@ struct arena {
     void *free[ARENA_CLASSES];
     uint32_t refused;   /* ARENA_*: why something was not to be had */
     uint32_t small_spans;
-    struct region *region; /* where everything comes from while there is one */
 };
 
 #define ARENA_OVER_BUDGET 1u
@@ -51,9 +38,6 @@ struct arena {
 void *arena_alloc(struct arena *arena, size_t size, bool zeroed);
 void *arena_realloc(struct arena *arena, void *old, size_t old_size, size_t size);
 void arena_free(struct arena *arena, void *memory, size_t size);
-/* A block of the heap that the arena has like any other and nobody carves from; not of its budget.  NULL: none is left. */
-void *arena_block(struct arena *arena, size_t size);
-void arena_block_free(struct arena *arena, void *block);
 /* Free everything. */
 void arena_drop(struct arena *arena);
 

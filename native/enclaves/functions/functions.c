@@ -76,26 +76,6 @@ static bool is_ready(uint64_t version)
     return slot_warm(slot_self(), version) != NULL;
 }
 
-static void *mould_room(size_t size)
-{
-    return arena_block(&slot_self()->arena, size);
-}
-
-static void no_mould(void *room)
-{
-    arena_block_free(&slot_self()->arena, room);
-}
-
-static const struct registry_wants wants = {is_ready, mould_room, no_mould};
-
-static void *make_ready(struct invocation *it)
-{
-    if (it->function.mould)
-        return mould_cast(it->function.mould);
-    return engine_prepare(it->function.copy + it->function.env_length, it->function.module_length,
-                          it->function.grants, &it->run.text);
-}
-
 #ifdef TM_TEST_ONE_AT_A_TIME
 /* Test build: who invokes waits for whoever does. */
 static struct tm_mutex running;
@@ -110,10 +90,11 @@ static int run_module(void *argument)
     it->warm = it->prepared != NULL;
     if (!it->warm) {
         slot_make_room(slot);
-        it->prepared = make_ready(it);
+        it->prepared = engine_prepare(it->function.copy + it->function.env_length, it->function.module_length,
+                                      it->function.grants, &it->run.text);
         if (!it->prepared)
             return FN_CRASHED; /* it could be when it was deployed */
-        slot_keep(slot, it->function.version, it->prepared, it->function.mould);
+        slot_keep(slot, it->function.version, it->prepared);
     }
 #ifdef TM_TEST_ONE_AT_A_TIME
     tm_assert(!tm_lock(&running));
@@ -275,14 +256,13 @@ TM_ECALL(invoke)
     if (status)
         return status;
     slot_trim(slot_self());
-    status = registry_take(&key, &wants, &it.function);
+    status = registry_take(&key, is_ready, &it.function);
     if (status)
         return status;
     it.run.stream = head.flags & FN_STREAM;
     needed = sizeof(struct fn_result) + FN_RESULT_TEXT + (it.run.stream ? 0 : it.function.limits.output);
     status = tm_reply_room(rq) < needed ? TM_E_SPACE : join_strings(&head, &key, &it, &block);
     if (status) {
-        no_mould(it.function.mould);
         tm_free(it.function.copy);
         if (status == TM_E_SPACE)
             rq->out_len = needed;

@@ -64,7 +64,6 @@
 #define FN_KEYS_SHARE 16u         /* keys and values of one owner: this part of the heap, and */
 #define FN_KEYS_ALL_SHARE 8u      /* those of all owners; */
 #define FN_KEYS_MAX 16384u        /* and as many of one owner */
-#define FN_MOULDS_SHARE 8u        /* and moulds of their modules, of all owners; of one: half of it */
 #define FN_MEMORY_SHARE 4u        /* the largest limit of memory: this part of the heap */
 
 enum fn_status {
@@ -219,8 +218,7 @@ struct fn_usage {
     uint64_t keys;       /* that the caller's functions have put */
     uint64_t keys_bytes; /* with their values, and 72 for each */
     uint64_t keys_bytes_max;
-    uint64_t moulds;     /* bytes of what is kept of the caller's modules so that slots have them ready sooner */
 };
-_Static_assert(sizeof(struct fn_usage) == 80, "fn_usage");
+_Static_assert(sizeof(struct fn_usage) == 72, "fn_usage");
 
 #endif

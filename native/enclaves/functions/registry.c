@@ -17,8 +17,6 @@ struct function {
     struct log *oldest, *newest;
     uint64_t log_count, log_bytes;
     uint8_t *module; /* a kept block: never changed, since code that was validated runs unchecked */
-    struct mould *mould; /* and another, or NULL */
-    uint64_t mould_size;
     uint8_t name[FN_NAME_MAX + 1];
     uint8_t env[];
 };
@@ -98,7 +96,7 @@ static struct function **find(const struct registry_key *key)
 
 /* Modules and environments; and what else is kept of them. */
 struct sum {
-    uint64_t count, bytes, logs, moulds;
+    uint64_t count, bytes, logs;
 };
 
 /* Under the lock: what `owner` has (everybody, when NULL). */
@@ -112,7 +110,6 @@ static struct sum sum(const uint8_t *owner)
                 all.count++;
                 all.bytes += function->info.size + function->info.env_length;
                 all.logs += function->log_bytes + function->log_count * sizeof(struct log);
-                all.moulds += function->mould_size;
             }
     return all;
 }
@@ -141,25 +138,7 @@ static void drop_logs(struct function *function)
         tm_free(unlink_oldest(function));
 }
 
-/* Its blocks, and itself, are the slot's again in `txn`. */
-static void txn_disown(struct tm_txn *txn, struct function *function)
-{
-    tm_txn_own(txn, function->module);
-    if (function->mould)
-        tm_txn_own(txn, function->mould);
-    tm_txn_own(txn, function);
-}
-
-static void free_function(struct function *function)
-{
-    if (!function)
-        return;
-    tm_free(function->module);
-    tm_free(function->mould);
-    tm_free(function);
-}
-
-int registry_deploy(struct registry_new *new, bool replace, struct fn_info *info)
+int registry_deploy(const struct registry_new *new, bool replace, struct fn_info *info)
 {
     struct function *fresh, *old, **link;
     uint64_t size = new->module_length + new->env_length;
@@ -168,16 +147,14 @@ int registry_deploy(struct registry_new *new, bool replace, struct fn_info *info
     void *block, *module;
     int status = share_alloc(sizeof(*fresh) + new->env_length, &block);
 
+    if (status)
+        return status;
+    fresh = block;
+    status = share_alloc(new->module_length, &module);
     if (status) {
-        tm_free(new->mould);
+        tm_free(fresh);
         return status;
     }
-    fresh = block;
-    fresh->mould = new->mould;
-    fresh->mould_size = new->mould ? mould_size(new->mould) : 0;
-    status = share_alloc(new->module_length, &module);
-    if (status)
-        goto out;
     memcpy(module, new->module, new->module_length);
     memcpy(fresh->env, new->env, new->env_length);
     memcpy(fresh->name, new->key.name, new->key.name_length);
@@ -202,16 +179,7 @@ int registry_deploy(struct registry_new *new, bool replace, struct fn_info *info
 
         own.bytes -= less;
         all.bytes -= less;
-        own.moulds -= old->mould_size;
-        all.moulds -= old->mould_size;
         own.count--;
-    }
-    /* Without room for it its slots make the module ready themselves. */
-    if (own.moulds + fresh->mould_size > heap_share(FN_MOULDS_SHARE) / 2 ||
-        all.moulds + fresh->mould_size > heap_share(FN_MOULDS_SHARE)) {
-        tm_free(fresh->mould);
-        fresh->mould = NULL;
-        fresh->mould_size = 0;
     }
     if (old && !replace)
         status = FN_EXISTS;
@@ -231,17 +199,21 @@ int registry_deploy(struct registry_new *new, bool replace, struct fn_info *info
     tm_txn_set(&txn, &registry.version, fresh->info.version);
     tm_txn_keep(&txn, fresh);
     tm_txn_keep(&txn, module);
-    if (fresh->mould)
-        tm_txn_keep(&txn, fresh->mould);
     tm_txn_set_ptr(&txn, link, fresh);
-    if (old)
-        txn_disown(&txn, old);
+    if (old) {
+        tm_txn_own(&txn, old->module);
+        tm_txn_own(&txn, old);
+    }
     tm_txn_commit(&txn);
     unlock();
-    free_function(old);
+    if (old) {
+        tm_free(old->module);
+        tm_free(old);
+    }
     return 0;
 out:
-    free_function(fresh);
+    tm_free(module);
+    tm_free(fresh);
     return status;
 }
 
@@ -259,13 +231,15 @@ int registry_remove(const struct registry_key *key)
         drop_logs(old);
         tm_txn_begin(&txn);
         tm_txn_set_ptr(&txn, link, old->next);
-        txn_disown(&txn, old);
+        tm_txn_own(&txn, old->module);
+        tm_txn_own(&txn, old);
         tm_txn_commit(&txn);
     }
     unlock();
     if (!old)
         return FN_NOT_FOUND;
-    free_function(old);
+    tm_free(old->module);
+    tm_free(old);
     return 0;
 }
 
@@ -308,66 +282,45 @@ int registry_limit(const struct registry_key *key, const struct fn_limits *limit
 }
 
 /* Blocks are got without the lock: then it may be another function that has the name, of another size. */
-int registry_take(const struct registry_key *key, const struct registry_wants *wants, struct registry_function *taken)
+int registry_take(const struct registry_key *key, bool (*ready)(uint64_t version), struct registry_function *taken)
 {
-    uint64_t room = 0, mould_room = 0;
-    bool moulds = true; /* as long as there is room for one */
+    uint64_t room = 0;
 
     taken->copy = NULL;
-    taken->mould = NULL;
     for (;;) {
-        uint64_t needed = 0, mould_needed = 0;
         struct function *function;
-        bool ready = false;
+        uint64_t needed = 0;
         void *block;
         int status = lock();
 
         if (!status) {
             function = *find(key);
             if (function) {
-                ready = wants->ready(function->info.version);
-                mould_needed = ready || !moulds ? 0 : function->mould_size;
                 taken->version = function->info.version;
                 taken->limits = function->info.limits;
                 taken->grants = function->info.flags;
                 taken->env_length = function->info.env_length;
-                taken->module_length = ready || mould_needed ? 0 : function->info.size;
+                taken->module_length = ready(taken->version) ? 0 : function->info.size;
                 needed = taken->env_length + taken->module_length;
-                if (needed <= room && mould_needed <= mould_room) {
+                if (needed && needed <= room) {
                     memcpy(taken->copy, function->env, taken->env_length);
                     memcpy(taken->copy + taken->env_length, function->module, taken->module_length);
-                    memcpy(taken->mould, function->mould, mould_needed);
                 }
             } else {
                 status = FN_NOT_FOUND;
             }
             unlock();
         }
-        if (!status && needed <= room && mould_needed <= mould_room) {
-            if (!mould_needed && taken->mould) {
-                wants->no_mould(taken->mould);
-                taken->mould = NULL;
-            }
+        if (!status && needed <= room)
             return 0;
-        }
-        if (taken->mould)
-            wants->no_mould(taken->mould);
         tm_free(taken->copy);
         taken->copy = NULL;
-        taken->mould = NULL;
-        room = mould_room = 0;
-        if (!status && needed) {
+        if (!status)
             status = share_alloc(needed, &block);
-            taken->copy = block;
-            room = needed;
-        }
         if (status)
             return status;
-        if (mould_needed) {
-            taken->mould = wants->mould(mould_needed);
-            moulds = taken->mould != NULL;
-            mould_room = moulds ? mould_needed : 0;
-        }
+        taken->copy = block;
+        room = needed;
     }
 }
 
@@ -524,7 +477,6 @@ int registry_usage(const uint8_t owner[32], struct fn_usage *usage)
     unlock();
     usage->functions = own.count;
     usage->bytes = own.bytes;
-    usage->moulds = own.moulds;
     status = tm_heap_check(&heap);
     if (status)
         return status;

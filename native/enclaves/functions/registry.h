@@ -7,7 +7,6 @@
 #define FUNCTIONS_REGISTRY_H
 
 #include "functions.h"
-#include "mould.h"
 #include "tmsdk.h"
 
 struct registry_key {
@@ -23,13 +22,12 @@ struct registry_new {
     uint32_t env_length;
     const uint8_t *module;
     uint64_t module_length;
-    struct mould *mould; /* a block of the slot's own, which becomes the registry's; or NULL */
     uint8_t digest[32];
     struct fn_limits limits;
     uint16_t grants; /* FN_GRANT_* */
 };
 
-/* What an invocation takes along; `copy` is the slot's own block, or NULL; `mould` a block of its arena's, or NULL. */
+/* What an invocation takes along; `copy` is the slot's own block, or NULL. */
 struct registry_function {
     uint64_t version;
     struct fn_limits limits;
@@ -37,7 +35,6 @@ struct registry_function {
     uint32_t env_length;
     uint32_t grants;
     uint64_t module_length;
-    struct mould *mould; /* a copy, to be cast, in the place of the module */
 };
 
 /* How an invocation ended. */
@@ -53,19 +50,12 @@ struct registry_end {
 };
 
 /* All return 0, TM_E_* or an enum fn_status. */
-/* new->mould is gone afterwards, whatever came of it. */
-int registry_deploy(struct registry_new *new, bool replace, struct fn_info *info);
+int registry_deploy(const struct registry_new *new, bool replace, struct fn_info *info);
 int registry_describe(const struct registry_key *key, struct fn_info *info);
 int registry_limit(const struct registry_key *key, const struct fn_limits *limits, struct fn_info *info);
 int registry_remove(const struct registry_key *key);
-/* Where what is needed is told by an invocation: */
-struct registry_wants {
-    bool (*ready)(uint64_t version); /* it has that deployment ready: then neither mould nor module */
-    void *(*mould)(size_t size);     /* room for a copy of a mould, or NULL: then the module */
-    void (*no_mould)(void *room);    /* it is not needed after all */
-};
-int registry_take(const struct registry_key *key, const struct registry_wants *wants,
-                  struct registry_function *function);
+/* Fill `function`; with its module unless it has `version` (what is ready already). */
+int registry_take(const struct registry_key *key, bool (*ready)(uint64_t version), struct registry_function *function);
 /* Count it and log it, when the function is still there. */
 int registry_ended(const struct registry_key *key, const struct registry_end *end);
 /* Write fn_info and name of each to a block of the slot's own. */

@@ -61,37 +61,14 @@ void *fn_alloc(size_t size, bool zeroed)
     return arena_alloc(&slot_self()->arena, size, zeroed);
 }
 
-/* A part of a mould is nothing that could be freed by itself. */
-static bool is_moulded(const struct slot *slot, const void *memory)
-{
-    for (unsigned i = 0; i < WARM_MAX; i++) {
-        const struct mould *mould = slot->warm[i].mould;
-
-        if (mould && (uint64_t)memory - (uint64_t)mould < sizeof(*mould) + mould->length)
-            return true;
-    }
-    return false;
-}
-
 void *fn_realloc(void *old, size_t old_size, size_t size)
 {
-    struct slot *slot = slot_self();
-    void *fresh;
-
-    if (!is_moulded(slot, old))
-        return arena_realloc(&slot->arena, old, old_size, size);
-    fresh = arena_alloc(&slot->arena, size, false);
-    if (fresh)
-        memcpy(fresh, old, size < old_size ? size : old_size);
-    return fresh;
+    return arena_realloc(&slot_self()->arena, old, old_size, size);
 }
 
 void fn_free(void *memory, size_t size)
 {
-    struct slot *slot = slot_self();
-
-    if (!is_moulded(slot, memory))
-        arena_free(&slot->arena, memory, size);
+    arena_free(&slot_self()->arena, memory, size);
 }
 
 void *slot_warm(struct slot *slot, uint64_t version)
@@ -107,18 +84,16 @@ void slot_make_room(struct slot *slot)
     if (!slot->warm[WARM_MAX - 1].version)
         return;
     engine_forget(slot->warm[0].prepared);
-    arena_block_free(&slot->arena, slot->warm[0].mould);
     memmove(slot->warm, slot->warm + 1, sizeof(slot->warm) - sizeof(slot->warm[0]));
-    memset(&slot->warm[WARM_MAX - 1], 0, sizeof(slot->warm[0]));
+    slot->warm[WARM_MAX - 1].version = 0;
 }
 
-void slot_keep(struct slot *slot, uint64_t version, void *prepared, struct mould *mould)
+void slot_keep(struct slot *slot, uint64_t version, void *prepared)
 {
     for (unsigned i = 0; i < WARM_MAX; i++)
         if (!slot->warm[i].version) {
             slot->warm[i].version = version;
             slot->warm[i].prepared = prepared;
-            slot->warm[i].mould = mould;
             return;
         }
 }

@@ -2,8 +2,8 @@
 /*
  * What a slot has of the engine: its arena, and modules that are ready.
  *
- * A module is made ready when its function is first invoked through the slot, all of it compiled (or copied from its
- * mould), and stays so for the next time.  There are WARM_MAX of them at most: the oldest makes room.  With more than WARM_BYTES of memory
+ * A module is made ready when its function is first invoked through the slot, all of it compiled, and stays so for
+ * the next time.  There are WARM_MAX of them at most: the oldest makes room.  With more than WARM_BYTES of memory
  * all are forgotten.  They are the slot's own, as everything that the engine allocates: no
  * lock of the engine's is ever shared, and a killed client's modules go with its slot.
  */
@@ -12,7 +12,6 @@
 
 #include "arena.h"
 #include "engine.h"
-#include "mould.h"
 
 #define WARM_MAX 8u
 #define WARM_BYTES (4u << 20)
@@ -35,7 +34,6 @@ struct slot {
     struct {
         uint64_t version;
         void *prepared;
-        struct mould *mould; /* what it lies in, a block of the arena's; or NULL */
     } warm[WARM_MAX];
 };
 _Static_assert(sizeof(struct slot) <= TM_SLOT_DATA, "slot data");
@@ -54,8 +52,7 @@ int slot_engine(struct slot *slot, int (*body)(void *), void *argument, struct e
 void *slot_warm(struct slot *slot, uint64_t version);
 /* Before one is made ready: forget the oldest when there are as many as there may be.  With the engine. */
 void slot_make_room(struct slot *slot);
-/* `mould`: what it was cast from and lies in, or NULL. */
-void slot_keep(struct slot *slot, uint64_t version, void *prepared, struct mould *mould);
+void slot_keep(struct slot *slot, uint64_t version, void *prepared);
 /* Forget all that is ready. */
 void slot_forget(struct slot *slot);
 

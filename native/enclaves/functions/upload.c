@@ -68,17 +68,6 @@ static int read_deploy(struct tm_request *rq, size_t at, struct fn_deploy *head,
     return 0;
 }
 
-/* It may be for nothing: what can be deployed without is deployed without. */
-static struct mould *make_mould(const uint8_t *module, size_t length, uint32_t grants)
-{
-#ifdef TM_TEST_NO_MOULDS
-    /* Test build: every slot makes every module ready itself. */
-    (void)module, (void)length, (void)grants;
-    return NULL;
-#endif
-    return mould_make(module, length, grants);
-}
-
 /* `content`: environment and module. */
 static int deploy_content(struct tm_request *rq, const struct fn_deploy *head, struct registry_new *new,
                           const uint8_t *content)
@@ -98,7 +87,6 @@ static int deploy_content(struct tm_request *rq, const struct fn_deploy *head, s
         return status;
     slot_trim(slot_self()); /* room for it in the owner's share */
     tm_sha256(new->module, new->module_length, new->digest);
-    new->mould = make_mould(new->module, new->module_length, new->grants);
     status = registry_deploy(new, head->flags & FN_REPLACE, &info);
     return status ? status : reply_info(rq, &info, &new->key);
 }
