@@ -100,7 +100,7 @@ void reply_error(struct reply *reply, struct connection *connection, int code, i
         error.code = DB_E_STORAGE;
     if (code == SQLITE_FULL && (connection->no_space || connection->limited))
         error.code = connection->no_space ? DB_E_SPACE : DB_E_SIZE;
-    connection->no_space = false;
+    connection->no_space = connection->older = false;
     if ((connection->denied && is_of_files(code)) || (is_refused_write(code) && connection->granted == DB_ACCESS_READ))
         error.code = DB_E_DENIED;
     if (((code & 0xff) == SQLITE_NOMEM || code == SQLITE_IOERR_NOMEM) && local_self()->memory.heap_full)
