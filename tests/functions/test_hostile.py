@@ -230,6 +230,13 @@ def test_a_large_function_is_called_as_any_other(functions: Functions, way: str)
         assert functions.invoke("hostile") == b"\0"
 
 
+def test_a_function_whose_code_is_large_when_it_is_compiled_runs(functions: Functions) -> None:
+    # It grows several times to more than a small piece of memory while it is made.
+    code = b"".join(wasm.i32(8) + wasm.i32(number) + wasm.I32_STORE for number in range(10_000))
+    deploy(functions, code + wasm.write(1, 8, 4))
+    assert functions.invoke("hostile") == (9_999).to_bytes(4, "little")
+
+
 # More than is burnt between two looks at the clock: what comes next in the block begins with nothing left.
 BURN = (wasm.i32(0) + wasm.i32(60_000) + wasm.call("random_get") + wasm.DROP) * 9
 
