@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import IO, NamedTuple
 
 import pytest
+from backends import PATIENCE
 from images import Images
 from processes import wait_for_cpu
 from raw_client import RawClient
@@ -50,6 +51,8 @@ class Found(NamedTuple):
 
 
 NOTHING = Found(0, 0, 0, 0)
+WAIT = 60.0 * PATIENCE
+"""Seconds for a repair: in the emulated machine it takes many."""
 
 
 @pytest.fixture
@@ -63,6 +66,7 @@ name = "faults"
 image = "{faults.sgxs}"
 sigstruct = "{faults.sigstruct}"
 revoke_kill = true
+wait = {WAIT}
 [[enclave.attach]]
 uid = 0
 """)
@@ -81,7 +85,7 @@ class Observer:
 
     def takes_over(self, index: int) -> Found:
         """Become the slot's next holder, and look at it from there."""
-        self._enclave.acquire(2, wait=60)
+        self._enclave.acquire(2, wait=WAIT)
         with ExitStack() as stack:
             slots = [stack.enter_context(self._enclave.slot()) for _ in range(3)]
             (mine,) = (slot for slot in slots if slot.index == index)
