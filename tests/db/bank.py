@@ -83,6 +83,8 @@ class Plan(NamedTuple):
     seed: int = 0
     look: bool = True
     """See what they are doing before they are killed; reading where everything is in SQLite takes 5 s."""
+    client_io: bool = False
+    """Tellers do the I/O themselves."""
     careless: bool = False
     """Tellers say that it is committed before it is: the negative control."""
     image: Path | None = None
@@ -203,6 +205,8 @@ image = "{self.image}"
 owner = {os.geteuid()}
 storage = true
 storage_limit = {4 << 30}
+{'io = "client"' if self.plan.client_io else ""}
+revoke_kill = {str(self.plan.client_io).lower()}
 clients_per_uid = 64
 {SHARING}
 [[enclave.attach]]
@@ -518,6 +522,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"[{default}]")
     parser.add_argument("--no-containers", dest="containers", action="store_false")
     parser.add_argument("--no-look", dest="look", action="store_false", help="kill wherever they are")
+    parser.add_argument("--client-io", action="store_true", help='io = "client" in the policy')
     parser.add_argument("--careless", action="store_true", help="acknowledge before committing: must fail")
     parser.add_argument("--progress", action="store_true", help="say on stderr how far it is")
     parser.add_argument("--json", action="store_true", help="for programs")

@@ -155,7 +155,7 @@ def test_nothing_is_lent_of_a_database_that_is_not_open_in_the_slot(own: Running
         with enclave.slot() as slot:
             with pytest.raises(teemate.NotFound, match="lends slot"):
                 enclave.open_file(slot, "ledger", writable=False)
-            with contextlib.closing(Connection(slot, "ledger")) as connection:
+            with contextlib.closing(Connection(slot, "ledger", take_files=False)) as connection:
                 enclave.open_file(slot, "ledger", writable=True)
                 with pytest.raises(SqlError) as failed:
                     connection.sql("SELECT 1")
