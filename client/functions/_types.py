@@ -33,7 +33,7 @@ class FunctionInfo:
     size: int
     """Bytes of the module."""
     version: int
-    """Another for every deployment."""
+    """1 at first, and one more whenever the function is replaced."""
     deployed: float
     """Seconds since 1970 by the host's clock; 0: it had not been told."""
     invocations: int

@@ -126,6 +126,19 @@ def test_logs_go_with_their_function(gate: Gate) -> None:
     assert bob.usage() == before
 
 
+def test_versions_do_not_tell_what_others_deploy(gate: Gate) -> None:
+    alice, bob = owner(gate, 2, ALICE), owner(gate, 3, BOB)
+    for number in range(5):
+        text = wasm.printing(b"%d" % number)
+        assert alice.deploy("replaced", text, replace=True).version == number + 1
+        assert alice.invoke("replaced") == b"%d" % number  # what was ready is not taken for it
+    assert bob.deploy("first", wasm.printing(b"x")).version == 1
+    alice.remove("replaced")
+    assert alice.deploy("replaced", wasm.printing(b"new")).version == 1
+    assert alice.invoke("replaced") == b"new"
+    assert [log.invocation for log in alice.logs("replaced")] == []
+
+
 def test_quotas_are_each_owners_own(gate: Gate) -> None:
     alice, bob = owner(gate, 2, ALICE), owner(gate, 3, BOB)
     for number in range(64):

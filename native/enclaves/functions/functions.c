@@ -71,9 +71,9 @@ struct invocation {
     struct engine_run run;
 };
 
-static bool is_ready(uint64_t version)
+static bool is_ready(uint64_t number)
 {
-    return slot_warm(slot_self(), version) != NULL;
+    return slot_warm(slot_self(), number) != NULL;
 }
 
 #ifdef TM_TEST_ONE_AT_A_TIME
@@ -86,7 +86,7 @@ static int run_module(void *argument)
     struct invocation *it = argument;
     struct slot *slot = slot_self();
 
-    it->prepared = slot_warm(slot, it->function.version);
+    it->prepared = slot_warm(slot, it->function.number);
     it->warm = it->prepared != NULL;
     if (!it->warm) {
         slot_make_room(slot);
@@ -94,7 +94,7 @@ static int run_module(void *argument)
                                       it->function.grants, &it->run.text);
         if (!it->prepared)
             return FN_CRASHED; /* it could be when it was deployed */
-        slot_keep(slot, it->function.version, it->prepared);
+        slot_keep(slot, it->function.number, it->prepared);
     }
 #ifdef TM_TEST_ONE_AT_A_TIME
     tm_assert(!tm_lock(&running));
@@ -275,7 +275,7 @@ TM_ECALL(invoke)
     it.run.time_ns = time_ns;
     status = run(&it);
     reply_result(rq, status, &it, time_ns);
-    end = (struct registry_end){.version = it.function.version,
+    end = (struct registry_end){.number = it.function.number,
                                 .fuel = it.run.fuel_used,
                                 .status = (uint32_t)status,
                                 .limit = it.run.limit,

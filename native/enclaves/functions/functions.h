@@ -143,7 +143,7 @@ _Static_assert(sizeof(struct fn_name) == 8, "fn_name");
 struct fn_info {
     uint8_t digest[32]; /* SHA-256 of the module */
     uint8_t owner[32];  /* the principal */
-    uint64_t version;   /* another for every deployment */
+    uint64_t version;   /* 1 at first, one more whenever it is replaced */
     uint64_t size;      /* bytes of the module */
     uint64_t deployed;  /* ns of CLOCK_REALTIME; 0: nobody had told the time */
     uint64_t invocations;

@@ -14,6 +14,7 @@ struct log {
 struct function {
     struct function *next;
     struct fn_info info;
+    uint64_t number; /* no other deployment in this enclave has it */
     struct log *oldest, *newest;
     uint64_t log_count, log_bytes;
     uint8_t *module; /* a kept block: never changed, since code that was validated runs unchecked */
@@ -23,7 +24,7 @@ struct function {
 
 static struct {
     struct tm_mutex mutex;
-    uint64_t version; /* the last that was given out */
+    uint64_t number; /* the last that was given out */
     struct function *heads[BUCKETS];
 } registry;
 
@@ -192,11 +193,13 @@ int registry_deploy(const struct registry_new *new, bool replace, struct fn_info
     }
     if (old)
         drop_logs(old);
-    fresh->info.version = registry.version + 1;
+    fresh->number = registry.number + 1;
+    /* Its owner's alone: it does not tell how much others deploy. */
+    fresh->info.version = old ? old->info.version + 1 : 1;
     fresh->next = old ? old->next : NULL;
     *info = fresh->info;
     tm_txn_begin(&txn);
-    tm_txn_set(&txn, &registry.version, fresh->info.version);
+    tm_txn_set(&txn, &registry.number, fresh->number);
     tm_txn_keep(&txn, fresh);
     tm_txn_keep(&txn, module);
     tm_txn_set_ptr(&txn, link, fresh);
@@ -282,7 +285,7 @@ int registry_limit(const struct registry_key *key, const struct fn_limits *limit
 }
 
 /* Blocks are got without the lock: then it may be another function that has the name, of another size. */
-int registry_take(const struct registry_key *key, bool (*ready)(uint64_t version), struct registry_function *taken)
+int registry_take(const struct registry_key *key, bool (*ready)(uint64_t number), struct registry_function *taken)
 {
     uint64_t room = 0;
 
@@ -296,11 +299,12 @@ int registry_take(const struct registry_key *key, bool (*ready)(uint64_t version
         if (!status) {
             function = *find(key);
             if (function) {
+                taken->number = function->number;
                 taken->version = function->info.version;
                 taken->limits = function->info.limits;
                 taken->grants = function->info.flags;
                 taken->env_length = function->info.env_length;
-                taken->module_length = ready(taken->version) ? 0 : function->info.size;
+                taken->module_length = ready(taken->number) ? 0 : function->info.size;
                 needed = taken->env_length + taken->module_length;
                 if (needed && needed <= room) {
                     memcpy(taken->copy, function->env, taken->env_length);
@@ -350,7 +354,7 @@ int registry_ended(const struct registry_key *key, const struct registry_end *en
         return status;
     }
     function = *find(key);
-    if (function && function->info.version == end->version) {
+    if (function && function->number == end->number) {
         struct fn_info *info = &function->info;
 
 #ifndef TM_TEST_TRIM_LATE /* Test build: more than there may be is there for a while. */

@@ -29,6 +29,7 @@ struct registry_new {
 
 /* What an invocation takes along; `copy` is the slot's own block, or NULL. */
 struct registry_function {
+    uint64_t number; /* of the deployment, among those of all owners: never told */
     uint64_t version;
     struct fn_limits limits;
     uint8_t *copy; /* environment, then, when asked for, module */
@@ -39,7 +40,7 @@ struct registry_function {
 
 /* How an invocation ended. */
 struct registry_end {
-    uint64_t version;
+    uint64_t number;
     uint64_t fuel;
     uint32_t status; /* enum fn_status */
     uint32_t limit;
@@ -54,8 +55,8 @@ int registry_deploy(const struct registry_new *new, bool replace, struct fn_info
 int registry_describe(const struct registry_key *key, struct fn_info *info);
 int registry_limit(const struct registry_key *key, const struct fn_limits *limits, struct fn_info *info);
 int registry_remove(const struct registry_key *key);
-/* Fill `function`; with its module unless it has `version` (what is ready already). */
-int registry_take(const struct registry_key *key, bool (*ready)(uint64_t version), struct registry_function *function);
+/* Fill `function`; with its module unless that deployment is ready already. */
+int registry_take(const struct registry_key *key, bool (*ready)(uint64_t number), struct registry_function *function);
 /* Count it and log it, when the function is still there. */
 int registry_ended(const struct registry_key *key, const struct registry_end *end);
 /* Write fn_info and name of each to a block of the slot's own. */

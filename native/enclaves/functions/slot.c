@@ -71,28 +71,28 @@ void fn_free(void *memory, size_t size)
     arena_free(&slot_self()->arena, memory, size);
 }
 
-void *slot_warm(struct slot *slot, uint64_t version)
+void *slot_warm(struct slot *slot, uint64_t number)
 {
     for (unsigned i = 0; i < WARM_MAX; i++)
-        if (slot->warm[i].version == version)
+        if (slot->warm[i].number == number)
             return slot->warm[i].prepared;
     return NULL;
 }
 
 void slot_make_room(struct slot *slot)
 {
-    if (!slot->warm[WARM_MAX - 1].version)
+    if (!slot->warm[WARM_MAX - 1].number)
         return;
     engine_forget(slot->warm[0].prepared);
     memmove(slot->warm, slot->warm + 1, sizeof(slot->warm) - sizeof(slot->warm[0]));
-    slot->warm[WARM_MAX - 1].version = 0;
+    slot->warm[WARM_MAX - 1].number = 0;
 }
 
-void slot_keep(struct slot *slot, uint64_t version, void *prepared)
+void slot_keep(struct slot *slot, uint64_t number, void *prepared)
 {
     for (unsigned i = 0; i < WARM_MAX; i++)
-        if (!slot->warm[i].version) {
-            slot->warm[i].version = version;
+        if (!slot->warm[i].number) {
+            slot->warm[i].number = number;
             slot->warm[i].prepared = prepared;
             return;
         }

@@ -32,7 +32,7 @@ struct slot {
     struct escape *escape; /* while the engine works */
     struct engine_text *why; /* where the engine's last words go */
     struct {
-        uint64_t version;
+        uint64_t number;
         void *prepared;
     } warm[WARM_MAX];
 };
@@ -49,10 +49,10 @@ void slot_begin(struct slot *slot, uint64_t budget);
  */
 int slot_engine(struct slot *slot, int (*body)(void *), void *argument, struct engine_text *why, uint32_t *refused);
 /* The module of that deployment when it is ready, or NULL. */
-void *slot_warm(struct slot *slot, uint64_t version);
+void *slot_warm(struct slot *slot, uint64_t number);
 /* Before one is made ready: forget the oldest when there are as many as there may be.  With the engine. */
 void slot_make_room(struct slot *slot);
-void slot_keep(struct slot *slot, uint64_t version, void *prepared);
+void slot_keep(struct slot *slot, uint64_t number, void *prepared);
 /* Forget all that is ready. */
 void slot_forget(struct slot *slot);
 
