@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any
 from teemate._faults import FORKED, describe_fault, native_error, new_diag, status_error
 from teemate._native import ffi, lib
 from teemate._types import Exit, SlotGrant
-from teemate.errors import Busy, CallTimeout, EnclaveFault, EnclaveLost, Error, NotAttached, Revoked
+from teemate.errors import (
+    Busy,
+    CallTimeout,
+    EnclaveFault,
+    EnclaveLost,
+    Error,
+    LimitReached,
+    NotAttached,
+    Revoked,
+)
 
 if TYPE_CHECKING:
     from teemate._enclave import Enclave
@@ -32,6 +41,8 @@ What is no :class:`Exception` (KeyboardInterrupt) abandons the call."""
 
 PAUSE_NS = 20_000_000
 """How long a call may keep Python's signal handlers, deadlines and revocations waiting."""
+OCALL_ANSWER_MAX = 1 << 20
+"""Bytes of an OCALL's answer (SLOT_OCALL_CAPACITY of native/lib/slot.h)."""
 MAX_REPLY = 65536
 """Bytes of an answer, unless the call says otherwise."""
 
@@ -63,6 +74,15 @@ _slot_answer = lib.teemate_slot_answer
 _slot_close = lib.teemate_slot_close
 
 Check = Callable[[], None]
+
+
+def _fitting(answer: bytes) -> bytes:
+    if len(answer) > OCALL_ANSWER_MAX:
+        raise LimitReached(
+            f"an OCALL's answer of {len(answer)} bytes: {OCALL_ANSWER_MAX} are possible",
+            {"maximum": OCALL_ANSWER_MAX, "used": len(answer)},
+        )
+    return bytes(answer)
 
 
 class Slot:
@@ -200,7 +220,7 @@ class Slot:
                         handler, request = self._ocall(ocalls)
                         if handler is not None:
                             try:
-                                status, answer = 0, bytes(handler(request))
+                                status, answer = 0, _fitting(handler(request))
                             except Exception as reason:
                                 status, failed = -10, failed or reason  # TM_E_OCALL
                         error = _slot_answer(handle, status, answer, len(answer), PAUSE_NS, call)

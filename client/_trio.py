@@ -283,7 +283,7 @@ class AsyncBroker:
         """Replace an enclave by one from another image: :meth:`teemate.Broker.upgrade`."""
         return await _in_thread(
             self._limiter,
-            lambda: self.sync.upgrade(
+            lambda: self._sync.upgrade(
                 name, image, sigstruct, deadline=deadline, force=force, lose_state=lose_state
             ),
         )

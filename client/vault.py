@@ -168,6 +168,8 @@ class Vault:
         It is for the enclave of `target` (512 bytes, :meth:`teemate.report.Report.target`) and for
         nobody else; without one, for this enclave itself.
         """
+        if len(data) > 64:
+            raise ProtocolError(f"a report has 64 bytes of data, and not {len(data)}")
         if len(target) not in (0, TARGET_SIZE):
             raise ProtocolError(f"a TARGETINFO has {TARGET_SIZE} bytes, this one {len(target)}")
         reply = self._slot.call("report", data.ljust(64, b"\0") + target)
@@ -199,10 +201,16 @@ class Vault:
         return Report.parse(self.report()).mrenclave
 
     def _name(self, key: bytes) -> bytes:
-        return _NAME.pack(self._space, 0, len(key), 0) + key
+        return _NAME.pack(self._space, 0, self._length(key), 0) + key
 
     def _pack(self, key: bytes, value: bytes, ttl_ms: int, expected: int) -> bytes:
-        return _PUT.pack(self._space, 0, len(key), len(value), ttl_ms, expected) + key + value
+        return _PUT.pack(self._space, 0, self._length(key), len(value), ttl_ms, expected) + key + value
+
+    @staticmethod
+    def _length(key: bytes) -> int:
+        if len(key) > 0xFFFF:  # the request has no room for it; less is for the enclave to refuse
+            raise CallFailed(f"a key of {len(key)} bytes: {KEY_MAX} are possible", -1)
+        return len(key)
 
     @staticmethod
     def _version(reply: bytes) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Generic, TypeVar, final
 
 from teemate import errors, wire
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["Method", "changes_something", "find_method"]
 
 PROTOCOL_VERSION = 1
-BROKER_NAME = "teemate-broker 0.1.0"
+BROKER_NAME = f"teemate-broker {version('teemate')}"
 T = TypeVar("T")
 
 

@@ -101,13 +101,17 @@ def _environment(env: Mapping[str, str] | None) -> bytes:
     return _strings("an environment", [f"{key}={value}" for key, value in (env or {}).items()])
 
 
+_SECONDS_MAX = 4e9
+"""More than a century; in nanoseconds it fits a word."""
+
+
 def nanoseconds(seconds: float | None) -> int:
     """Return `seconds` as the enclave takes them, 0 for None."""
     if seconds is None:
         return 0
     if not seconds > 0:
         raise BadArgument(f"{seconds} seconds: more than 0 are needed")
-    return max(1, min(int(seconds * 1e9), (1 << 62) - 1))
+    return max(1, int(min(seconds, _SECONDS_MAX) * 1e9))
 
 
 def _limits(limits: FunctionLimits | None) -> bytes:
@@ -136,6 +140,8 @@ def limits(name: str, wanted: FunctionLimits) -> bytes:
 def logs(name: str, after: int) -> bytes:
     """A request for what was logged after an invocation."""
     encoded = _name(name)
+    if not 0 <= after < 1 << 64:
+        raise BadArgument(f"after invocation {after}: their numbers are from 0 to 2^64 - 1")
     return _HEAD.pack(len(encoded), 0, 0) + _AFTER.pack(after) + encoded
 
 

@@ -35,8 +35,8 @@ _PROBLEM = {
         "code": {"type": "string", "description": "As in docs/errors.md; programs read this."},
         "detail": {"type": "string", "description": "For people."},
         "limit": {"type": "string", "description": "Which limit of the function was met."},
+        "maximum": {"type": "integer", "description": "What that is."},
         "exit_code": {"type": "integer", "description": "What the function ended with."},
-        "stderr": {"type": "string", "description": "The end of what the function logged."},
     },
 }
 _HEALTH = {

@@ -194,6 +194,14 @@ def test_what_an_ocall_handler_raises_reaches_the_caller_and_costs_no_slot(fault
         slot.call("empty")
 
 
+def test_an_ocall_answer_that_is_too_long_reaches_the_caller_and_costs_no_slot(faults: Enclave) -> None:
+    with faults.slot() as slot:
+        with pytest.raises(teemate.LimitReached, match="1048576 are possible"):
+            slot.call("ocall", b"abc", ocalls={"echo": lambda _data: bytes((1 << 20) + 1)})
+        assert slot.broken is None
+        slot.call("empty")
+
+
 def test_a_call_from_an_ocall_handler_in_the_same_slot_is_busy(faults: Enclave) -> None:
     with faults.slot() as slot:
         with pytest.raises(teemate.Busy, match="one slot for each thread"):

@@ -57,6 +57,13 @@ def test_a_report_for_an_enclave_verifies_there_and_tells_who_made_it(
     assert (said.debug, said.simulated) == (False, BACKEND == "sim")
 
 
+def test_more_data_than_a_report_has_and_a_key_without_end_are_refused(maker: Vault) -> None:
+    with pytest.raises(teemate.ProtocolError, match="64 bytes of data"):
+        maker.report(bytes(65))
+    with pytest.raises(teemate.CallFailed, match="256 are possible"):
+        maker.get(bytes(1 << 16))
+
+
 def test_a_report_for_itself_verifies_and_also_in_another_enclave_of_the_same_image(
     images: Images, verifier: Vault
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -21,7 +22,7 @@ from running_broker import RunningBroker
 
 import teemate
 from teemate.cli.main import run as run_command
-from teemate.functions import FunctionExists, FunctionLimit, FunctionLimits
+from teemate.functions import BadArgument, FunctionExists, FunctionLimit, FunctionLimits
 
 PAGE = Path(__file__).parents[2] / "docs" / "functions.md"
 HELLO = wasm.printing(b"hello\n", errors=b"a word")
@@ -123,6 +124,15 @@ def test_a_timeout_ends_the_function_and_the_slot_goes_on(connection: teemate.Br
     with pytest.raises(teemate.CallTimeout):
         functions.invoke("endless", timeout=0.2)
     assert functions.invoke("hello") == b"hello\n"
+
+
+def test_no_end_of_time_is_a_time_and_a_number_out_of_range_is_refused(
+    connection: teemate.Broker,
+) -> None:
+    limits = FunctionLimits(time=math.inf)
+    assert connection.functions.deploy("patient", HELLO, limits=limits).limits.time is not None
+    with pytest.raises(BadArgument, match=r"2\^64"):
+        connection.functions.logs("patient", after=1 << 64)
 
 
 def test_the_limit_of_time_ends_it_too(connection: teemate.Broker) -> None:
