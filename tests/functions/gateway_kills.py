@@ -23,7 +23,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -258,7 +258,7 @@ def main() -> None:
             say=lambda text: print(text, file=sys.stderr, flush=True),
         )
     if given.json:
-        print(json.dumps(asdict(result), indent=2))
+        print(json.dumps(vars(result), indent=2))
     else:
         for name, outcomes in result.outcomes.items():
             print(f"{name:10} {dict(outcomes)}, the enclave counts {result.invoked[name]}")
