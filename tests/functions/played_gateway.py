@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
 
+import teemate
 from teemate.gateway import supervisor, worker
 from teemate.gateway.app import Functions
 from teemate.gateway.settings import Settings
@@ -33,6 +34,24 @@ class _Played:
             await trio.to_thread.run_sync(_hold, Path(args[0]), abandon_on_cancel=True)
             return str(os.getpid()).encode()
         return payload
+
+    async def stream(
+        self,
+        name: str,
+        source: AsyncIterable[bytes],
+        sink: Callable[[bytes], Awaitable[object]],
+        *,
+        args: Sequence[str] = (),
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> None:
+        """Each piece as it comes; ``hold`` as above.  With NO_STREAMS set none begins."""
+        if "NO_STREAMS" in os.environ:
+            raise teemate.Unsupported("streams are switched off for this test")
+        if name == "hold":
+            await sink(await self.invoke(name, b"", args=args, timeout=timeout))
+            return
+        async for piece in source:
+            await sink(piece)
 
 
 def _hold(folder: Path) -> None:
