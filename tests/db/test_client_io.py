@@ -138,7 +138,8 @@ def test_who_may_read_only_gets_descriptors_that_only_read(own: RunningBroker) -
         "    try: c._slot._enclave.open_file(c._slot, name, writable=bool(writable))\n"
         "    except teemate.errors.NotFound: print('not lent')\n"
         "try: c.execute('INSERT INTO t VALUES (8)')\n"
-        "except db.Denied: print('denied')\n",
+        "except db.Denied: print('denied')\n"
+        "c.close()\n",
         uid=4002,
     )
     assert read.stdout == (
