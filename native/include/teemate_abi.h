@@ -127,6 +127,7 @@ enum tm_status {
     TM_E_OCALL = -10,    /* the caller refused or failed an OCALL */
     TM_E_NOTREADY = -11, /* the enclave has no control key yet */
     TM_E_PLATFORM = -12, /* a report of another platform: the sim's, another computer's, other microcode's */
+    TM_E_INTERRUPTED = -13, /* control: somebody was interrupted in this TCS, and the operation wants a whole stack */
 };
 
 /* Who holds the lock that was not to be had. */

@@ -72,6 +72,15 @@ static int64_t set_key(uint64_t cssa, uint64_t key0, uint64_t key1)
     return 0;
 }
 
+/*
+ * Work that takes locks and runs author's code wants a stack that is its own.  Asked before the sequence is used up:
+ * who was interrupted in this TCS may be anybody with the descriptor, and the warden asks again through the other.
+ */
+static bool wants_whole_stack(uint32_t op)
+{
+    return op == TM_CTL_RESET || op == TM_CTL_AUTHOR;
+}
+
 /* Take the sequence number: larger than all before, used up even if we die now. */
 static int check_mac(const struct tm_control *request)
 {
@@ -197,9 +206,9 @@ static void scrub(uint64_t slot, struct thread *thread, bool may_free)
     __atomic_store_n(&thread->used, 0, __ATOMIC_RELEASE);
 }
 
-static int64_t reset(struct thread *self, uint64_t cssa, struct thread *thread, uint64_t slot)
+static int64_t reset(struct thread *self, struct thread *thread, uint64_t slot)
 {
-    if (cssa || self->fixed.index >= TM_WARDEN_SLOTS || is_wardens(slot) || (thread->word & 0xff) != TM_SLOT_FREE)
+    if (self->fixed.index >= TM_WARDEN_SLOTS || is_wardens(slot) || (thread->word & 0xff) != TM_SLOT_FREE)
         return TM_E_STATE;
     scrub(slot, thread, true);
     return 0;
@@ -297,6 +306,8 @@ static int64_t control(struct thread *self, const struct tm_control *request, ui
         return TM_E_NOTREADY;
     if (request->slot >= slot_count())
         return TM_E_ARGUMENT;
+    if (cssa && wants_whole_stack(request->op))
+        return TM_E_INTERRUPTED;
     if (needs_mac(request->op)) {
         int status = check_mac(request);
 
@@ -326,7 +337,7 @@ static int64_t control(struct thread *self, const struct tm_control *request, ui
         status = is_wardens(request->slot) ? TM_E_ARGUMENT : clear(thread, request->generation);
         break;
     case TM_CTL_RESET:
-        status = reset(self, cssa, thread, request->slot);
+        status = reset(self, thread, request->slot);
         break;
     case TM_CTL_TIME:
         time_set(request->argument);
@@ -334,8 +345,7 @@ static int64_t control(struct thread *self, const struct tm_control *request, ui
         break;
     case TM_CTL_AUTHOR:
         /* Author's code runs on a warden's own stack only. */
-        status = cssa || self->fixed.index >= TM_WARDEN_SLOTS ? TM_E_STATE
-                                                              : author_control(request->data, result);
+        status = self->fixed.index >= TM_WARDEN_SLOTS ? TM_E_STATE : author_control(request->data, result);
         break;
     case TM_CTL_REPORT:
         status = report(request, result);

@@ -195,6 +195,9 @@ uint64_t warden_control(struct warden *warden, const struct tm_control *control,
     clock_gettime(CLOCK_MONOTONIC, &begin);
     for (;;) {
         control_enter(warden->enclave, warden->tcs[slot], warden->key, control, result, exit);
+        /* Who spins there was interrupted: as busy as while he ran, and nothing of the request was done. */
+        if (exit->entered && exit->status == TM_E_INTERRUPTED)
+            *exit = (struct control_exit){.status = -EBUSY};
         if (exit->entered || exit->inside || exit->status != -EBUSY)
             return slot;
         warden->contended++;

@@ -18,6 +18,7 @@ from gate import (
     EEXIT,
     ERESUME,
     FREE,
+    INTERRUPTED,
     LANDED,
     MAC,
     OK,
@@ -254,7 +255,7 @@ def test_a_hanging_or_crashed_control_ecall_is_undone_through_the_other_tcs(
 ) -> None:
     interrupt(faults, name, broken)
     assert faults.control(PROBE, tcs=broken).cssa == 1
-    assert faults.author(b"echo", tcs=broken).status == STATE
+    assert faults.author(b"echo", tcs=broken).status == INTERRUPTED
     repair(faults, broken)
     assert faults.author(b"echo", b"well", tcs=broken).status == OK
     assert faults.assign(2).call(b"empty") == (OK, b"")
@@ -311,6 +312,23 @@ def test_a_warden_that_died_in_a_reset_leaves_it_to_be_done_again(holder: Holder
     repair(gate, 0)
     assert gate.control(RESET, holder.slot).status == OK
     assert gate.control(ARM, holder.slot, generation=2, key=os.urandom(16)).status == OK
+
+
+def test_a_reset_through_a_tcs_where_somebody_stands_is_done_through_the_other(
+    holder: Holder,
+) -> None:
+    """The very same request: that it came to such a TCS has not used it up."""
+    gate = holder.gate
+    assert gate.control(CLEAR, holder.slot, generation=1).status == OK
+    interrupt(gate, b"hang", 0)  # whoever has the descriptor can stand there, on the way to being refused
+    request = gate.request(RESET, holder.slot)
+    refused = gate.send(request, tcs=0)
+    assert isinstance(refused, Result)
+    assert refused.status == INTERRUPTED
+    done = gate.send(request, tcs=1)
+    assert isinstance(done, Result)
+    assert done.status == OK
+    assert gate.control(ARM, holder.slot, tcs=1, generation=2, key=os.urandom(16)).status == OK
 
 
 def test_rewriting_ones_own_tcs_or_an_armed_clients_is_refused(faults: Gate) -> None:
