@@ -16,6 +16,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -66,7 +67,7 @@ class Connection(Link):
         What was given back and the broker does not know yet is said first, which may have to wait for
         a broker that is away; `check` can end that.
         """
-        if os.getpid() != self._pid:
+        if os.getpid() != self._pid or sys.is_finalizing():
             if self._socket is not None:
                 self._socket.close()
             return
@@ -137,6 +138,8 @@ class Connection(Link):
 
         While it is away this does not wait: it hears of it when it is back.
         """
+        if sys.is_finalizing():
+            return  # the end of the process gives it back
         asker = object()
         try:
             self._begin_asking(asker)

@@ -17,6 +17,7 @@ import itertools
 import os
 import select
 import socket
+import sys
 import threading
 import time
 from collections import deque
@@ -107,12 +108,17 @@ class Link:
         return self._absence is not None
 
     def check_process(self) -> None:
-        """Raise :class:`NotAttached` in a child of fork()."""
+        """Raise :class:`NotAttached` in a child of fork(), and ConnectionLost at the interpreter's end.
+
+        Python ends its threads wherever they are then, the listener too: with locks nobody gets any more.
+        """
         if os.getpid() != self._pid:
             raise NotAttached(
                 f"this process is a child of process {self._pid}, which holds the connection and the grants: "
                 "connect and attach here"
             )
+        if sys.is_finalizing():
+            raise ConnectionLost("the interpreter ends, and its grants with it", {"socket": self.path})
 
     # ---- sending --------------------------------------------------------------------
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
 from connections import database_image
-from processes import wait_until
+from processes import DEADLINE, wait_until
 from raw_client import raw_client
 from running_broker import RunningBroker
 
@@ -39,6 +41,20 @@ def test_the_readmes_example_prints_what_it_says(
     (example,) = re.findall(r"<!-- database -->\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     exec(compile(example, str(PAGE), "exec"), {})
     assert capsys.readouterr().out == "Ada 1815\n"
+
+
+LEAVES = """
+from teemate import db
+connection = db.connect("db")
+connection.execute("SELECT 1")
+connection._slot._enclave._connection._lock.acquire()
+"""
+
+
+def test_a_program_ends_without_waiting_for_what_its_threads_held(shared: RunningBroker) -> None:
+    """Python ends threads at its end wherever they are, as the listener with the connection's lock."""
+    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, timeout=DEADLINE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_connections_by_name_give_back_what_they_took(shared: RunningBroker) -> None:
