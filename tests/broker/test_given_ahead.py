@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
+from processes import wait_until
 from raw_client import RawClient
 from running_broker import RunningBroker
 
@@ -23,9 +25,12 @@ def given(admin: RawClient) -> int:
 
 def seated(admin: RawClient, count: int = 1) -> None:
     """Return when so many connections are seated, and something is ready for them."""
-    now = {"seats": 0, "ready": 0}
-    while now["seats"] < count or not now["ready"]:
+
+    def are() -> bool:
         now = admin.ok("stats")["stats"]["attendant"]
+        return bool(now["seats"] >= count and now["ready"])
+
+    wait_until(are, "connections have seats")
 
 
 def drop_descriptors(client: RawClient) -> list[str]:
@@ -123,14 +128,18 @@ def test_a_client_that_came_for_one_attach_is_seated_when_it_stays(
     broker: Broker, vault_policy: Policy, connect: Connect
 ) -> None:
     there = broker(vault_policy())
-    admin, client = connect(there), connect(there, hello=False)
+    admin = connect(there)
+    os.kill(there.pid, signal.SIGSTOP)  # so that it finds all at once, as of who knows what it wants
+    client = connect(there, hello=False)
     hello = client.post("hello", version=1, client="brief")
     attach = client.post("attach", enclave="vault", slots=1)
+    os.kill(there.pid, signal.SIGCONT)
     client.reply(hello)
     reply = client.reply(attach)
     for passed in (0, 1):
         drop_descriptors(client)
         client.ok("detach", grant=reply["ok"]["grant"], clean=True)
+        assert given(admin) == 0  # after this round the broker waits for the client's next message
         if passed:
             seated(admin)
         reply = client.call("attach", enclave="vault", slots=1)
