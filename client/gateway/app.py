@@ -344,8 +344,8 @@ def _streams(scope: Mapping[str, Any]) -> bool:
         return False
     if asked != b"1":
         raise Refused(problem(400, "protocol-error", f"{STREAM_HEADER} is 1, or left out"))
-    if not scope["http_version"].startswith("1"):
-        # There is no way to end such an answer in the middle so that it is noticed.
+    if scope["http_version"] != "1.1":
+        # There is no way to end another's answer in the middle so that it is noticed.
         raise Refused(problem(501, "unsupported", "streams are for HTTP/1.1 here"))
     return True
 

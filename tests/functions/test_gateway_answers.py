@@ -329,7 +329,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
     assert Settings.from_json(Settings(slots=7).to_json()) == Settings(slots=7)
 
 
-async def test_a_stream_goes_through_in_pieces_and_by_http_1_alone() -> None:
+async def test_a_stream_goes_through_in_pieces_and_by_http_1_1_alone() -> None:
     client = Client()
     streams = {"TeeMate-Stream": "1"}
     response = await client.request("POST", "/fn/echo", b"payload" * 100, pieces=50, headers=streams)
@@ -338,4 +338,5 @@ async def test_a_stream_goes_through_in_pieces_and_by_http_1_alone() -> None:
     assert [len(piece) for piece in response.pieces] == [50] * 14 + [0]
     client.functions.error = FunctionLimit("it met one", "fuel", 1, {})
     assert (await client.request("POST", "/fn/other", headers=streams)).status == 422
-    assert (await client.request("POST", "/fn/echo", headers=streams, version="2")).status == 501
+    for version in ("1.0", "2"):
+        assert (await client.request("POST", "/fn/echo", headers=streams, version=version)).status == 501
