@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, final
 from urllib.parse import parse_qsl
 
@@ -17,7 +17,7 @@ from ..errors import Error
 from ..functions._wire import PAYLOAD_MAX
 from .admission import Admission
 from .answers import Answer, Refused, of_error, problem
-from .body import PIECE, Body, Gone, Message, Receive, too_large
+from .body import PIECE, Body, Gone, Receive, Send, too_large
 from .openapi import (
     MAX_ARGUMENT_BYTES,
     MAX_ARGUMENTS,
@@ -29,11 +29,9 @@ from .openapi import (
 )
 from .places import FunctionBusyError, Places, QueueFullError
 from .settings import Settings
-from .streaming import BrokenOffError, Functions, Streamed, stream
+from .streaming import BrokenOffError, Functions, Sink, Streamed, stream
 
 __all__ = ["Functions", "Gateway"]
-
-Send = Callable[[Message], Awaitable[None]]
 
 SEND_SECONDS = 30.0
 SEND_RATE = 16 << 10
@@ -97,6 +95,7 @@ class Gateway:
         began = trio.current_time()
         body = Body(receive, self._max_body)
         streamed = Streamed(send, _head(request))
+        answer: Answer | None = None
         try:
             answer = await self._answer(scope, body, began, streamed)
         except Refused as refused:
@@ -104,34 +103,37 @@ class Gateway:
         except BrokenOffError as error:
             # Who has got a part of it already is told by the connection, which ends in the middle.
             self._log.warning("stream broken off", request=request, path=scope["path"], reason=str(error))
-            return
         except Gone:
             self._log.info("request", request=request, path=scope["path"], outcome="client left")
             return
         except Exception as error:  # whatever it is, this request is told and the others go on
             self._log.error("internal error", request=request, path=scope["path"], exc_info=error)
-            answer = problem(500, "internal-error", "the gateway failed: its log says more")
-        if not streamed.started:
-            await body.discard()
-        self._log.info(
-            "request",
-            request=request,
-            method=scope["method"],
-            path=scope["path"],
-            status=answer.status,
-            received=body.received,
-            sent=streamed.sent or len(answer.body),
-            seconds=round(trio.current_time() - began, 6),
-        )
-        if streamed.started:
-            return
+            if not streamed.started:
+                answer = problem(500, "internal-error", "the gateway failed: its log says more")
+        await body.discard()
+        size = 0
+        if answer is not None:
+            size = len(answer.body)
+            self._log.info(
+                "request",
+                request=request,
+                method=scope["method"],
+                path=scope["path"],
+                status=answer.status,
+                received=body.received,
+                sent=streamed.sent or size,
+                seconds=round(trio.current_time() - began, 6),
+            )
         close = not body.complete and scope["http_version"].startswith("1")
         async with trio.open_nursery() as nursery:
             # The server says from within our `send` that the connection is closed, and what it has to
             # tell has to be taken all the while: it waits for room behind what the client sends still.
             nursery.start_soon(body.gone)
-            with trio.move_on_after(SEND_SECONDS + len(answer.body) / SEND_RATE) as scope_of_send:
-                await _send(send, answer, request, head=scope["method"] == "HEAD", close=close)
+            with trio.move_on_after(SEND_SECONDS + size / SEND_RATE) as scope_of_send:
+                if streamed.started or answer is None:
+                    await streamed.end()
+                else:
+                    await _send(send, answer, request, head=scope["method"] == "HEAD", close=close)
             if scope_of_send.cancelled_caught:
                 self._log.warning("answer not taken", request=request, path=scope["path"])
             nursery.cancel_scope.cancel()
@@ -212,6 +214,23 @@ class Gateway:
         self, name: str, arguments: list[str], deadline: float, body: Body, streamed: Streamed
     ) -> Answer:
         """Wait for a slot, then let the body in and the result out while the function runs."""
+
+        async def run(source: AsyncIterable[bytes], sink: Sink) -> None:
+            async with self._slot(deadline):
+                left = max(deadline - trio.current_time(), 0.001)
+                await self._functions.stream(name, source, sink, args=arguments, timeout=left)
+
+        try:
+            return await stream(run, deadline, body, streamed)
+        except Error as error:
+            if error.code not in ("not-found", "function-failed"):
+                self._log.warning("invocation failed", function=name, code=error.code, reason=str(error))
+            if streamed.started:
+                raise BrokenOffError(str(error)) from error
+            return of_error(error)
+
+    @asynccontextmanager
+    async def _slot(self, deadline: float) -> AsyncGenerator[None, None]:
         async with AsyncExitStack() as held:
             await _until(
                 deadline,
@@ -219,14 +238,7 @@ class Gateway:
                 504,
                 "no slot was free by the deadline",
             )
-            try:
-                return await stream(self._functions, name, arguments, deadline, body, streamed)
-            except Error as error:
-                if error.code not in ("not-found", "function-failed"):
-                    self._log.warning("invocation failed", function=name, code=error.code, reason=str(error))
-                if streamed.started:
-                    raise BrokenOffError(str(error)) from error
-                return of_error(error)
+            yield
 
     async def _read(self, body: Body, began: float, deadline: float, late: int) -> bytes:
         """Read the body by the deadline, however late that is, or for as long as it comes fast enough."""
@@ -248,13 +260,7 @@ class Gateway:
         answer: Answer | None = None
 
         async def run() -> Answer:
-            async with AsyncExitStack() as held:
-                await _until(
-                    deadline,
-                    lambda: held.enter_async_context(self.admission.slot()),
-                    504,
-                    "no slot was free by the deadline",
-                )
+            async with self._slot(deadline):
                 left = deadline - trio.current_time()
                 try:
                     result = await self._functions.invoke(

@@ -9,10 +9,12 @@ import trio
 
 from .answers import Answer, Refused, problem
 
-__all__ = ["PIECE", "Body", "Gone", "Message", "Receive", "too_large"]
+__all__ = ["PIECE", "Body", "Gone", "Message", "Receive", "Send", "too_large"]
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message | None], Awaitable[None]]
+"""ASGI's, and hypercorn's, which takes None: no more comes, whether or not this was all."""
 
 PIECE = 64 << 10
 """Bytes of a result that are handed on at once: more only when the client has taken these."""

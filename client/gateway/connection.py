@@ -15,6 +15,7 @@ from hypercorn.trio.tcp_server import TCPServer
 from structlog.typing import FilteringBoundLogger
 
 from .app import SEND_SECONDS
+from .streaming import TAKEN_BY
 
 __all__ = ["Connection", "use_connections"]
 
@@ -53,7 +54,7 @@ class _Stream:
         self.aclose = stream.aclose
 
     async def send_all(self, data: bytes) -> None:
-        with trio.move_on_after(SEND_SECONDS) as scope:
+        with trio.move_on_at(min(trio.current_time() + SEND_SECONDS, TAKEN_BY.get())) as scope:
             await self._stream.send_all(data)
         if scope.cancelled_caught:
             await trio.aclose_forcefully(self._stream)

@@ -7,22 +7,27 @@ written a failure has its status as ever; then the answer ends in the middle.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
+from contextvars import ContextVar
 from typing import Protocol, final
 
 import trio
 
 from ..errors import Error
 from .answers import Answer, Refused, problem
-from .body import PIECE, Body, Gone, Message
+from .body import PIECE, Body, Gone, Send
 
-__all__ = ["BrokenOffError", "Functions", "Streamed", "stream"]
+__all__ = ["TAKEN_BY", "BrokenOffError", "Functions", "Sink", "Streamed", "stream"]
 
-Send = Callable[[Message], Awaitable[None]]
+Sink = Callable[[bytes], Awaitable[object]]
 TAKE_SECONDS = 30.0
 """A client takes each piece within this, or is cut off."""
 LATE_SECONDS = 3.0
 """By how much an invocation may miss its deadline before its call is given up."""
+NOT_TAKEN = "what was written was not taken in time"
+TAKEN_BY: ContextVar[float] = ContextVar("TAKEN_BY", default=math.inf)
+"""When what is sent has to be taken: for the connection, where hypercorn lets nothing be cancelled."""
 
 
 class Functions(Protocol):
@@ -43,7 +48,7 @@ class Functions(Protocol):
         self,
         name: str,
         source: AsyncIterable[bytes],
-        sink: Callable[[bytes], Awaitable[object]],
+        sink: Sink,
         *,
         args: Sequence[str] = ...,
         timeout: float | None = ...,  # noqa: ASYNC109
@@ -58,29 +63,40 @@ class BrokenOffError(Exception):
 
 @final
 class Streamed:
-    """An answer that is sent while it is made; it starts with its first byte."""
+    """An answer that is sent while it is made; it starts with its first byte.
+
+    `whole`: all was written; `taken_by`: when what is being written has to be taken.
+    """
 
     def __init__(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         self._send = send
         self._headers = headers
         self.started = False
+        self.whole = False
+        self.taken_by = math.inf
         self.sent = 0
 
     async def write(self, data: bytes, deadline: float) -> None:
         """Send `data`; raises BrokenOffError where it is not taken."""
-        with trio.move_on_at(min(deadline, trio.current_time() + TAKE_SECONDS)) as scope:
-            await self._start()
-            for at in range(0, len(data), PIECE):
-                piece = data[at : at + PIECE]
-                await self._send({"type": "http.response.body", "body": piece, "more_body": True})
-                self.sent += len(piece)
+        self.taken_by = min(deadline, trio.current_time() + TAKE_SECONDS)
+        token = TAKEN_BY.set(self.taken_by)
+        try:
+            with trio.move_on_at(self.taken_by) as scope:
+                await self._start()
+                for at in range(0, len(data), PIECE):
+                    piece = data[at : at + PIECE]
+                    await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+                    self.sent += len(piece)
+        finally:
+            TAKEN_BY.reset(token)
         if scope.cancelled_caught:
-            raise BrokenOffError("what was written was not taken in time")
+            raise BrokenOffError(NOT_TAKEN)
+        self.taken_by = math.inf
 
     async def end(self) -> None:
-        """Say that this was all."""
-        await self._start()
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        """Say that this was all, or where it was not, end the connection in the middle of it."""
+        last = {"type": "http.response.body", "body": b"", "more_body": False}
+        await self._send(last if self.whole else None)
 
     async def _start(self) -> None:
         if self.started:
@@ -91,29 +107,31 @@ class Streamed:
 
 
 async def stream(
-    functions: Functions, name: str, arguments: list[str], deadline: float, body: Body, streamed: Streamed
+    run: Callable[[AsyncIterable[bytes], Sink], Awaitable[None]],
+    deadline: float,
+    body: Body,
+    streamed: Streamed,
 ) -> Answer:
-    """Invoke `name`; what it writes is sent, and the answer says what was."""
-    pieces, source = trio.open_memory_channel[bytes](0)
+    """Have `run` read the body and write what is `streamed`; the answer is for who gets nothing so."""
+    source = _Source(deadline)
     outcome: list[Exception] = []
-    done = gone = False
+    done = False
 
     async def listen() -> None:
-        """Take what the client sends, as fast as it is read, and hear when it leaves."""
-        nonlocal gone
+        """Take what the client sends as it comes, whether it is read or not, and hear when it leaves."""
+        ended: Exception = Gone()
         try:
-            async with pieces:
-                while not body.complete:
-                    piece = await body.next()
-                    body.check()
-                    if piece:
-                        await pieces.send(piece)
+            while not body.complete:
+                piece = await body.next()
+                body.check()
+                source.feed(piece)
+            source.end()
             await body.gone()
-            gone = True
-        except (Gone, trio.BrokenResourceError):
-            gone = True
-        except Refused as refused:
-            outcome.append(refused)
+        except (Gone, Refused) as early:
+            ended = early
+        if isinstance(ended, Gone) and trio.current_time() >= streamed.taken_by:
+            ended = BrokenOffError(NOT_TAKEN)  # for which its connection was closed
+        outcome.append(ended)
         nursery.cancel_scope.cancel()
 
     async def write(data: bytes) -> None:
@@ -122,20 +140,15 @@ async def stream(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(listen)
         with trio.move_on_at(deadline + LATE_SECONDS):
-            left = max(deadline - trio.current_time(), 0.001)
             try:
-                await functions.stream(name, _Source(source, deadline), write, args=arguments, timeout=left)
-                await streamed.end()
+                await run(source, write)
                 done = True
             except (Error, Refused, BrokenOffError) as ended:  # not through the nursery, which would wrap it
                 outcome.append(ended)
         nursery.cancel_scope.cancel()
     if done:
+        streamed.whole = True
         return Answer(200, b"", "application/octet-stream")
-    if gone:
-        raise Gone
-    if outcome and isinstance(outcome[0], Error):
-        raise outcome[0]
     late = Refused(problem(504, "call-timeout", "the function is not done in time"))
     error = outcome[0] if outcome else late
     if streamed.started and isinstance(error, Refused):
@@ -145,19 +158,39 @@ async def stream(
 
 @final
 class _Source:
-    """What has come of the body, piece by piece, until the deadline."""
+    """What has come of the body, piece by piece, until the deadline.
 
-    def __init__(self, pieces: trio.MemoryReceiveChannel[bytes], deadline: float) -> None:
-        self._pieces = pieces
+    All of it is held that is not yet read, as it is for who asks for no stream: a client is heard to leave
+    only behind what it has sent.
+    """
+
+    def __init__(self, deadline: float) -> None:
         self._deadline = deadline
+        self._held = bytearray()
+        self._whole = False
+        self._more = trio.Event()
+
+    def feed(self, piece: bytes) -> None:
+        """Add what has come."""
+        self._held += piece
+        self._more.set()
+
+    def end(self) -> None:
+        """Say that all has come."""
+        self._whole = True
+        self._more.set()
 
     def __aiter__(self) -> _Source:
         return self
 
     async def __anext__(self) -> bytes:
         with trio.move_on_at(self._deadline):
-            try:
-                return await self._pieces.receive()
-            except trio.EndOfChannel:
-                raise StopAsyncIteration from None
+            while not self._held and not self._whole:
+                self._more = trio.Event()
+                await self._more.wait()
+            if not self._held:
+                raise StopAsyncIteration
+            piece = bytes(self._held[:PIECE])
+            del self._held[:PIECE]
+            return piece
         raise Refused(problem(504, "call-timeout", "the body was not whole by the deadline"))

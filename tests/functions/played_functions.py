@@ -62,12 +62,22 @@ class PlayedFunctions:
         args: Sequence[str] = (),
         timeout: float | None = None,  # noqa: ASYNC109
     ) -> None:
-        """``echo`` gives each piece back as it comes."""
-        if name != "echo":
+        """``echo`` gives each piece back as it comes; ``first`` one alone, until told to end.
+
+        ``breaks`` fails then, and ``floods`` reads nothing and writes on and on.
+        """
+        if name not in ("echo", "first", "breaks", "floods"):
             await self.invoke(name, b"", args=args, timeout=timeout)
             return
+        while name == "floods":
+            await sink(bytes(1 << 16))
         async for piece in source:
             await sink(piece)
+            if name != "echo":
+                await self.end.wait()
+                if name == "breaks":
+                    raise self.error
+                return
 
 
 @dataclass
@@ -78,6 +88,7 @@ class Response:
     headers: dict[str, str] = field(default_factory=dict)
     pieces: list[bytes] = field(default_factory=list)
     done: bool = False
+    broken: bool = False
 
     @property
     def body(self) -> bytes:
@@ -144,7 +155,9 @@ class Client:
 
         async def send(message: Any) -> None:
             await trio.lowlevel.checkpoint()
-            if message["type"] == "http.response.start":
+            if message is None:
+                response.broken = True
+            elif message["type"] == "http.response.start":
                 assert response.status == 0, "a second answer"
                 response.status = message["status"]
                 response.headers = {key.decode(): value.decode() for key, value in message["headers"]}
@@ -163,5 +176,5 @@ class Client:
             "headers": [(key.lower().encode(), value.encode()) for key, value in (headers or {}).items()],
         }
         await self.gateway(scope, receive, send)
-        assert response.done or left.is_set()
+        assert response.done or response.broken or left.is_set()
         return response

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import math
 import socket
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import trio
@@ -13,13 +15,15 @@ import trio.testing
 from played_functions import Client
 from running_gateway import DEADLINE
 
+from teemate.functions import FunctionLimit
+
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("hypercorn") is None, reason="needs hypercorn: pip install 'teemate[gateway]'"
 )
 
 
-@asynccontextmanager
-async def connected(client: Client) -> AsyncGenerator[trio.SocketStream, None]:
+@contextlib.asynccontextmanager
+async def connected(client: Client, **options: Any) -> AsyncGenerator[trio.SocketStream, None]:
     """Connect to `client`'s gateway; when the block ends, the server has to be done with the connection."""
     from hypercorn.app_wrappers import ASGIWrapper
     from hypercorn.config import Config
@@ -32,14 +36,27 @@ async def connected(client: Client) -> AsyncGenerator[trio.SocketStream, None]:
         trio.SocketStream(trio.socket.from_stdlib_socket(end))
         for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     )
+    config = Config()
+    for name, value in options.items():
+        setattr(config, name, value)
+
+    async def hang_up() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:  # when time is over, the server may wait where it cannot be cancelled
+            await trio.aclose_forcefully(ours)
+
     with trio.fail_after(DEADLINE):
-        async with ours, trio.open_nursery() as nursery:
+        async with ours, trio.open_nursery() as around:
+            around.start_soon(hang_up)
             application = ASGIWrapper(client.gateway)
             server = Connection(
-                client.log, application, Config(), WorkerContext(None), ConnectionState({}), theirs
+                client.log, application, config, WorkerContext(None), ConnectionState({}), theirs
             )
-            nursery.start_soon(server.run)
-            yield ours
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(server.run)
+                yield ours
+            around.cancel_scope.cancel()
 
 
 async def read_all(stream: trio.SocketStream) -> bytes:
@@ -96,3 +113,105 @@ async def test_a_connection_that_the_server_cannot_serve_ends_alone() -> None:
         await stream.send_all(peer.data_to_send())
         await read_all(stream)
     assert [record.kwargs["event"] for record in client.records.calls] == ["connection failed"]
+
+
+LARGE = 4 << 20
+"""More than the server and the kernel keep for us."""
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+def streaming(name: str, length: int, *headers: str, timeout: str = "999999") -> bytes:
+    lines = f"POST /fn/{name} HTTP/1.1", "Host: here", "TeeMate-Stream: 1", f"TeeMate-Timeout: {timeout}"
+    return "\r\n".join((*lines, f"Content-Length: {length}", *headers, "", "")).encode()
+
+
+async def ask_for_more_than_is_read(client: Client, name: str) -> bytes:
+    """Return the answer of a function that ends when all has come of a large body that comes to it."""
+    answer = b""
+
+    async def send(stream: trio.SocketStream) -> None:
+        with contextlib.suppress(trio.BrokenResourceError):
+            await stream.send_all(bytes(LARGE))
+
+    async def read(stream: trio.SocketStream) -> None:
+        nonlocal answer
+        answer = await read_all(stream)
+
+    async with connected(client) as stream, trio.open_nursery() as nursery:
+        await stream.send_all(streaming(name, LARGE, "Connection: close"))
+        nursery.start_soon(send, stream)
+        nursery.start_soon(read, stream)
+        await trio.testing.wait_all_tasks_blocked()
+        client.functions.end.set()
+    return answer
+
+
+def records(client: Client, event: str) -> list[dict[str, Any]]:
+    return [record.kwargs for record in client.records.calls if record.kwargs["event"] == event]
+
+
+@pytest.mark.parametrize("error", [FunctionLimit("it met one", "output", 1, {}), ZeroDivisionError("a bug")])
+async def test_a_stream_that_fails_before_its_body_is_read_ends_in_the_middle(error: Exception) -> None:
+    client = Client(max_timeout=1e6)
+    client.functions.error = error
+    answer = await ask_for_more_than_is_read(client, "breaks")
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert not answer.endswith(LAST_CHUNK)
+    assert not records(client, "request")
+
+
+async def test_a_stream_that_ends_well_before_its_body_is_read_is_whole() -> None:
+    client = Client(max_timeout=1e6)
+    answer = await ask_for_more_than_is_read(client, "first")
+    assert answer.endswith(LAST_CHUNK)
+    assert [record["status"] for record in records(client, "request")] == [200]
+
+
+async def test_a_connection_is_idle_again_after_a_stream() -> None:
+    client = Client()
+    async with connected(client, keep_alive_timeout=0.1) as stream:
+        await stream.send_all(streaming("echo", 6) + b"a word")
+        answer = await read_all(stream)
+    assert answer.endswith(b"a word\r\n" + LAST_CHUNK)
+    assert [record["status"] for record in records(client, "request")] == [200]
+
+
+async def test_a_client_that_leaves_is_noticed_though_its_body_is_not_read() -> None:
+    client = Client(max_timeout=1e6)
+    async with connected(client) as stream:
+        await stream.send_all(streaming("wait", LARGE))
+        await stream.send_all(bytes(LARGE - 1))
+        await trio.testing.wait_all_tasks_blocked()
+        assert client.functions.inside == 1
+        await stream.aclose()
+    assert client.functions.inside == 0
+    assert [record["outcome"] for record in records(client, "request")] == ["client left"]
+
+
+async def test_a_client_that_leaves_while_its_stream_waits_for_a_slot_waits_no_longer() -> None:
+    client = Client(slots=1, max_timeout=1e6)
+    async with connected(client) as first:
+        await first.send_all(streaming("wait", 0))
+        await trio.testing.wait_all_tasks_blocked()
+        async with connected(client) as second:
+            await second.send_all(streaming("wait", 0))
+            await trio.testing.wait_all_tasks_blocked()
+            assert client.gateway.admission.statistics().waiting == 1
+            await second.aclose()
+        assert client.gateway.admission.statistics().waiting == 0
+        await first.aclose()
+
+
+async def test_a_client_that_takes_nothing_of_its_stream_keeps_no_slot_beyond_the_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from teemate.gateway import connection
+    from teemate.gateway import streaming as streams
+
+    monkeypatch.setattr(connection, "SEND_SECONDS", math.inf)
+    monkeypatch.setattr(streams, "LATE_SECONDS", 0.1)
+    client = Client()
+    async with connected(client) as stream:
+        await stream.send_all(streaming("floods", 0, timeout="0.1"))
+    assert client.gateway.admission.statistics().running == 0
+    assert records(client, "stream broken off")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import importlib.util
 import socket
@@ -38,6 +39,7 @@ def running() -> Iterator[RunningBroker]:
             deploy("little", WRITES_ON, limits=FunctionLimits(output=100_000))
             deploy("none", WRITES_ON, limits=FunctionLimits(output=1))
             deploy("fails", wasm.printing(b"", errors=b"why", code=3))
+            deploy("prints", wasm.printing(b"a word"))
         yield running
 
 
@@ -128,11 +130,18 @@ def test_failures_have_their_status_until_something_was_written(gateway: Running
     assert gateway.request("POST", "/fn/cat", b"", STREAM).body == b""
 
 
-def test_an_answer_that_fails_later_ends_in_the_middle(gateway: RunningGateway) -> None:
+@pytest.mark.parametrize("size", [0, 1 << 20])
+def test_an_answer_that_fails_later_ends_in_the_middle(gateway: RunningGateway, size: int) -> None:
     with pytest.raises(http.client.IncompleteRead) as cut:
-        gateway.request("POST", "/fn/little", b"", STREAM)
+        gateway.request("POST", "/fn/little", bytes(size), STREAM)
     assert len(cut.value.partial) == 60_000
     assert gateway.log("stream broken off")
+
+
+def test_an_answer_is_whole_though_its_body_is_not_read(gateway: RunningGateway) -> None:
+    with contextlib.closing(gateway.connection()) as kept:
+        for _ in range(3):  # more than there are slots
+            assert gateway.request("POST", "/fn/prints", bytes(1 << 20), STREAM, over=kept).body == b"a word"
 
 
 def test_a_body_is_no_larger_than_the_gateway_takes(gateway: RunningGateway) -> None:
