@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import wait_until
+from processes import DEADLINE, wait_until
 from running_functions import free_slots, run_functions
 from running_gateway import RunningGateway, run_gateway
 from test_gateway_processes import Asking, hold, let_go
@@ -77,13 +77,15 @@ def _take_and_give(fd: int, number: int, times: int) -> None:
         except (FunctionBusyError, QueueFullError):
             continue
         had += 1
-        # Alone: nobody else has it as long as we do.
-        holder = os.pread(fd, 1, 4096)
-        assert holder == b"\0", holder
-        os.pwrite(fd, bytes([number + 1]), 4096)
-        assert os.pread(fd, 1, 4096) == bytes([number + 1])
-        os.pwrite(fd, b"\0", 4096)
-        places.give(place)
+        try:
+            # Alone: nobody else has it as long as we do.
+            holder = os.pread(fd, 1, 4096)
+            assert holder == b"\0", holder
+            os.pwrite(fd, bytes([number + 1]), 4096)
+            assert os.pread(fd, 1, 4096) == bytes([number + 1])
+            os.pwrite(fd, b"\0", 4096)
+        finally:  # the other would wait for it for ever
+            places.give(place)
 
 
 def test_two_never_have_the_last_place() -> None:
@@ -94,6 +96,8 @@ def test_two_never_have_the_last_place() -> None:
     for process in both:
         process.start()
     for process in both:
+        process.join(DEADLINE)
+        process.kill()
         process.join()
     os.close(fd)
     assert [process.exitcode for process in both] == [0, 0]
