@@ -110,6 +110,22 @@ class GrantedEnclave(Enclave):
         self._release(count, None)
 
     def _release(self, count: int, check: Check | None) -> None:
+        numbers, clean = self._close_free(count)
+        if numbers:
+            self._connection.request(
+                "slots.release",
+                {"grant": self.grant, "slots": numbers, "clean": clean},
+                session=self._session,
+                check=check,
+            )
+
+    def _release_untold(self, count: int) -> None:
+        """Do the same without waiting for the broker, which may be away."""
+        numbers, clean = self._close_free(count)
+        self._post_release(numbers, clean=clean)
+
+    def _close_free(self, count: int) -> tuple[list[int], bool]:
+        """Unmap `count` free slots; returns their numbers, and whether all are clean."""
         self.check_here()
         with self._wake:
             free = len(self._unopened) + len(self._free)
@@ -120,13 +136,7 @@ class GrantedEnclave(Enclave):
             opened = [self._free.pop(0) for _ in range(count - len(never_opened))]
         results = [slot._close() for slot in opened]
         numbers = [slot.slot for slot in never_opened] + [slot.index for slot in opened]
-        if numbers:
-            self._connection.request(
-                "slots.release",
-                {"grant": self.grant, "slots": numbers, "clean": all(results)},
-                session=self._session,
-                check=check,
-            )
+        return numbers, all(results)
 
     def open_file(self, slot: Slot, name: str, *, writable: bool) -> None:
         """Give `slot` a descriptor of the file `name`, which the enclave's code lends it.

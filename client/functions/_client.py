@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from teemate._enclave import Enclave
 from teemate._grant import WAIT, GrantedEnclave
 from teemate._slot import Check, OcallHandler, Slot
-from teemate.errors import Busy, CallFailed, LimitReached
+from teemate.errors import Busy, CallFailed, Error, LimitReached
 from teemate.functions import _wire as wire
 from teemate.functions._streams import Ocalls, feeding
 from teemate.functions._types import FunctionInfo, FunctionLimits, FunctionLog, FunctionUsage
@@ -42,6 +43,8 @@ class Functions:
         self._lock = threading.Lock()
         self._using = threading.Lock()
         self._enclave: Enclave | None = None
+        self.idle: float | None = _IDLE
+        """Seconds after which calls give slots back that none has needed; None: they give none back."""
         self._gives_back = True
         self._inside = 0
         self._needed: dict[int, float] = {}
@@ -175,8 +178,8 @@ class Functions:
     def give_back(self, idle: float = _IDLE) -> int:
         """Give slots back to the broker that no call has needed for `idle` seconds; return how many.
 
-        Calls do so by themselves now and then; who makes none for long may want to.  Of an enclave that was
-        attached by others (:meth:`of`) none is given back.
+        Calls do so by themselves now and then (:attr:`idle`); who makes none for long may want to.  Of an
+        enclave that was attached by others (:meth:`of`) none is given back.
         """
         return self._release(idle, None)
 
@@ -302,8 +305,8 @@ class Functions:
         finally:
             enclave._give_back(slot)
             self._count(-1)
-            if time.monotonic() - self._looked > _IDLE:
-                self._release(_IDLE, check)
+            if self.idle is not None and time.monotonic() - self._looked > self.idle:
+                self._give_back_aside(self.idle)
 
     def _count(self, more: int) -> None:
         with self._using:
@@ -311,23 +314,35 @@ class Functions:
             self._inside += more
             self._needed[self._inside] = time.monotonic()
 
+    def _give_back_aside(self, idle: float) -> None:
+        """Give back what is not needed, and never mind: the call has its result, wherever the broker is."""
+        enclave, excess = self._excess(idle)
+        if enclave is not None:
+            with contextlib.suppress(Error):
+                enclave._release_untold(excess)
+
     def _release(self, idle: float, check: Check | None) -> int:
-        enclave = self._enclave
-        now = self._looked = time.monotonic()
-        if not self._gives_back or not isinstance(enclave, GrantedEnclave) or enclave.gone is not None:
-            return 0
-        with self._using:
-            needed = max((count for count, when in self._needed.items() if when + idle > now), default=0)
-            needed = max(needed, self._inside)
-        statistics = enclave.statistics()
-        excess = min(statistics.slots - needed, statistics.free)
-        if excess <= 0:
+        enclave, excess = self._excess(idle)
+        if enclave is None:
             return 0
         try:
             enclave._release(excess, check)
         except Busy:  # taken meanwhile: they are needed
             return 0
         return excess
+
+    def _excess(self, idle: float) -> tuple[GrantedEnclave | None, int]:
+        """Return how many slots no call has needed for `idle` seconds, and of what; None: there are none."""
+        enclave = self._enclave
+        now = self._looked = time.monotonic()
+        if not self._gives_back or not isinstance(enclave, GrantedEnclave) or enclave.gone is not None:
+            return None, 0
+        with self._using:
+            needed = max((count for count, when in self._needed.items() if when + idle > now), default=0)
+            needed = max(needed, self._inside)
+        statistics = enclave.statistics()
+        excess = min(statistics.slots - needed, statistics.free)
+        return (enclave, excess) if excess > 0 else (None, 0)
 
     def _take(self, timeout: float | None, check: Check | None) -> tuple[Enclave, Slot]:
         """Return a free slot; the one that was given back last, which has modules ready."""

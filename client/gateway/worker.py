@@ -86,6 +86,7 @@ async def open_functions(settings: Settings) -> AsyncGenerator[tuple[Functions, 
         trio.open_nursery() as nursery,
     ):
         functions = broker.functions_of(settings.enclave)
+        functions.sync.idle = None  # the task below does it, and no request waits for that
         nursery.start_soon(_give_back, functions, settings.idle)
         yield functions, broker.ping
         nursery.cancel_scope.cancel()

@@ -50,11 +50,14 @@ def assemblyscript_module(name: str, folder: Path) -> bytes:
 
 
 @contextlib.contextmanager
-def run_functions(settings: str = "slots_per_client = 4\nclients_per_uid = 16") -> Iterator[RunningBroker]:
+def run_functions(
+    settings: str = "slots_per_client = 4\nclients_per_uid = 16", *, expect_errors: bool = False
+) -> Iterator[RunningBroker]:
     """Run a broker that lends an enclave with functions to this user."""
     attach = f"[[enclave.attach]]\nuid = {os.geteuid()}\n"
     image = functions_image()
-    with run_broker(f'[[enclave]]\nname = "functions"\nimage = "{image}"\n{settings}\n{attach}') as running:
+    policy = f'[[enclave]]\nname = "functions"\nimage = "{image}"\n{settings}\n{attach}'
+    with run_broker(policy, expect_errors=expect_errors) as running:
         yield running
 
 

@@ -17,7 +17,9 @@ from test_gateway_processes import Asking, hold, let_go
 
 import teemate
 from teemate.functions import Functions
+from teemate.functions._trio import AsyncFunctions
 from teemate.gateway.places import FunctionBusyError, Places, QueueFullError, create
+from teemate.gateway.settings import Settings
 
 needs_hypercorn = pytest.mark.skipif(
     importlib.util.find_spec("hypercorn") is None, reason="needs hypercorn: pip install 'teemate[gateway]'"
@@ -153,6 +155,45 @@ def test_a_program_gives_back_what_its_calls_no_longer_need() -> None:
         wait_until(lambda: free_slots(running)[0] == before + 1, "its slot is free again")
         assert functions.invoke("empty") == b""
         wait_until(lambda: free_slots(running)[0] == before, "it has one again")
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_call_has_its_result_wherever_the_broker_is(number: int) -> None:
+    with run_functions(expect_errors=True) as running, teemate.connect(running.socket) as broker:
+        functions = broker.functions
+        functions.deploy("empty", EMPTY)
+        functions.idle = 0.0  # from now on a call gives its slot back at once
+        os.kill(running.pid, number)
+        try:
+            assert functions.invoke("empty") == b""
+        finally:
+            if number == signal.SIGSTOP:
+                os.kill(running.pid, signal.SIGCONT)
+        if number == signal.SIGSTOP:
+            wait_until(lambda: free_slots(running)[0] == free_slots(running)[1], "the slot is free again")
+
+
+def test_calls_give_nothing_back_where_somebody_else_sees_to_it() -> None:
+    with run_functions() as running, teemate.connect(running.socket) as broker:
+        functions = broker.functions
+        functions.deploy("empty", EMPTY)
+        with_one = free_slots(running)[0]
+        functions.idle = None
+        functions.invoke("empty")
+        assert free_slots(running)[0] == with_one
+        functions.idle = 0.0
+        functions.invoke("empty")
+        wait_until(lambda: free_slots(running)[0] == with_one + 1, "its slot is free again")
+
+
+@needs_hypercorn
+async def test_a_gateways_calls_leave_that_to_its_timer() -> None:
+    from teemate.gateway.worker import open_functions
+
+    with run_functions() as running:
+        async with open_functions(Settings(broker=running.socket, idle=100.0)) as (functions, _):
+            assert isinstance(functions, AsyncFunctions)
+            assert functions.sync.idle is None
 
 
 def test_slots_that_somebody_attached_stay_his() -> None:
