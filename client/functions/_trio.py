@@ -82,9 +82,10 @@ class AsyncFunctions:
     ) -> None:
         """See :meth:`Functions.stream`; cancelled while it waits for `source` or `sink`, the slot is kept."""
         streams = AsyncStreams(source, sink)
-        check = trio.from_thread.check_cancelled
         await self._run(
-            lambda: streams.run(lambda ocalls: self.sync._stream(name, ocalls, args, env, timeout, check))
+            lambda: streams.run(
+                lambda ocalls: self.sync._stream(name, ocalls, args, env, timeout, streams.check)
+            )
         )
 
     async def list(self) -> list[FunctionInfo]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterator
 from typing import NoReturn
 
@@ -10,6 +11,9 @@ import trio
 from teemate.functions._streams import Ocalls, feeding
 
 __all__ = ["AsyncStreams"]
+
+_ENDING = 2.0
+"""Seconds that the enclave has to end a function by itself, on however busy a machine."""
 
 
 class _GivenUpError(Exception):
@@ -23,6 +27,8 @@ class AsyncStreams:
         self._source = aiter(source)
         self._sink = sink
         self._cancelled: trio.Cancelled | None = None
+        self._patience = 0.0
+        """Until when a call is not given up although the task was cancelled."""
         self.ocalls = feeding(self._pull(), self._push)
 
     def _pull(self) -> Iterator[bytes]:
@@ -46,7 +52,13 @@ class AsyncStreams:
 
     def _give_up(self, cancelled: trio.Cancelled) -> NoReturn:
         self._cancelled = cancelled
+        self._patience = time.monotonic() + _ENDING
         raise _GivenUpError
+
+    def check(self) -> None:
+        """Raise when the task was cancelled, but not while the function ends because of that."""
+        if time.monotonic() >= self._patience:
+            trio.from_thread.check_cancelled()
 
     def run(self, invocation: Callable[[Ocalls], None]) -> None:
         """Do `invocation`, in a worker thread."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import modules as wasm
 import pytest
@@ -14,6 +16,7 @@ from running_functions import run_functions
 from stream_modules import CAT, READS_ON, WRITES_ON
 
 import teemate
+from teemate import _slot
 from teemate.functions import FunctionFailed, FunctionLimit, FunctionLimits, Functions
 
 PIECE = 1 << 16
@@ -192,6 +195,48 @@ async def test_a_task_that_is_cancelled_while_a_function_waits_keeps_its_slot(
             await waits.wait()
             nursery.cancel_scope.cancel()
         assert await broker.functions.invoke("cat", b"still there") == b"still there"
+        (log,) = await broker.functions.logs("cat")
+        assert (log.outcome, log.limit) == ("limit", "stream")
+
+
+async def test_a_function_that_has_to_end_is_given_the_time_for_it(
+    running: RunningBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The answer that ends it is put off to the next entry, as of a call that is interrupted at once.
+    answer, resume = _slot._slot_answer, _slot._slot_resume
+    put_off: list[tuple[Any, ...]] = []
+
+    def answer_or_pause(handle: Any, status: int, data: bytes, length: int, pause: int, call: Any) -> int:
+        if not status:
+            return int(answer(handle, status, data, length, pause, call))
+        put_off.append((handle, status, data, length))
+        call.outcome = _slot._PAUSED
+        with contextlib.suppress(trio.Cancelled):
+            while True:  # the thread is told a moment after its task
+                trio.from_thread.check_cancelled()
+        return 0
+
+    def go_on(handle: Any, pause: int, call: Any) -> int:
+        return int(answer(*put_off.pop(), pause, call) if put_off else resume(handle, pause, call))
+
+    monkeypatch.setattr(_slot, "_slot_answer", answer_or_pause)
+    monkeypatch.setattr(_slot, "_slot_resume", go_on)
+    async with teemate.open_broker(running.socket) as broker:
+        await broker.functions.deploy("cat", CAT, replace=True)
+        waits = trio.Event()
+
+        async def source() -> AsyncIterator[bytes]:
+            waits.set()
+            await trio.sleep_forever()
+            yield b""
+
+        async def sink(_: bytes) -> None:
+            pass
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(broker.functions.stream, "cat", source(), sink)
+            await waits.wait()
+            nursery.cancel_scope.cancel()
         (log,) = await broker.functions.logs("cat")
         assert (log.outcome, log.limit) == ("limit", "stream")
 
