@@ -29,10 +29,10 @@ static void list(const char *prefix)
     uint32_t length, room = 4096;
     uint8_t *page = allocate(room);
     uint64_t cursor = 0;
+    int error;
 
     do {
-        int error = keys_list(prefix, strlen(prefix), page, room, &cursor, &length);
-
+        error = keys_list(prefix, strlen(prefix), page, room, &cursor, &length);
         if (error == ERANGE) {
             room = length;
             page = allocate(room);
@@ -49,7 +49,7 @@ static void list(const char *prefix)
             write_output("\n", 1);
             at += record.key_length;
         }
-    } while (cursor);
+    } while (cursor || error == ERANGE);
 }
 
 int main(int argc, char **argv)

@@ -26,7 +26,7 @@ struct keys_record {
 KEYS_IMPORT(put) int keys_put(const void *key, size_t key_length, const void *value, size_t length);
 KEYS_IMPORT(get) int keys_get(const void *key, size_t key_length, void *value, size_t room, uint32_t *length);
 KEYS_IMPORT(delete) int keys_delete(const void *key, size_t key_length);
-/* Some of the keys that begin with the prefix; all were told when *cursor, 0 at first, is 0 again. */
+/* Some of the keys that begin with the prefix; all were told when it succeeds and *cursor, 0 at first, is 0 again. */
 KEYS_IMPORT(list)
 int keys_list(const void *prefix, size_t prefix_length, void *records, size_t room, uint64_t *cursor, uint32_t *length);
 
