@@ -51,13 +51,17 @@ class Keys:
         return self._do("delete", key)[0]
 
     def list(self, prefix: bytes = b"") -> dict[bytes, int]:
+        return {key: length for key, (length, _) in self.records(prefix).items()}
+
+    def records(self, prefix: bytes = b"") -> dict[bytes, tuple[int, int]]:
+        """The length of each value, and its version."""
         errno, length, data = self._do("list", prefix)
         assert errno == 0
         found, at = {}, 0
         while at < length:
-            key_length, _, value_length, _, _ = struct.unpack_from("<HHIQQ", data, at)
+            key_length, _, value_length, version, _ = struct.unpack_from("<HHIQQ", data, at)
             at += 24 + key_length
-            found[data[at - key_length : at]] = value_length
+            found[data[at - key_length : at]] = (value_length, version)
         return found
 
     def _do(self, name: str, key: bytes, value: bytes = b"") -> tuple[int, int, bytes]:
@@ -130,6 +134,43 @@ def see_nothing_of_each_other(gate: Gate) -> None:
 
 def test_owners_keys_are_apart(gate: Gate) -> None:
     see_nothing_of_each_other(gate)
+
+
+@pytest.fixture(scope="module")
+def one_bucket(images: Images, tmp_path_factory: pytest.TempPathFactory) -> BuiltImage:
+    """The image with everybody's keys in one bucket."""
+    return weakened(images, tmp_path_factory.mktemp("one_bucket"), "TM_TEST_ONE_BUCKET")
+
+
+def test_versions_tell_nothing_of_what_others_do(one_bucket: BuiltImage) -> None:
+    with Gate(one_bucket) as gate:
+        alice, bob = Keys(owner(gate, 2, ALICE)), Keys(owner(gate, 3, BOB))
+        alice.put(b"a", b"")
+        bob.put(b"b", b"")
+        alice.put(b"c", b"")
+        versions = {key: version for key, (_, version) in alice.records().items()}
+        assert versions[b"c"] == versions[b"a"] + 1
+
+
+def test_a_version_is_of_one_value_also_when_all_was_deleted(gate: Gate) -> None:
+    keys = Keys(owner(gate, 2, ALICE))
+    seen = set()
+    for _ in range(3):
+        keys.put(b"a", b"")
+        seen.add(keys.records()[b"a"][1])
+        keys.delete(b"a")
+    assert len(seen) == 3
+
+
+def test_the_example_lists_what_takes_more_than_its_page(one_bucket: BuiltImage, tmp_path: Path) -> None:
+    program = module("keys", tmp_path)
+    with Gate(one_bucket) as gate:
+        functions = owner(gate, 2, ALICE)
+        functions.deploy("keys", program, grants=GRANTS)
+        names = [f"{number}".rjust(256, "k") for number in range(20)]
+        for name in names:
+            functions.invoke("keys", args=("put", name))
+        assert sorted(functions.invoke("keys", args=("list",)).decode().split()) == sorted(names)
 
 
 def fill(keys: Keys) -> int:

@@ -1,9 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "table_inside.h"
 
-#define BUCKETS_MIN 16u   /* per shard */
-#define BUCKETS_MAX 4096u /* per shard */
-
 struct table table;
 
 static uint64_t rotate(uint64_t x, int bits)
@@ -189,8 +186,11 @@ static bool fits(struct shard *shard, const struct entry *fresh, const struct en
            all + size_of(fresh) - size_of(old) <= table.limits->all_bytes;
 }
 
-/* A part of exchange(): *spare is an account for who has none, and becomes that of who has nothing any more. */
-static void account_for(struct tm_txn *txn, struct shard *shard, const struct entry *fresh, const struct entry *old,
+/*
+ * A part of exchange(): *spare is an account for who has none, and becomes that of who has nothing any more.
+ * Returns where the last version is that was given out.
+ */
+static uint64_t *account_for(struct tm_txn *txn, struct shard *shard, const struct entry *fresh, const struct entry *old,
                         struct account **spare)
 {
     struct account **link = account_of(shard, (fresh ? fresh : old)->principal);
@@ -201,6 +201,9 @@ static void account_for(struct tm_txn *txn, struct shard *shard, const struct en
         account = *spare;
         *spare = NULL;
         memcpy(account->principal, fresh->principal, sizeof(account->principal));
+        /* Anywhere: who had something before must not see the same ones again. */
+        tm_random(&account->version, sizeof(account->version));
+        account->version >>= 16;
         tm_txn_keep(txn, account);
         tm_txn_set_ptr(txn, link, account);
     }
@@ -222,21 +225,23 @@ static void account_for(struct tm_txn *txn, struct shard *shard, const struct en
         tm_txn_own(txn, account);
         *spare = account;
     }
+    return &account->version;
 }
 
 /* Under the lock: put `fresh` (or nothing) where *link points, tell what was there. */
 static void exchange(struct shard *shard, struct entry **link, struct entry *fresh, struct account **spare)
 {
     struct entry *old = *link;
+    uint64_t *version = &shard->version;
     struct tm_txn txn;
 
     tm_txn_begin(&txn);
     if (table.limits)
-        account_for(&txn, shard, fresh, old, spare);
+        version = account_for(&txn, shard, fresh, old, spare);
     if (fresh) {
         fresh->next = old ? old->next : NULL;
-        fresh->version = shard->version + 1;
-        tm_txn_set(&txn, &shard->version, fresh->version);
+        fresh->version = *version + 1;
+        tm_txn_set(&txn, version, fresh->version);
         tm_txn_keep(&txn, fresh);
         tm_txn_set_ptr(&txn, link, fresh);
     } else {

@@ -46,7 +46,8 @@ struct table_usage {
 
 /*
  * Once, from tm_on_start().  With limits (which stay where they are) all keys of a principal lie in one shard,
- * whose lock covers its account: what it has changes in the step that changes the keys.
+ * whose lock covers its account: what it has changes in the step that changes the keys.  Versions are then of the
+ * principal's own changes.
  */
 int table_start(const struct table_limits *limits);
 

@@ -5,7 +5,15 @@
 
 #include "table.h"
 
+#ifdef TM_TEST_ONE_BUCKET /* Test build: all keys of everybody lie in it. */
+#define SHARDS 1u
+#define BUCKETS_MIN 1u
+#define BUCKETS_MAX 1u
+#else
 #define SHARDS 64u
+#define BUCKETS_MIN 16u   /* per shard */
+#define BUCKETS_MAX 4096u /* per shard */
+#endif
 
 struct entry {
     struct entry *next;
@@ -24,12 +32,13 @@ struct entry {
 struct account {
     struct account *next;
     struct table_usage usage;
+    uint64_t version; /* the last one given out: the shard's would tell what others do */
     uint8_t principal[32];
 };
 
 struct shard {
     struct tm_mutex mutex;
-    uint64_t version; /* the last one given out */
+    uint64_t version; /* the last one given out, where there are no accounts */
     uint64_t bytes;   /* of all accounts */
     struct account *accounts;
 } __attribute__((aligned(64)));

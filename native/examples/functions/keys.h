@@ -19,7 +19,7 @@ struct keys_record {
     uint16_t key_length;
     uint16_t reserved;
     uint32_t value_length;
-    uint64_t version; /* another for every change */
+    uint64_t version; /* another for every change; of another owner's it tells nothing */
     uint64_t expires; /* 0 */
 };
 
