@@ -61,19 +61,26 @@ def held(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def hold(gateway: RunningGateway, held: Path, worker: int) -> Asking:
-    """Ask `worker` for something that takes until it is let go."""
+@contextlib.contextmanager
+def alone(gateway: RunningGateway, worker: int) -> Iterator[None]:
+    """Have `worker` get whatever is asked meanwhile: the others stand still."""
     others = set(gateway.workers()) - {worker}
-    there = len(list(held.iterdir()))
     for pid in others:
         os.kill(pid, signal.SIGSTOP)
         wait_for_stop(pid)
     try:
-        asked = Asking(gateway, f"/fn/hold?arg={held}")
-        wait_until(lambda: len(list(held.iterdir())) > there, "the function runs")
+        yield
     finally:
         for pid in others:
             os.kill(pid, signal.SIGCONT)
+
+
+def hold(gateway: RunningGateway, held: Path, worker: int) -> Asking:
+    """Ask `worker` for something that takes until it is let go."""
+    there = len(list(held.iterdir()))
+    with alone(gateway, worker):
+        asked = Asking(gateway, f"/fn/hold?arg={held}")
+        wait_until(lambda: len(list(held.iterdir())) > there, "the function runs")
     return asked
 
 
