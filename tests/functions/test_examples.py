@@ -184,4 +184,5 @@ def test_a_function_in_another_language_counts_words(
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.c")} == set(NAMES)
+    # What works with keys wants a grant: test_function_keys.py.
+    assert {path.stem for path in EXAMPLES.glob("*.c")} == {*NAMES, "keys"}

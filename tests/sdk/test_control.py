@@ -14,11 +14,11 @@ from gate import (
     AUTHOR,
     CLEAR,
     CONTROL,
+    E_INTERRUPTED,
     ECALL,
     EEXIT,
     ERESUME,
     FREE,
-    INTERRUPTED,
     LANDED,
     MAC,
     OK,
@@ -255,7 +255,7 @@ def test_a_hanging_or_crashed_control_ecall_is_undone_through_the_other_tcs(
 ) -> None:
     interrupt(faults, name, broken)
     assert faults.control(PROBE, tcs=broken).cssa == 1
-    assert faults.author(b"echo", tcs=broken).status == INTERRUPTED
+    assert faults.author(b"echo", tcs=broken).status == E_INTERRUPTED
     repair(faults, broken)
     assert faults.author(b"echo", b"well", tcs=broken).status == OK
     assert faults.assign(2).call(b"empty") == (OK, b"")
@@ -324,7 +324,7 @@ def test_a_reset_through_a_tcs_where_somebody_stands_is_done_through_the_other(
     request = gate.request(RESET, holder.slot)
     refused = gate.send(request, tcs=0)
     assert isinstance(refused, Result)
-    assert refused.status == INTERRUPTED
+    assert refused.status == E_INTERRUPTED
     done = gate.send(request, tcs=1)
     assert isinstance(done, Result)
     assert done.status == OK
