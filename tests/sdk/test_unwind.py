@@ -139,7 +139,7 @@ def test_who_has_the_key_is_told_of_its_own_interruption_and_nobody_else(holder:
 
 
 @sim_only("nobody can say where hardware interrupts a thread")
-@pytest.mark.parametrize("thefts", [20])
+@pytest.mark.parametrize("thefts", [5])
 def test_whoever_resumes_the_wardens_entry_finishes_it_and_lands_in_its_own_process_on_its_own_stack(
     images: Images, thefts: int
 ) -> None:
