@@ -71,6 +71,7 @@ class Deployed:
     def __call__(self, name: str, payload: bytes = b"", args: Sequence[str] = ()) -> bytes:
         assert name in NAMES
         if not (self.folder / f"{name}.wasm").exists():
+            self.functions.list()  # the first compilation takes longer than a broker waits for hello
             self.functions.deploy(name, module(name, self.folder))
         try:
             return self.functions.invoke(name, payload, args=args)
