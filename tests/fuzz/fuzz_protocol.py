@@ -54,6 +54,8 @@ from teemate.broker.service import Service  # noqa: E402
 from teemate.broker.slots.grants import Grant, Waiter  # noqa: E402
 from teemate.broker.wardens.protocol import REPLY_SIZE, WardenReply  # noqa: E402
 
+SETTLING = 10.0
+"""Seconds for descriptors that are on their way out when the last message was handled."""
 HANG = 60
 """Seconds in which a batch, or an answer to the witness, has to be there."""
 BATCH = 2000
@@ -310,6 +312,10 @@ async def in_process(policy: Path, corpus: list[dict[str, Any]], images: Images,
                 await trio.sleep(0.01)
             await last.leave()
         await _calm(service)
+        # A warden that is just being replaced has some for two; what leaked stays.
+        with trio.move_on_after(SETTLING):
+            while descriptors() > before:  # noqa: ASYNC110
+                await trio.sleep(0.01)
         after = descriptors()
         faulthandler.cancel_dump_traceback_later()
         running.cancel_scope.cancel()
