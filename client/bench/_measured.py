@@ -86,6 +86,14 @@ class Measured:
         process.stdout.close()
         self._errors.close()
 
+    def keep_on(self, core: int) -> None:
+        """Have it work on that core only.
+
+        Cores differ: that of a virtual machine may share its real one with somebody else, who makes it a
+        third slower for seconds.  What is compared must not be on different ones.
+        """
+        os.sched_setaffinity(self.pid, {core})
+
     def tell(self, what: str, count: int = 1, pause_us: int = 0) -> None:
         """Let it begin; :meth:`hear` has the answer."""
         assert self._process.stdin is not None
@@ -140,10 +148,10 @@ def by_turns(sides: Mapping[str, Side], rounds: int, listener: Listener, what: s
     names = list(sides)
     for side in sides.values():
         side()
-    values: dict[str, list[float]] = {name: [] for name in names}
+    turns: dict[str, list[Sequence[float]]] = {name: [] for name in names}
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            values[name].extend(sides[name]())
+            turns[name].append(sides[name]())
         listener.progress(turn + 1)
-    return {name: Sample(numbers) for name, numbers in values.items()}
+    return {name: Sample.of_turns(numbers) for name, numbers in turns.items()}

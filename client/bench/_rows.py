@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 __all__ = ["TARGETS", "Result", "Row", "Sample", "Series", "Target", "compared", "plain"]
 
@@ -81,6 +82,23 @@ class Sample:
         if not values:
             raise ValueError("nothing was measured")
         self._ordered = sorted(values)
+        self._turns: tuple[float, ...] = ()
+
+    @classmethod
+    def of_turns(cls, turns: Sequence[Sequence[float]]) -> Self:
+        """Return that of all turns together, which remembers them."""
+        sample = cls([value for turn in turns for value in turn])
+        sample._turns = tuple(statistics.median(turn) for turn in turns)
+        return sample
+
+    def against(self, other: Sample) -> float:
+        """Return how many times the other one it is, in the median of turns that both had.
+
+        What makes the host slower for a while changes both sides of a turn, and so not this; the medians of
+        all turns it may move apart.
+        """
+        pairs = zip(self._turns, other._turns, strict=True)
+        return statistics.median(ours / theirs for ours, theirs in pairs)
 
     @property
     def n(self) -> int:
@@ -150,12 +168,22 @@ def _judge(figure: str, number: float) -> tuple[str | None, bool | None]:
 
 
 def compared(
-    figure: str, sample: Sample, other: Sample, relative_to: str, *, unit: str = "us", percent: float = 50
+    figure: str,
+    sample: Sample,
+    other: Sample,
+    relative_to: str,
+    *,
+    unit: str = "us",
+    percent: float = 50,
+    by_turn: bool = False,
 ) -> Row:
-    """Return the row of `sample` (nanoseconds), whose `percent` rank is compared with the other's median."""
+    """Return the row of `sample` (nanoseconds), whose `percent` rank is compared with the other's median.
+
+    With `by_turn` the ratio is that of :meth:`Sample.against`.
+    """
     scale = _UNITS[unit]
     value = sample.rank(percent)
-    ratio = value / other.p50
+    ratio = sample.against(other) if by_turn else value / other.p50
     target, met = _judge(figure, ratio)
     return Row(
         figure, _rounded(value / scale), unit, _rounded(sample.p99 / scale), sample.n,

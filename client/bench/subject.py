@@ -7,13 +7,17 @@ so often, and print the numbers of all in one line.
     cold       connect and attach, to the reply of the first call
     private    build an enclave of one's own, to the reply of the first call
     hold       attach (or build, with --image) and stay: for the following ones
-    empty, echo4k, echo1m, ocall, busy     one call of that kind
+    empty, echo4k, echo1m, ocall           one call of that kind
     where      pages, descriptor, device and inode of the enclave, and whether that is a device's
 
     pages      of the enclave, then its descriptor, device and inode, and whether that is a device's
 
-All but `pages` answer nanoseconds.  `busy` is a hundred calls, timed together, in each of --threads
-threads with a slot of its own.
+All but `pages` answer nanoseconds.  Two words are about a span of time, ``WHAT START LENGTH`` (nanoseconds of
+the monotonic clock, microseconds), and answer how many, in how many nanoseconds, and in how many of a
+processor's, for each of --threads threads:
+
+    calls      empty calls, one after the other, each thread in a slot of its own
+    getppids   system calls, which have nothing to do with enclaves
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from teemate import Error, connect, create_enclave
@@ -31,9 +36,10 @@ from teemate import Error, connect, create_enclave
 if TYPE_CHECKING:
     from teemate import Broker, Enclave, Slot
 
-__all__ = ["BUSY_CALLS", "main"]
+__all__ = ["main"]
 
-BUSY_CALLS = 100
+_BLOCK = 10
+"""So many between two looks at the clock."""
 _NOW = time.monotonic_ns
 
 
@@ -57,7 +63,12 @@ class Subject:
             "echo4k": lambda: self.call("echo", bytes(4096)),
             "echo1m": lambda: self.call("echo", bytes(1 << 20)),
             "ocall": lambda: self.call("ocall", b"question"),
-            "busy": self.busy,
+        }
+        self.spans: dict[str, Callable[[int, int], Sequence[int]]] = {
+            "calls": lambda start, end: self.span(
+                [partial(slot.call, "empty") for slot in self._slots], start, end
+            ),
+            "getppids": lambda start, end: self.span([os.getppid] * options.threads, start, end),
         }
 
     def _connected(self) -> Broker:
@@ -116,16 +127,16 @@ class Subject:
         slot.call(name, payload, max_reply=room)
         return (_NOW() - start,)
 
-    def busy(self) -> Sequence[int]:
-        """Call as often as possible."""
-        others = [threading.Thread(target=_many_calls, args=(slot,)) for slot in self._slots[1:]]
-        start = _NOW()
+    def span(self, works: Sequence[Callable[[], object]], start: int, end: int) -> Sequence[int]:
+        """Do each in a thread of its own from `start` to `end`, as often as possible."""
+        done: list[int] = []
+        others = [threading.Thread(target=_as_often, args=(work, start, end, done)) for work in works[1:]]
         for thread in others:
             thread.start()
-        _many_calls(self._slots[0])
+        _as_often(works[0], start, end, done)
         for thread in others:
             thread.join()
-        return (_NOW() - start,)
+        return done
 
     def pages(self) -> Sequence[int]:
         """Say which enclave it is in."""
@@ -137,9 +148,18 @@ class Subject:
         return (self._held.pages(), fd, status.st_dev, status.st_ino, 1 - lib.teemate_sim_is(fd))
 
 
-def _many_calls(slot: Slot) -> None:
-    for _ in range(BUSY_CALLS):
-        slot.call("empty")
+def _as_often(work: Callable[[], object], start: int, end: int, done: list[int]) -> None:
+    now = _NOW()
+    while now < start:  # a thread that sleeps would begin late, and on a cold core
+        work()
+        now = _NOW()
+    start, cpu, count = now, time.thread_time_ns(), 0
+    while not count or now < end:  # who was told too late does a little all the same
+        for _ in range(_BLOCK):
+            work()
+        count += _BLOCK
+        now = _NOW()
+    done += (count, now - start, time.thread_time_ns() - cpu)
 
 
 def main() -> int:
@@ -164,6 +184,10 @@ def main() -> int:
         sys.stdout.flush()
         for line in sys.stdin:
             what, count, pause = line.split()
+            if what in subject.spans:
+                start = int(count)
+                _say(subject.spans[what](start, start + int(pause) * 1000))
+                continue
             word, rest = subject.words[what], int(pause) / 1e6
             numbers: list[int] = []
             for _ in range(int(count)):

@@ -123,6 +123,17 @@ def test_a_sample_has_the_values_that_were_measured() -> None:
     assert sample.spread == pytest.approx(2 / 3)
 
 
+def test_a_slower_host_in_some_turns_changes_no_ratio_of_turns() -> None:
+    ours = Sample.of_turns([[10, 11, 90], [20, 22], [10, 11], [20, 22]])
+    theirs = Sample.of_turns([[10, 10], [20, 20], [10, 10], [2000, 20, 20]])
+    assert ours.against(theirs) == pytest.approx(1.05, rel=0.01)
+    row = compared("counted_call_py", ours, theirs, "empty_call_py", by_turn=True)
+    assert row.ratio == pytest.approx(1.05, rel=0.01)
+    assert row.met is False
+    with pytest.raises(ValueError, match="zip"):
+        ours.against(Sample([10.0]))  # that had no turns
+
+
 # ---- each benchmark ----------------------------------------------------------------------------------
 
 
@@ -132,9 +143,14 @@ def test_floor_measures_what_others_are_compared_with() -> None:
 
 
 def test_call_measures_payloads_ocalls_and_cores_when_there_is_time() -> None:
-    figures = set(by_figure(tiny("call", quick=False)))
+    rows = by_figure(tiny("call", quick=False))
+    figures = set(rows)
     assert {"call_4_kib_py", "call_1_mib_py", "call_with_ocall_py"} <= figures
     assert {"call_scaling_2", "call_scaling_threads_2"} <= figures
+    of_floor = rows["call_scaling_2"].ratio / rows["floor_scaling_2"].ratio
+    assert rows["call_scaling_2_of_floor"].value == pytest.approx(of_floor, rel=0.01)
+    assert rows["call_cpu"].value > 0
+    assert rows["call_cpu_of_2"].ratio > 0
 
 
 @pytest.mark.skipif(not os.environ.get("TEEMATE_TEST_FULL"), reason="takes long: TEEMATE_TEST_FULL=1")
