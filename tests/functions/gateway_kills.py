@@ -3,13 +3,16 @@
     .venv/bin/python tests/functions/gateway_kills.py --requests 2000 --kills 40 --json
 
 So many requests for each example, from several clients at once, in random order.  A result has to be
-the right one; an honest error is 503 or 504, or a connection that is closed without a whole answer, since
-whoever had accepted it died.  In the end all slots are free, and the heap is what it was.
+the right one; an honest error is 503 or 504, as problem details, or a connection that is closed without a
+whole answer while a worker was killed, since whoever had accepted it died.  What comes behind an answer, work
+that was done for nobody, and a closed connection when nobody died are found (--fault has a proxy do each).
+In the end all slots are free, and the heap is what it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -22,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,17 +34,18 @@ if __name__ == "__main__":
 
 import references
 from example_programs import NAMES
+from faulty_proxy import FAULTS, faulty
 from processes import wait_until
 from running_broker import RunningBroker
 from running_functions import assemblyscript_module, free_slots, module, run_functions
-from running_gateway import CUT, Killer, run_gateway
+from running_gateway import Killer, RunningGateway, exchange, run_gateway
 
 import teemate
 from teemate.functions import Functions, FunctionUsage
 
 WORKERS, SLOTS = 2, 2
 CLIENTS = 4
-HONEST = (503, 504)
+HONEST = ("503", "504")
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ class Campaign:
 
     outcomes: dict[str, Counter[str]] = field(default_factory=dict)
     """For each function, how its requests ended: a status, or ``closed``."""
-    wrong: int = 0
+    wrong: Counter[str] = field(default_factory=Counter)
+    """What may not be, and how often it was."""
     kills: int = 0
     seconds: float = 0.0
     slots_kept: int = 0
@@ -74,6 +79,10 @@ class Campaign:
     """Bytes."""
     invoked: dict[str, int] = field(default_factory=dict)
     """By the enclave's count."""
+    unclaimed: dict[str, int] = field(default_factory=dict)
+    """What the gateway has answered to nobody who got it."""
+    errors: dict[str, int] = field(default_factory=dict)
+    """What the gateway's log says of honest errors."""
 
     def sent(self) -> int:
         return sum(count for of in self.outcomes.values() for count in of.values())
@@ -116,12 +125,17 @@ def payloads(name: str, chance: random.Random) -> list[tuple[list[str], bytes, C
     return [([], b"one two two three three three ", lambda out: b"3" in out)]
 
 
-def prepare(functions: Functions, folder: Path, *, assemblyscript: bool) -> list[Case]:
+def compiled(folder: Path, *, assemblyscript: bool = False) -> dict[str, bytes]:
+    """Return the examples; before anybody connects, since a compiler takes longer than a broker waits."""
+    modules = {name: module(name, folder) for name in NAMES}
+    return modules | ({"words": assemblyscript_module("words", folder)} if assemblyscript else {})
+
+
+def prepare(functions: Functions, modules: Mapping[str, bytes]) -> list[Case]:
     """Deploy the examples, and return requests whose results are right by the references."""
     chance = random.Random(41)
     cases = []
-    for name in (*NAMES, *(["words"] if assemblyscript else [])):
-        code = assemblyscript_module(name, folder) if name == "words" else module(name, folder)
+    for name, code in modules.items():
         functions.deploy(name, code, replace=True)
         for args, payload, is_right in payloads(name, chance):
             expected = functions.invoke(name, payload, args=args)
@@ -132,21 +146,21 @@ def prepare(functions: Functions, folder: Path, *, assemblyscript: bool) -> list
 
 def campaign(
     running: RunningBroker,
-    folder: Path,
+    modules: Mapping[str, bytes],
     *,
     requests: int,
     kills: int,
-    assemblyscript: bool = False,
     seed: int = 31,
+    fault: str | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Campaign:
     """Send `requests` for each function, and more until all `kills` have been done."""
     free, before = free_slots(running)[0], _usage(running, free=None)
     with teemate.connect(running.socket) as broker:
         functions = broker.functions
-        cases = prepare(functions, folder, assemblyscript=assemblyscript)
+        cases = prepare(functions, modules)
         counted = {info.name: info.invocations for info in functions.list()}
-        result = _send(running, cases, requests, kills, seed, say)
+        result = _send(running, cases, requests, kills, seed, fault, say)
         for info in functions.list():
             result.invoked[info.name] = info.invocations - counted[info.name]
             functions.remove(info.name)
@@ -160,11 +174,37 @@ def campaign(
 def _usage(running: RunningBroker, *, free: int | None) -> FunctionUsage:
     """Look when as many slots are `free` (as are now), and wait until they are again."""
     free = free_slots(running)[0] if free is None else free
-    wait_until(lambda: free_slots(running)[0] >= free, "all slots are free again")
+    _settled(running, free)
     with teemate.connect(running.socket) as broker:
         usage = broker.functions.usage()
-    wait_until(lambda: free_slots(running)[0] >= free, "all slots are free again")
+    _settled(running, free)
     return usage
+
+
+def _settled(running: RunningBroker, free: int) -> None:
+    """Wait until so many slots are free, or as long as that may take: what is kept is counted then."""
+    with contextlib.suppress(AssertionError):
+        wait_until(lambda: free_slots(running)[0] >= free, "all slots are free again")
+
+
+def judge(case: Case, raw: bytes) -> tuple[str, str, str]:
+    """Return status or ``closed``, which answer of the gateway's it is, and what is wrong with it."""
+    head, _, body = raw.partition(b"\r\n\r\n")
+    status, _, fields = head.decode("latin-1").partition("\r\n")
+    lines = (line.partition(":") for line in fields.split("\r\n"))
+    headers = {name.lower(): value.strip() for name, _, value in lines}
+    length = int(headers.get("content-length", "-1"))
+    if not 0 <= length <= len(body):
+        return "closed", "", ""
+    code, answer = status.split(" ")[1], headers.get("teemate-request", "")
+    if len(body) > length:
+        return code, answer, "something behind the answer"
+    if code == "200":
+        return code, answer, "" if body == case.expected else "another result"
+    honest = code in HONEST and headers["content-type"] == "application/problem+json"
+    if not honest or json.loads(body)["status"] != int(code):
+        return code, answer, f"an answer {code} that is no honest error"
+    return code, answer, ""
 
 
 def _send(
@@ -173,59 +213,101 @@ def _send(
     requests: int,
     kills: int,
     seed: int,
+    fault: str | None,
     say: Callable[[str], None],
 ) -> Campaign:
-    names = sorted({case.function for case in cases})
-    by_name = {name: [case for case in cases if case.function == name] for name in names}
-    order = [name for name in names for _ in range(requests)]
-    random.Random(seed).shuffle(order)
-    result = Campaign({name: Counter() for name in names})
-    began = time.monotonic()
     options = ("--workers", str(WORKERS), "--slots", str(SLOTS), "--max-body", "8M")
-    with run_gateway(*options, broker=running.socket) as gateway:
+    began = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        gateway = stack.enter_context(run_gateway(*options, broker=running.socket))
+        where = gateway.socket
+        if fault is not None:
+            where = stack.enter_context(faulty(where, Path(where).parent, fault))
         killer = Killer(gateway, workers=WORKERS, kills=kills)
-        lock, failures = threading.Lock(), list[BaseException]()
-
-        def next_name(chance: random.Random) -> str | None:
-            with lock:
-                if len(order) % 1000 == 500:
-                    say(f"{len(order)} requests left")
-                if order:
-                    return order.pop()
-            return chance.choice(names) if killer.is_alive() and not failures else None
-
-        def ask(number: int) -> None:
-            chance = random.Random(seed * 1000 + number)
-            try:
-                while (name := next_name(chance)) is not None:
-                    case = chance.choice(by_name[name])
-                    try:
-                        reply = gateway.request("POST", case.path, case.payload)
-                    except CUT:
-                        outcome, wrong = "closed", False
-                    else:
-                        outcome = str(reply.status)
-                        right = reply.body == case.expected
-                        wrong = not right if reply.status == 200 else reply.status not in HONEST
-                    with lock:
-                        result.outcomes[name][outcome] += 1
-                        result.wrong += wrong
-            except BaseException as failure:
-                failures.append(failure)
-
-        clients = [threading.Thread(target=ask, args=(number,)) for number in range(CLIENTS)]
-        for client in clients:
-            client.start()
-        for client in clients:
-            client.join()
+        clients = _Clients(where, cases, requests, seed, killer, say)
+        clients.run()
         killer.finish()
-        if failures:
-            raise failures[0]
+        result = clients.result
         result.kills = len(gateway.log("worker ended"))
-        # Nothing is asked again behind its sender's back.
-        assert len(gateway.log("request")) <= result.sent()
+        _claim(result, gateway, clients.answers)
     result.seconds = round(time.monotonic() - began, 1)
     return result
+
+
+def _claim(result: Campaign, gateway: RunningGateway, answers: Counter[str]) -> None:
+    """Compare what the gateway says that it answered with what came."""
+    if twice := sum(count - 1 for count in answers.values()):
+        result.wrong["one answer for several requests"] += twice
+    result.errors = dict(Counter(record["reason"] for record in gateway.log("invocation failed")))
+    for record in gateway.log("request"):
+        if not answers[record["request"]]:
+            name = record["path"].rpartition("/")[2]
+            result.unclaimed[name] = result.unclaimed.get(name, 0) + 1
+
+
+class _Clients:
+    """Several clients, each of which sends one request after the other."""
+
+    def __init__(
+        self,
+        where: str,
+        cases: Sequence[Case],
+        requests: int,
+        seed: int,
+        killer: Killer,
+        say: Callable[[str], None],
+    ) -> None:
+        self._where = where
+        self._names = sorted({case.function for case in cases})
+        self._cases = {name: [case for case in cases if case.function == name] for name in self._names}
+        self._order = [name for name in self._names for _ in range(requests)]
+        random.Random(seed).shuffle(self._order)
+        self._seed = seed
+        self._killer = killer
+        self._say = say
+        self._lock = threading.Lock()
+        self._failures: list[BaseException] = []
+        self.result = Campaign({name: Counter() for name in self._names})
+        self.answers: Counter[str] = Counter()
+        """By the number that the gateway gives each request."""
+
+    def run(self) -> None:
+        """Send all; raises what went wrong in a client."""
+        threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(CLIENTS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self._failures:
+            raise self._failures[0]
+
+    def _next(self, chance: random.Random) -> str | None:
+        with self._lock:
+            if len(self._order) % 1000 == 500:
+                self._say(f"{len(self._order)} requests left")
+            if self._order:
+                return self._order.pop()
+        return chance.choice(self._names) if self._killer.is_alive() and not self._failures else None
+
+    def _ask(self, number: int) -> None:
+        chance = random.Random(self._seed * 1000 + number)
+        try:
+            while (name := self._next(chance)) is not None:
+                case = chance.choice(self._cases[name])
+                sent = time.monotonic()
+                raw = exchange(self._where, case.path, case.payload)
+                ended = time.monotonic()
+                status, answer, wrong = judge(case, raw)
+                if status == "closed" and not self._killer.explains(sent, ended):
+                    wrong = "closed, and nobody had died"
+                with self._lock:
+                    self.result.outcomes[name][status] += 1
+                    if wrong:
+                        self.result.wrong[wrong] += 1
+                    if answer:
+                        self.answers[answer] += 1
+        except BaseException as failure:
+            self._failures.append(failure)
 
 
 def check(result: Campaign) -> None:
@@ -234,8 +316,9 @@ def check(result: Campaign) -> None:
     assert (result.slots_kept, result.blocks_kept, result.heap_kept) == (0, 0, 0), result
     for name, outcomes in result.outcomes.items():
         assert outcomes["200"] > outcomes.total() / 2, result
-        # What was answered was done, and nothing was done twice.
+        # What was answered was done, and nothing was done twice, nor answered to nobody.
         assert outcomes["200"] <= result.invoked[name] <= outcomes.total(), result
+        assert result.unclaimed.get(name, 0) <= outcomes["closed"], result
 
 
 def main() -> None:
@@ -245,16 +328,17 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=40, help="of workers")
     parser.add_argument("--seed", type=int, default=31)
     parser.add_argument("--assemblyscript", action="store_true", help="the example in it too: needs npm")
+    parser.add_argument("--fault", choices=FAULTS, help="of a proxy before the gateway: has to be found")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, run_functions() as running:
         result = campaign(
             running,
-            Path(folder),
+            compiled(Path(folder), assemblyscript=given.assemblyscript),
             requests=given.requests,
             kills=given.kills,
-            assemblyscript=given.assemblyscript,
             seed=given.seed,
+            fault=given.fault,
             say=lambda text: print(text, file=sys.stderr, flush=True),
         )
     if given.json:
@@ -264,8 +348,10 @@ def main() -> None:
             print(f"{name:10} {dict(outcomes)}, the enclave counts {result.invoked[name]}")
         print(
             f"{result.sent()} requests, {result.kills} workers killed, {result.seconds:g} s; "
-            f"wrong: {result.wrong}"
+            f"wrong: {dict(result.wrong)}"
         )
+        for reason, count in result.errors.items():
+            print(f"{count} times: {reason}")
         print(f"left: {result.slots_kept} slots, {result.blocks_kept} blocks, {result.heap_kept} bytes")
     check(result)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import math
 import os
 import select
 import signal
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,10 +110,29 @@ class RunningGateway:
         wait_until(there, "workers run")
         return found
 
+    def exchange(self, path: str, payload: bytes) -> bytes:
+        """POST over a connection of its own, and return every byte that comes until that is closed."""
+        return exchange(self.socket, path, payload)
+
     def stop(self) -> int:
         """End it as a service manager does, and return its exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(DEADLINE)
+
+
+def exchange(socket_path: str, path: str, payload: bytes) -> bytes:
+    """Send one request to who listens there; a connection that is reset ends what is returned."""
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(payload)}"
+    got = bytearray()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(DEADLINE)
+        sock.connect(socket_path)
+        with contextlib.suppress(ConnectionError):
+            sock.sendall(head.encode() + b"\r\n\r\n" + payload)
+        with contextlib.suppress(ConnectionError):
+            while piece := sock.recv(1 << 16):
+                got += piece
+    return bytes(got)
 
 
 class Killer(threading.Thread):
@@ -123,6 +144,8 @@ class Killer(threading.Thread):
         self._workers = workers
         self._kills = kills
         self._failure: BaseException | None = None
+        self.when: list[tuple[float, float]] = []
+        """Just before each kill, and when nothing of that worker was left."""
         self.start()
 
     def run(self) -> None:
@@ -131,10 +154,27 @@ class Killer(threading.Thread):
             for number in range(self._kills):
                 ready = self._gateway.wait_for_workers(self._workers, other_than=victim)
                 victim = ready[number % self._workers]
-                os.kill(victim, signal.SIGKILL)
+                self._kill(victim)
             wait_until(lambda: len(self._gateway.log("worker ended")) >= self._kills, "every end is noticed")
         except BaseException as failure:
             self._failure = failure
+
+    def _kill(self, victim: int) -> None:
+        pidfd = os.pidfd_open(victim)
+        try:
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            before = time.monotonic()
+            self.when.append((before, math.inf))  # before whoever it cuts off can look
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            assert poll.poll(DEADLINE * 1000), f"{victim} does not end"
+            self.when[-1] = (before, time.monotonic())
+        finally:
+            os.close(pidfd)
+
+    def explains(self, sent: float, ended: float) -> bool:
+        """Whether a worker was killed while a request was under way."""
+        return any(before <= ended and sent <= after for before, after in self.when)
 
     def finish(self) -> None:
         """Wait until all is done, and see that no other worker has ended."""

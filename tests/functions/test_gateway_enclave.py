@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -10,22 +11,26 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import gateway_kills
 import pytest
-from gateway_kills import campaign, check
+from faulty_proxy import FAULTS
+from gateway_kills import campaign, check, compiled
 from processes import wait_until
+from raw_client import RawClient
 from running_broker import RunningBroker
 from running_functions import free_slots, module, run_functions
 from running_gateway import RunningGateway, run_gateway
 
 import teemate
 from teemate import wasm
-from teemate.functions import FunctionLimits
+from teemate.functions import FunctionLimits, Functions
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("hypercorn") is None, reason="needs hypercorn: pip install 'teemate[gateway]'"
 )
 UNLIMITED = FunctionLimits(fuel=1 << 62, time=600.0)
 OPTIONS = ("--workers", "2", "--slots", "2", "--max-body", "64M")
+PLAIN_FAULTS = ("answers twice", "loses")
 
 
 def forever(folder: Path) -> bytes:
@@ -104,13 +109,54 @@ def test_a_client_that_leaves_ends_its_function(running: RunningBroker, tmp_path
             broker.functions.remove("forever")
 
 
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return compiled(tmp_path_factory.mktemp("examples"))
+
+
 def test_every_invocation_is_answered_once_or_its_connection_closed_while_workers_are_killed(
-    request: pytest.FixtureRequest, tmp_path: Path
+    request: pytest.FixtureRequest, examples: dict[str, bytes]
 ) -> None:
     """And nothing stays behind: no slot, and no byte of the enclave's heap."""
     requests = 2_000 if request.config.getoption("--full") else 12
     with run_functions() as running:
-        check(campaign(running, tmp_path, requests=requests, kills=max(2, requests // 50)))
+        check(campaign(running, examples, requests=requests, kills=max(2, requests // 50)))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_campaign_finds_a_gateway_that_does_not_answer_once(
+    request: pytest.FixtureRequest, examples: dict[str, bytes], fault: str
+) -> None:
+    if fault not in PLAIN_FAULTS and not request.config.getoption("--full"):
+        pytest.skip("each takes some seconds: pytest --full tests/functions")
+    with run_functions() as running:
+        some = {name: examples[name] for name in ("json", "sha256")}
+        result = campaign(running, some, requests=6, kills=0, fault=fault)
+    with pytest.raises(AssertionError):
+        check(result)
+
+
+@pytest.mark.parametrize("kept", ["slot", "function"])
+def test_a_campaign_finds_what_stays_behind(
+    examples: dict[str, bytes], kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("processes.DEADLINE", 1.0)  # for it comes never
+    send = gateway_kills._send
+    with run_functions() as running, contextlib.ExitStack() as held:
+
+        def keep(*given: object) -> object:
+            if kept == "slot":
+                client = held.enter_context(contextlib.closing(RawClient(running.socket)))
+                client.ok("attach", enclave="functions", slots=1)
+            else:
+                monkeypatch.setattr(Functions, "remove", lambda *_: None)
+            return send(*given)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(gateway_kills, "_send", keep)
+        result = campaign(running, {"json": examples["json"]}, requests=6, kills=0)
+    with pytest.raises(AssertionError):
+        check(result)
+    assert (result.slots_kept, result.heap_kept > 0) == ((1, False) if kept == "slot" else (0, True))
 
 
 def test_nothing_of_a_gateway_that_was_killed_stays_in_the_enclave(running: RunningBroker) -> None:
