@@ -284,47 +284,93 @@ int registry_limit(const struct registry_key *key, const struct fn_limits *limit
     return function ? 0 : FN_NOT_FOUND;
 }
 
-/* Blocks are got without the lock: then it may be another function that has the name, of another size. */
+/* Is that deployment there still?  0, FN_NOT_FOUND or TM_E_*. */
+static int look_again(const struct registry_key *key, uint64_t number)
+{
+#ifdef TM_TEST_COPY_UNCHECKED
+    /* Test build: what was copied is believed. */
+    (void)key, (void)number;
+    return 0;
+#else
+    const struct function *function;
+    int status = lock();
+
+    if (status)
+        return status;
+    function = *find(key);
+    status = function && function->number == number ? 0 : FN_NOT_FOUND;
+    unlock();
+    return status;
+#endif
+}
+
+static void copy_module(uint8_t *to, const uint8_t *module, uint64_t length)
+{
+#ifdef TM_TEST_COPY_LOCKED /* Test build: everybody waits for it. */
+    tm_assert(!lock());
+#endif
+#ifdef TM_TEST_STAY_IN_COPY
+    /* Test build: who copies the first deployment that there was stays in the middle of it until there is another. */
+    memcpy(to, module, length / 2);
+    while (*(volatile uint64_t *)&registry.number == 1)
+        __asm__ volatile("pause");
+    to += length / 2;
+    module += length / 2;
+    length -= length / 2;
+#endif
+    memcpy(to, module, length);
+#ifdef TM_TEST_COPY_LOCKED
+    unlock();
+#endif
+}
+
+/*
+ * Copied without the lock, which millisecond-long copies would make everybody wait for.  Nobody has to be kept from
+ * freeing it meanwhile (and a reader that dies keeps nothing): it is looked at once more, and where that deployment is
+ * gone, what was copied may be anything, and goes unread.
+ */
 int registry_take(const struct registry_key *key, bool (*ready)(uint64_t number), struct registry_function *taken)
 {
-    uint64_t room = 0;
-
-    taken->copy = NULL;
     for (;;) {
-        struct function *function;
-        uint64_t needed = 0;
+        const struct function *function;
+        const uint8_t *env = NULL, *module = NULL;
+        uint64_t needed;
         void *block;
         int status = lock();
 
-        if (!status) {
-            function = *find(key);
-            if (function) {
-                taken->number = function->number;
-                taken->version = function->info.version;
-                taken->limits = function->info.limits;
-                taken->grants = function->info.flags;
-                taken->env_length = function->info.env_length;
-                taken->module_length = ready(taken->number) ? 0 : function->info.size;
-                needed = taken->env_length + taken->module_length;
-                if (needed && needed <= room) {
-                    memcpy(taken->copy, function->env, taken->env_length);
-                    memcpy(taken->copy + taken->env_length, function->module, taken->module_length);
-                }
-            } else {
-                status = FN_NOT_FOUND;
-            }
-            unlock();
-        }
-        if (!status && needed <= room)
-            return 0;
-        tm_free(taken->copy);
         taken->copy = NULL;
-        if (!status)
-            status = share_alloc(needed, &block);
+        if (status)
+            return status;
+        function = *find(key);
+        if (function) {
+            taken->number = function->number;
+            taken->version = function->info.version;
+            taken->limits = function->info.limits;
+            taken->grants = function->info.flags;
+            taken->env_length = function->info.env_length;
+            taken->module_length = ready(taken->number) ? 0 : function->info.size;
+            env = function->env;
+            module = function->module;
+        }
+        unlock();
+        if (!function)
+            return FN_NOT_FOUND;
+        needed = taken->env_length + taken->module_length;
+        if (!needed)
+            return 0;
+        status = share_alloc(needed, &block);
         if (status)
             return status;
         taken->copy = block;
-        room = needed;
+        memcpy(taken->copy, env, taken->env_length);
+        copy_module(taken->copy + taken->env_length, module, taken->module_length);
+        status = look_again(key, taken->number);
+        if (!status)
+            return 0;
+        tm_free(taken->copy);
+        taken->copy = NULL;
+        if (status != FN_NOT_FOUND)
+            return status;
     }
 }
 
