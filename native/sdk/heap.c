@@ -142,6 +142,10 @@ int heap_lock(void)
  */
 static void clear(uint8_t *start, size_t size)
 {
+#ifdef TM_TEST_NO_ZEROES /* Test build: what a block has held is there for who gets it next. */
+    (void)start, (void)size;
+    return;
+#endif
     for (size_t at = 0; size >= AROUND && at < size; at += AROUND)
         (void)*(volatile uint8_t *)(start + at);
     memset(start, 0, size);

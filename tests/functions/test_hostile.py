@@ -373,21 +373,6 @@ def test_every_invocation_starts_anew(functions: Functions) -> None:
     assert [functions.invoke("counts") for _ in range(3)] == [(1).to_bytes(4, "little")] * 3
 
 
-def test_memory_is_scrubbed_between_functions(functions: Functions) -> None:
-    secret = wasm.i32(1024) + wasm.i32(0x5A) + wasm.i32(1_000_000) + b"\xfc\x0b\x00"
-    functions.deploy("writes", wasm.command(secret, pages=16))
-    # The largest byte of all its memory.
-    body = b"\x03\x40" + wasm.i32(2_000_000) + wasm.i32(2_000_000) + wasm.I32_LOAD8
-    body += b"\x20\x00\xa7" + wasm.I32_LOAD8 + b"\x72" + wasm.I32_STORE8
-    body += b"\x20\x00" + wasm.i64(1) + b"\x7c\x22\x00" + wasm.i64(1_990_000) + b"\x54\x0d\x00" + wasm.END
-    functions.deploy(
-        "reads", wasm.command(body + wasm.write(1, 2_000_000, 1, scratch=2_000_100), pages=32, locals_=1)
-    )
-    for _ in range(2):
-        functions.invoke("writes")
-        assert functions.invoke("reads") == b"\0"
-
-
 def test_names_strings_and_limits_are_checked_where_they_are_given(functions: Functions) -> None:
     for name in ("", "a" * 64, ".hidden", "a/b", "ä", "a b"):
         with pytest.raises(BadArgument):

@@ -28,8 +28,8 @@ CHOSEN = {
         "test_what_is_no_module_is_refused_with_the_reason[cut]",
         "test_what_is_no_module_is_refused_with_the_reason[a type that is wrong]",
         "test_floats_are_computed_as_everywhere_else",
-        "test_memory_is_scrubbed_between_functions",
     ),
+    "test_scrubbing.py": ("test_nothing_of_an_invocation_is_there_for_the_next",),
     "test_owners.py": (
         "test_functions_of_two_owners_know_nothing_of_each_other",
         "test_the_next_holder_of_a_slot_finds_nothing_of_the_last",

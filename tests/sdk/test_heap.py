@@ -75,6 +75,12 @@ def test_freed_neighbours_become_one_block(holder: Holder) -> None:
     assert told[4:6] == before[4:6]
 
 
+def test_a_block_is_zeroes_whatever_was_there_before(holder: Holder) -> None:
+    free_all(holder)
+    for size in (24, 1000, 200_000):  # filled, freed, and looked at when it is given out again
+        assert run(holder, [(ALLOCATE, 1, size), (FREE, 1, 0), (ALLOCATE, 2, size), (FREE, 2, 0)])[0] == 2
+
+
 def test_a_block_grows_into_the_free_one_behind_it(holder: Holder) -> None:
     before = free_all(holder)
     some = [(ALLOCATE, handle, 1000) for handle in range(4)]
