@@ -20,8 +20,9 @@ from teemate.broker.connections.processes import Processes
 from teemate.broker.enclaves.control import ControlOp, SlotKey, SlotWord
 from teemate.broker.enclaves.enclave import Enclave, EnclaveState
 from teemate.broker.slots.grants import Grant, Waiter
-from teemate.broker.slots.repair import Repair, UnrepairableError, repair_slot
+from teemate.broker.slots.repair import Repair, UnrepairableError, renew_slot, repair_slot, require_done
 from teemate.broker.slots.table import Ticket
+from teemate.broker.wardens.protocol import RenewStep
 from teemate.broker.wardens.warden import EnclaveBrokenError, EnclaveGoneError, WardenError
 
 __all__ = ["Reclaimer"]
@@ -228,19 +229,30 @@ class Reclaimer:
 
     async def _renew(self, enclave: Enclave, index: int, dead: bool) -> None:
         async with enclave.slot_work[index]:
-            outcome = await repair_slot(enclave, index, holder_dead=dead, log=self._log)
+            key = self._next_key(enclave, index)
+            outcome = await renew_slot(enclave, index, key, holder_dead=dead, log=self._log)
             if outcome is Repair.BUSY:
                 raise UnrepairableError(_BUSY_AFTER_DEATH if dead else _BUSY_BUT_CLEAN)
-            await self.arm(enclave, index)
+            if outcome is Repair.ARMED:
+                self._armed(enclave, index, key)
+            else:
+                await self.arm(enclave, index)
 
     async def arm(self, enclave: Enclave, index: int) -> None:
         """Give a clean slot its next key; it is free then, and goes to whoever waits."""
+        key = enclave.slot_keys[index]
         if enclave.warden is not None:
-            key = enclave.key.new_slot_key(enclave.slot_keys[index].generation + 1)
+            key = self._next_key(enclave, index)
             reply = await enclave.warden.control(ControlOp.ARM, index, generation=key.generation, key=key.key)
-            if reply.status != 0:
-                raise UnrepairableError(f"the enclave answered {reply.status} when asked to take a new key")
-            enclave.slot_keys[index] = key
+            require_done(reply, RenewStep.ARM)
+        self._armed(enclave, index, key)
+
+    @staticmethod
+    def _next_key(enclave: Enclave, index: int) -> SlotKey:
+        return enclave.key.new_slot_key(enclave.slot_keys[index].generation + 1)
+
+    def _armed(self, enclave: Enclave, index: int, key: SlotKey) -> None:
+        enclave.slot_keys[index] = key
         self.serve(enclave.slots.armed(index))
         enclave.on_armed()
 

@@ -10,7 +10,16 @@ from typing import final
 
 from teemate.broker.enclaves.control import CONTROL_SIZE, RESULT_SIZE, ControlResult
 
-__all__ = ["REPLY_SIZE", "WardenOp", "WardenReply", "repair_body", "request", "start_body"]
+__all__ = [
+    "REPLY_SIZE",
+    "RenewStep",
+    "WardenOp",
+    "WardenReply",
+    "renew_body",
+    "repair_body",
+    "request",
+    "start_body",
+]
 
 VERSION = 1
 SEGMENTS = 128
@@ -18,6 +27,7 @@ _HEAD = struct.Struct("<IIQ")
 _START = struct.Struct("<QQII16s")
 _SEGMENT = struct.Struct("<QQII")
 _REPAIR = struct.Struct("<QQII")
+_RENEW_TAIL = struct.Struct("<II")
 _BODY_SIZE = _START.size + SEGMENTS * _SEGMENT.size
 _REPLY = struct.Struct(f"<QiIIIII{RESULT_SIZE}s128s")
 REPLY_SIZE = _REPLY.size
@@ -34,6 +44,18 @@ class WardenOp(enum.IntEnum):
     PROBE = 3
     REPAIR = 4
     PING = 5
+    RENEW = 6
+
+
+class RenewStep(enum.IntEnum):
+    """enum warden_step: what the reply of a RENEW is about."""
+
+    NONE = 0
+    """It did not come to the first, or was no RENEW."""
+    CLEAR = 1
+    REPAIR = 2
+    RESET = 3
+    ARM = 4
 
 
 @final
@@ -49,6 +71,7 @@ class WardenReply:
     contended: int
     result: ControlResult
     text: str
+    step: RenewStep = RenewStep.NONE
 
     @classmethod
     def parse(cls, raw: bytes) -> WardenReply:
@@ -57,12 +80,12 @@ class WardenReply:
         Raises
         ------
         ValueError
-            It has the wrong length.
+            It has the wrong length, or a step that there is not.
 
         """
         if len(raw) != REPLY_SIZE:
             raise ValueError(f"a warden's reply has {REPLY_SIZE} bytes, not {len(raw)}")
-        number, status, entered, vector, repaired, contended, _, result, text = _REPLY.unpack(raw)
+        number, status, entered, vector, repaired, contended, step, result, text = _REPLY.unpack(raw)
         return cls(
             id=number,
             status=status,
@@ -72,6 +95,7 @@ class WardenReply:
             contended=contended,
             result=ControlResult.parse(result),
             text=text.split(b"\0", 1)[0].decode("utf-8", "replace"),
+            step=RenewStep(step),
         )
 
 
@@ -102,4 +126,9 @@ def repair_body(slot: int, generation: int, *, holder_dead: bool) -> bytes:
     return _REPAIR.pack(slot, generation, holder_dead, 0)
 
 
-assert CONTROL_SIZE <= _BODY_SIZE
+def renew_body(clear: bytes, reset: bytes, arm: bytes, *, holder_dead: bool) -> bytes:
+    """Return the body of RENEW; three struct tm_control, signed in this order."""
+    return clear + reset + arm + _RENEW_TAIL.pack(holder_dead, 0)
+
+
+assert 3 * CONTROL_SIZE + _RENEW_TAIL.size <= _BODY_SIZE

@@ -27,12 +27,14 @@ from typing import final
 import trio
 from structlog.typing import FilteringBoundLogger
 
-from teemate.broker.enclaves.control import ControlKey, ControlOp, Lent
+from teemate.broker.enclaves.control import ControlKey, ControlOp, Lent, SlotKey
 from teemate.broker.enclaves.storage import Storage
 from teemate.broker.wardens.protocol import (
     REPLY_SIZE,
+    RenewStep,
     WardenOp,
     WardenReply,
+    renew_body,
     repair_body,
     request,
     start_body,
@@ -257,6 +259,34 @@ class Warden:
 
         return await self._request(WardenOp.REPAIR, body)
 
+    async def renew(self, slot: int, generation: int, key: SlotKey, *, holder_dead: bool) -> WardenReply:
+        """CLEAR, REPAIR, RESET and ARM in one request, until one of them fails or has something to tell.
+
+        The reply is that of the last `step`: of ARM when the slot has `key` now; of REPAIR, with status 0,
+        when something was undone, and RESET and ARM are still to be asked for.  A step that fails does so as
+        when it is asked for alone, a CLEAR, RESET or ARM after a second attempt.
+        """
+
+        def body() -> bytes:
+            control = self._key.control
+            return renew_body(
+                control(ControlOp.CLEAR, slot, generation=generation),
+                control(ControlOp.RESET, slot),
+                control(ControlOp.ARM, slot, generation=key.generation, key=key.key),
+                holder_dead=holder_dead,
+            )
+
+        for attempt in (1, 2):
+            reply = await self._request(WardenOp.RENEW, body)
+            if reply.entered or reply.step is RenewStep.REPAIR:
+                return reply
+            self._failed += 1
+            if attempt == 2:
+                raise WardenError(
+                    f"{reply.step.name} of slot {slot}: {reply.text or os.strerror(-reply.status)}"
+                )
+        raise AssertionError("the second attempt returns or raises")
+
     async def close(self) -> None:
         """End the warden; it notices that its socket closes, and is killed if it is stuck."""
         self._closed = True
@@ -333,6 +363,8 @@ class Warden:
             raise _FailedError(str(error)) from error
         if reply.id != self._number:
             raise _FailedError(f"it answered request {reply.id} instead of {self._number}")
+        if reply.entered and (reply.step is RenewStep.NONE) == (op is WardenOp.RENEW):
+            raise _FailedError(f"it answered {op.name} with step {reply.step.name}")
         return reply
 
     # -- the process -----------------------------------------------------------------

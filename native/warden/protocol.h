@@ -41,6 +41,20 @@ enum warden_op {
      * and a poisoned frame then: the sim's AEX of the dead. */
     WARDEN_REPAIR = 4,
     WARDEN_PING = 5,
+    /* body.renew: what a slot that was given back takes until the next one may have it: CLEAR,
+     * REPAIR, RESET, ARM, each as above.  Ends with the first that fails, and also after a REPAIR that
+     * had something to undo: then the broker goes on by itself.  `step` is the last one that
+     * was tried, and all else of the reply is that one's.  Made again after its reply was lost
+     * it ends well: who finds the slot with ARM's generation and key has nothing left to do. */
+    WARDEN_RENEW = 6,
+};
+
+/* RENEW's steps; 0 in the replies of others. */
+enum warden_step {
+    WARDEN_STEP_CLEAR = 1,
+    WARDEN_STEP_REPAIR = 2,
+    WARDEN_STEP_RESET = 3,
+    WARDEN_STEP_ARM = 4,
 };
 
 struct warden_segment {
@@ -70,6 +84,13 @@ struct warden_request {
             uint32_t holder_dead;
             uint32_t reserved;
         } repair;
+        struct {
+            struct tm_control clear; /* all three of one slot, with the broker's MACs, numbered in this order */
+            struct tm_control reset;
+            struct tm_control arm;
+            uint32_t holder_dead;
+            uint32_t reserved;
+        } renew;
     } body;
 };
 _Static_assert(sizeof(struct warden_request) == 16 + 40 + WARDEN_SEGMENTS * 24, "warden_request");
@@ -85,7 +106,7 @@ struct warden_reply {
     uint32_t repaired;
     /* How often, since the last reply, a TCS of the warden's own was busy: somebody else entered it. */
     uint32_t contended;
-    uint32_t reserved;
+    uint32_t step;       /* enum warden_step */
     struct tm_control_result result;
     char text[128];      /* what went wrong, for the log */
 };

@@ -208,22 +208,21 @@ uint64_t warden_control(struct warden *warden, const struct tm_control *control,
     }
 }
 
-static void handle_control(struct warden *warden, const struct warden_request *request,
-                           struct warden_reply *reply)
+static void handle_control(struct warden *warden, const struct tm_control *control, struct warden_reply *reply)
 {
     struct control_exit exit;
-    uint64_t slot = warden_control(warden, &request->body.control, &reply->result, &exit);
+    uint64_t slot = warden_control(warden, control, &reply->result, &exit);
 
     reply->status = exit.status;
     reply->entered = exit.entered;
     reply->vector = exit.vector;
-    if (request->body.control.sequence > warden->key->sequence &&
+    if (control->sequence > warden->key->sequence &&
         !(exit.entered && (exit.status == TM_E_MAC || exit.status == TM_E_STATE)))
-        warden->key->sequence = request->body.control.sequence;
+        warden->key->sequence = control->sequence;
     if (exit.entered)
         return;
     warden->damaged = true;
-    refuse(reply, exit.status, "control ECALL %u: %s, exception %d", request->body.control.op,
+    refuse(reply, exit.status, "control ECALL %u: %s, exception %d", control->op,
            exit.inside ? "the enclave faulted" : "the entry failed", (int)exit.vector - 1);
     if (exit.inside)
         tell_fault(warden, slot, reply);
@@ -260,6 +259,51 @@ static void handle_probe(struct warden *warden, const struct warden_request *req
                strerror(-result), (int)exit.vector - 1);
 }
 
+/* ---- a slot that was given back ----------------------------------------------------- */
+
+/* One of RENEW's control ECALLs: did the enclave do it? */
+static bool renew_step(struct warden *warden, enum warden_step step, const struct tm_control *control,
+                       struct warden_reply *reply)
+{
+    reply->step = step;
+    handle_control(warden, control, reply);
+    return reply->entered && reply->status == TM_OK;
+}
+
+/* Was nothing in there but a holder that is not in there any more?  The broker tells of everything else. */
+static bool renew_found_clean(struct warden *warden, const struct warden_request *request, struct warden_reply *reply)
+{
+    const struct tm_control *clear = &request->body.renew.clear;
+
+    reply->step = WARDEN_STEP_REPAIR;
+    reply->entered = 0;
+    memset(&reply->result, 0, sizeof(reply->result));
+    warden_unwind(warden, clear->slot, clear->generation, request->body.renew.holder_dead != 0, reply);
+    return reply->entered && reply->status == TM_OK && reply->result.cssa == 0 &&
+           TM_WORD_STATE(reply->result.word) == TM_SLOT_FREE;
+}
+
+static void handle_renew(struct warden *warden, const struct warden_request *request, struct warden_reply *reply)
+{
+    const struct tm_control *clear = &request->body.renew.clear;
+    const struct tm_control *reset = &request->body.renew.reset;
+    const struct tm_control *arm = &request->body.renew.arm;
+
+    if (clear->op != TM_CTL_CLEAR || reset->op != TM_CTL_RESET || arm->op != TM_CTL_ARM ||
+        reset->slot != clear->slot || arm->slot != clear->slot) {
+        refuse(reply, -EINVAL, "RENEW: CLEAR, RESET and ARM of one slot");
+        return;
+    }
+    if (renew_step(warden, WARDEN_STEP_CLEAR, clear, reply)) {
+        if (!renew_found_clean(warden, request, reply) || !renew_step(warden, WARDEN_STEP_RESET, reset, reply))
+            return;
+    } else if (!reply->entered || reply->status != TM_E_STATE ||
+               reply->result.word != TM_WORD(arm->generation, TM_SLOT_ARMED)) {
+        return;
+    }
+    renew_step(warden, WARDEN_STEP_ARM, arm, reply);
+}
+
 static void handle(struct warden *warden, const struct warden_request *request, struct warden_fds *fds,
                    struct warden_reply *reply)
 {
@@ -290,13 +334,17 @@ static void handle(struct warden *warden, const struct warden_request *request, 
     }
     switch (request->op) {
     case WARDEN_CONTROL:
-        handle_control(warden, request, reply);
+        handle_control(warden, &request->body.control, reply);
         break;
     case WARDEN_PROBE:
         handle_probe(warden, request, reply);
         break;
     case WARDEN_REPAIR:
-        warden_unwind(warden, request, reply);
+        warden_unwind(warden, request->body.repair.slot, request->body.repair.generation,
+                      request->body.repair.holder_dead != 0, reply);
+        break;
+    case WARDEN_RENEW:
+        handle_renew(warden, request, reply);
         break;
     default:
         refuse(reply, -EOPNOTSUPP, "there is no operation %u", request->op);

@@ -184,13 +184,10 @@ static int run(struct unwind *unwind)
                 (unsigned long long)unwind->slot);
 }
 
-void warden_unwind(struct warden *warden, const struct warden_request *request, struct warden_reply *reply)
+void warden_unwind(struct warden *warden, uint64_t slot, uint64_t generation, bool dead, struct warden_reply *reply)
 {
-    struct unwind unwind = {.warden = warden,
-                            .reply = reply,
-                            .slot = request->body.repair.slot,
-                            .generation = request->body.repair.generation,
-                            .dead = request->body.repair.holder_dead != 0};
+    struct unwind unwind = {
+        .warden = warden, .reply = reply, .slot = slot, .generation = generation, .dead = dead};
     struct teemate_diag diag = {0};
     int result;
 

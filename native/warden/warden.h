@@ -88,7 +88,7 @@ int warden_resume_own(struct repair *repair, uint64_t tcs_offset);
  */
 int warden_io_start(struct warden *warden, uint32_t *frames, struct teemate_diag *diag);
 
-/* unwind.c: WARDEN_REPAIR. */
-void warden_unwind(struct warden *warden, const struct warden_request *request, struct warden_reply *reply);
+/* unwind.c: WARDEN_REPAIR.  `reply` is zeroed but for what earlier steps of the same request counted. */
+void warden_unwind(struct warden *warden, uint64_t slot, uint64_t generation, bool dead, struct warden_reply *reply);
 
 #endif

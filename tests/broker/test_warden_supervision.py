@@ -24,10 +24,11 @@ from running_broker import RunningBroker
 from structlog.testing import CapturingLogger
 
 import teemate
-from teemate.broker.enclaves.control import ControlKey, ControlOp, SlotWord
+from teemate.broker.enclaves.control import ControlKey, ControlOp, SlotKey, SlotWord
 from teemate.broker.enclaves.enclave import Built, build_enclave
 from teemate.broker.enclaves.storage import Storage
 from teemate.broker.wardens.programs import warden_program
+from teemate.broker.wardens.protocol import RenewStep
 from teemate.broker.wardens.warden import EnclaveBrokenError, Geometry, Warden, WardenError
 
 FAKE = """#!{python} -IS
@@ -57,8 +58,8 @@ for answer in answers:
         continue
     if answer == "other id":
         request += 1
-    status, entered = answer if isinstance(answer, list) else (0, 1)
-    rest = (0, 0, 0, 0, bytes(512), b"told by the fake")
+    status, entered, step = [*answer, 0][:3] if isinstance(answer, list) else (0, 1, 4 if op == 6 else 0)
+    rest = (0, 0, 0, step, bytes(512), b"told by the fake")
     sock.send(struct.pack("<QiIIIII512s128s", request, status, entered, *rest))
 """
 
@@ -199,6 +200,48 @@ async def test_an_entry_that_faults_twice_fails_for_its_caller_only(fake: Fake) 
         await warden.control(ControlOp.RESET, 2)
     assert (await warden.control(ControlOp.RESET, 3)).entered
     assert warden.statistics().started == 1
+
+
+KEY = SlotKey(2, b"k" * 16)
+
+
+async def test_a_renewal_that_a_warden_does_not_survive_is_made_again(fake: Fake) -> None:
+    warden = fake([["ok", "crash"], ["ok"] * 5])
+    assert (await warden.renew(2, 1, KEY, holder_dead=False)).step is RenewStep.ARM
+    assert warden.statistics().killed == 1
+
+
+async def test_a_renewal_that_two_wardens_do_not_survive_fails_for_its_caller_only(fake: Fake) -> None:
+    warden = fake([["ok", "crash"], ["ok", "crash"], ["ok"] * 5])
+    with pytest.raises(WardenError, match="RENEW failed twice"):
+        await warden.renew(2, 1, KEY, holder_dead=False)
+    assert (await warden.renew(3, 1, KEY, holder_dead=False)).step is RenewStep.ARM
+
+
+@pytest.mark.parametrize("step", [RenewStep.CLEAR, RenewStep.RESET, RenewStep.ARM])
+async def test_a_step_of_a_renewal_that_faults_is_tried_twice_and_told(fake: Fake, step: RenewStep) -> None:
+    warden = fake([["ok", [-14, 0, step], [-14, 0, step], [-14, 0, step], "ok"]])
+    with pytest.raises(WardenError, match=f"{step.name} of slot 2: told by the fake"):
+        await warden.renew(2, 1, KEY, holder_dead=False)
+    assert (await warden.renew(2, 1, KEY, holder_dead=False)).step is RenewStep.ARM
+    assert warden.statistics().started == 1
+
+
+@pytest.mark.parametrize(
+    "answer", [[-16, 0, RenewStep.REPAIR], [0, 1, RenewStep.REPAIR], [-5, 1, RenewStep.RESET]]
+)
+async def test_what_a_renewal_has_to_tell_is_told_at_once(fake: Fake, answer: list[object]) -> None:
+    warden = fake([["ok", answer]])
+    reply = await warden.renew(2, 1, KEY, holder_dead=True)
+    assert [reply.status, reply.entered, reply.step] == answer
+    assert warden.statistics().requests == 2
+
+
+@pytest.mark.parametrize("step", [0, 9])
+async def test_a_renewal_that_ends_with_no_step_of_its_own_is_nonsense(fake: Fake, step: int) -> None:
+    warden = fake([["ok", [0, 1, step]], ["ok", [0, 1, step]]])
+    with pytest.raises(WardenError, match="RENEW failed twice"):
+        await warden.renew(2, 1, KEY, holder_dead=False)
 
 
 async def test_an_enclave_without_a_warden_that_starts_is_broken_after_so_many_failures(fake: Fake) -> None:

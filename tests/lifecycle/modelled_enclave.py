@@ -7,15 +7,17 @@ own account, so that the two can disagree.
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import trio
 
-from teemate.broker.enclaves.control import ControlOp, ControlResult, SlotWord
+from teemate.broker.enclaves.control import ControlOp, ControlResult, SlotKey, SlotWord
 from teemate.broker.enclaves.enclave import Built
-from teemate.broker.wardens.protocol import WardenReply
+from teemate.broker.wardens.protocol import RenewStep, WardenReply
 from teemate.broker.wardens.warden import EnclaveGoneError, WardenError, WardenStatistics
 
 if TYPE_CHECKING:
@@ -183,6 +185,8 @@ class ModelledWarden:
         self._requests = 0
         self.failures = 0
         """So many requests from now on fail, as when a warden and its successor both end."""
+        self.steps_done = 0
+        """Of a renewal that fails: so many of its steps were done before."""
         self.hang = 0.0
         self.gone = ""
         """Set: the EPC is empty, with this reason."""
@@ -235,6 +239,47 @@ class ModelledWarden:
         status = target.repair(generation, holder_dead=holder_dead)
         return _reply(target, status, entered=status != EBUSY, found=found)
 
+    async def renew(self, slot: int, generation: int, key: SlotKey, *, holder_dead: bool) -> WardenReply:
+        """CLEAR, REPAIR, RESET and ARM, one after the other."""
+        try:
+            target = await self._turn(slot)
+        except EnclaveGoneError:
+            raise
+        except WardenError:
+            steps = self._renewal(self._slots[slot], generation, key, holder_dead)
+            for _ in itertools.islice(steps, self.steps_done):
+                pass
+            raise
+        replies = []
+        for reply in self._renewal(target, generation, key, holder_dead):
+            replies.append(reply)
+            await self._step_done()
+        return replies[-1]
+
+    async def _step_done(self) -> None:
+        """A step of a renewal, and not yet its reply."""
+
+    @staticmethod
+    def _renewal(
+        slot: ModelledSlot, generation: int, key: SlotKey, holder_dead: bool
+    ) -> Iterator[WardenReply]:
+        """Do it step by step, and give each one's reply; the last is the renewal's."""
+        status = slot.clear(generation)
+        yield _reply(slot, status, step=RenewStep.CLEAR)
+        if not status:
+            found = _result(slot)
+            status = slot.repair(generation, holder_dead=holder_dead)
+            yield _reply(slot, status, entered=status != EBUSY, found=found, step=RenewStep.REPAIR)
+            if status or found.cssa or found.word & 0xFF != SlotWord.FREE:
+                return
+            status = slot.reset()
+            yield _reply(slot, status, step=RenewStep.RESET)
+            if status:
+                return
+        elif slot.word != (key.generation << 8 | SlotWord.ARMED):
+            return
+        yield _reply(slot, slot.arm(key.generation, key.key), step=RenewStep.ARM)
+
     def lose(self) -> None:
         """The host was suspended: no key opens anything any more, and the warden's entries say why."""
         self.gone = "its EPC is empty"
@@ -256,9 +301,14 @@ def _result(slot: ModelledSlot) -> ControlResult:
 
 
 def _reply(
-    slot: ModelledSlot, status: int, *, entered: bool = True, found: ControlResult | None = None
+    slot: ModelledSlot,
+    status: int,
+    *,
+    entered: bool = True,
+    found: ControlResult | None = None,
+    step: RenewStep = RenewStep.NONE,
 ) -> WardenReply:
-    result = found or _result(slot)
     return WardenReply(
-        id=0, status=status, entered=entered, vector=None, repaired=0, contended=False, result=result, text=""
-    )
+        id=0, status=status, entered=entered, vector=None, repaired=0, contended=False,
+        result=found or _result(slot), text="", step=step,
+    )  # fmt: skip

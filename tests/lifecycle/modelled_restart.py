@@ -159,6 +159,10 @@ class _MortalWarden(ModelledWarden):
         self.world.alive()
         return reply
 
+    async def _step_done(self) -> None:
+        if not self.world.alive():  # a warden ends with its broker, in the middle of a renewal too
+            await trio.sleep_forever()
+
     async def _turn(self, slot: int) -> Any:
         found = await super()._turn(slot)
         if self.world.dead:

@@ -24,6 +24,10 @@ BODY = {
     "body.repair.slot": wire.RepairBody.slot,
     "body.repair.generation": wire.RepairBody.generation,
     "body.repair.holder_dead": wire.RepairBody.holder_dead,
+    "body.renew.clear": wire.RenewBody.clear,
+    "body.renew.reset": wire.RenewBody.reset,
+    "body.renew.arm": wire.RenewBody.arm,
+    "body.renew.holder_dead": wire.RenewBody.holder_dead,
 }
 
 
@@ -53,6 +57,11 @@ def _lines() -> list[tuple[str, str, int]]:
             "WARDEN_PROBE": "PROBE",
             "WARDEN_REPAIR": "REPAIR",
             "WARDEN_PING": "PING",
+            "WARDEN_RENEW": "RENEW",
+            "WARDEN_STEP_CLEAR": "STEP_CLEAR",
+            "WARDEN_STEP_REPAIR": "STEP_REPAIR",
+            "WARDEN_STEP_RESET": "STEP_RESET",
+            "WARDEN_STEP_ARM": "STEP_ARM",
             "TM_CTL_ARM": "ARM",
             "TM_CTL_REINIT": "REINIT",
             "TM_CTL_AUTHOR": "AUTHOR",

@@ -39,7 +39,7 @@ def test_ping_is_answered_before_start(make_warden: Callable[[], Warden]) -> Non
     assert make_warden().ping().status == 0
 
 
-@pytest.mark.parametrize("op", [wire.CONTROL, wire.PROBE, wire.REPAIR])
+@pytest.mark.parametrize("op", [wire.CONTROL, wire.PROBE, wire.REPAIR, wire.RENEW])
 def test_nothing_else_is_answered_before_start(make_warden: Callable[[], Warden], op: int) -> None:
     assert make_warden().ask(wire.WardenRequest(op=op)).status == -errno.ENOTCONN
 

@@ -234,6 +234,40 @@ class Warden:
         assert reply.id == number
         return reply
 
+    def renew_request(
+        self,
+        enclave: Enclave,
+        slot: int,
+        generation: int,
+        key: bytes,
+        *,
+        dead: bool,
+        armed: int | None = None,
+    ) -> wire.WardenRequest:
+        """Build a RENEW, which arms `generation` + 1 unless `armed` says otherwise."""
+        request = wire.WardenRequest(op=wire.RENEW)
+        renew = request.body.renew
+        next_generation = generation + 1 if armed is None else armed
+        for part, op, arguments in (
+            (renew.clear, wire.CLEAR, {"generation": generation}),
+            (renew.reset, wire.RESET, {}),
+            (renew.arm, wire.ARM, {"generation": next_generation, "key": key}),
+        ):
+            one = self.control_request(enclave, op, slot=slot, **arguments)
+            ctypes.memmove(ctypes.addressof(part), ctypes.addressof(one.body.control), ctypes.sizeof(part))
+        renew.holder_dead = int(dead)
+        return request
+
+    def renew(
+        self, enclave: Enclave, slot: int, generation: int, key: bytes, *, dead: bool
+    ) -> wire.WardenReply:
+        """RENEW a slot, with a deadline as the broker's."""
+        number = self.send(self.renew_request(enclave, slot, generation, key, dead=dead))
+        assert self.answers_within(20 * PATIENCE), "the renewal hangs"
+        reply = self.receive()
+        assert reply.id == number
+        return reply
+
     def ping(self) -> wire.WardenReply:
         """PING."""
         return self.ask(wire.WardenRequest(op=wire.PING))

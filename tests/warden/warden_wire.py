@@ -7,7 +7,8 @@ import hashlib
 import hmac
 
 PROTOCOL_VERSION = 1
-START, CONTROL, PROBE, REPAIR, PING = range(1, 6)
+START, CONTROL, PROBE, REPAIR, PING, RENEW = range(1, 7)
+STEP_CLEAR, STEP_REPAIR, STEP_RESET, STEP_ARM = range(1, 5)
 
 SET_KEY, ARM, CLEAR, CTL_PROBE, RESET, SSA, REWRITE, REINIT, TIME, AUTHOR, REPORT = range(1, 12)
 
@@ -101,10 +102,22 @@ class RepairBody(ctypes.Structure):
     ]
 
 
+class RenewBody(ctypes.Structure):
+    """body.renew of struct warden_request."""
+
+    _fields_ = [
+        ("clear", Control),
+        ("reset", Control),
+        ("arm", Control),
+        ("holder_dead", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    ]
+
+
 class Body(ctypes.Union):
     """body of struct warden_request."""
 
-    _fields_ = [("start", StartBody), ("control", Control), ("repair", RepairBody)]
+    _fields_ = [("start", StartBody), ("control", Control), ("repair", RepairBody), ("renew", RenewBody)]
 
 
 class WardenRequest(ctypes.Structure):
@@ -128,7 +141,7 @@ class WardenReply(ctypes.Structure):
         ("vector", ctypes.c_uint32),
         ("repaired", ctypes.c_uint32),
         ("contended", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
+        ("step", ctypes.c_uint32),
         ("result", ControlResult),
         ("text", ctypes.c_char * 128),
     ]
