@@ -285,7 +285,7 @@ enum tm_control_op {
      * are applied, the image's tm_on_start() runs.  Again with the same key: OK.
      * Result: the image header, as the enclave itself has it. */
     TM_CTL_SET_KEY = 1,
-    /* Write key and generation into a free slot.  MAC. */
+    /* Write key and generation into a free slot; tm_on_slot_armed() may run then.  MAC. */
     TM_CTL_ARM = 2,
     /* Take the key of generation `generation` away; result: the slot word.  MAC. */
     TM_CTL_CLEAR = 3,

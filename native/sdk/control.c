@@ -129,6 +129,48 @@ static int64_t arm(struct thread *thread, const struct tm_control *request)
     return swap_word(thread, &word, TM_WORD(request->generation, TM_SLOT_ARMED)) ? 0 : TM_E_STATE;
 }
 
+/* What was begun for the slot is forgotten; its blocks are in the slot's list, and freed with the others. */
+static void forget_half(struct thread *thread)
+{
+    memset(thread->user, 0, sizeof(thread->user));
+    tm_on_slot_reset((uint32_t)thread->fixed.index);
+    __atomic_store_n(&thread->half_ready, false, __ATOMIC_RELEASE);
+}
+
+/*
+ * The image may make something ready in a slot that waits for its holder, who has no key yet.  That it needs a RESET
+ * stands there first.  A warden that dies in here leaves a slot that is armed: its successor forgets what was
+ * begun, and does not begin again.
+ */
+static void make_ready(struct thread *self, struct thread *thread)
+{
+    bool touched;
+
+    thread->used = TM_WORD_GENERATION(thread->word);
+    __atomic_store_n(&thread->half_ready, true, __ATOMIC_RELEASE);
+    self->for_slot = thread;
+    touched = tm_on_slot_armed((uint32_t)thread->fixed.index);
+    tm_assert(!self->lock_count);
+    self->for_slot = NULL;
+    if (!touched)
+        __atomic_store_n(&thread->used, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&thread->half_ready, false, __ATOMIC_RELEASE);
+}
+
+static int64_t arm_ready(struct thread *self, uint64_t cssa, struct thread *thread, const struct tm_control *request)
+{
+    bool again = (thread->word & 0xff) == TM_SLOT_ARMED;
+    int64_t status = arm(thread, request);
+
+    if (status)
+        return status;
+    if (thread->half_ready)
+        forget_half(thread);
+    else if (!again && !cssa && self->fixed.index < TM_WARDEN_SLOTS)
+        make_ready(self, thread); /* author's code wants a stack of its own */
+    return 0;
+}
+
 /*
  * The word first, then the key: an entry that compared the key in between fails
  * at its swap.  A slot in use keeps its state and gets the cleared bit.
@@ -331,7 +373,7 @@ static int64_t control(struct thread *self, const struct tm_control *request, ui
     int64_t status;
     switch (request->op) {
     case TM_CTL_ARM:
-        status = is_wardens(request->slot) ? TM_E_ARGUMENT : arm(thread, request);
+        status = is_wardens(request->slot) ? TM_E_ARGUMENT : arm_ready(self, cssa, thread, request);
         break;
     case TM_CTL_CLEAR:
         status = is_wardens(request->slot) ? TM_E_ARGUMENT : clear(thread, request->generation);

@@ -52,7 +52,7 @@ void tm_reply_reset(struct tm_request *rq)
 struct tm_caller tm_caller(void)
 {
     struct thread *self = thread_self();
-    struct tm_caller caller = {.slot = (uint32_t)self->fixed.index};
+    struct tm_caller caller = {.slot = (uint32_t)thread_served()->fixed.index};
 
     if (self->in_call) {
         caller.generation = TM_WORD_GENERATION(self->word);
@@ -63,7 +63,7 @@ struct tm_caller tm_caller(void)
 
 void *tm_slot_data(void)
 {
-    return thread_self()->user;
+    return thread_served()->user;
 }
 
 static int run(const struct tm_ecall_entry *entry, struct tm_request *rq)
@@ -195,4 +195,10 @@ __attribute__((weak)) int tm_on_start(void)
 __attribute__((weak)) void tm_on_slot_reset(uint32_t slot)
 {
     (void)slot;
+}
+
+__attribute__((weak)) bool tm_on_slot_armed(uint32_t slot)
+{
+    (void)slot;
+    return false;
 }

@@ -123,6 +123,18 @@ static struct free_block *find(uint64_t size)
     return heap.lists[class][__builtin_ctzll(steps)];
 }
 
+uint64_t tm_heap_room(void)
+{
+    uint64_t map = __atomic_load_n(&heap.map, __ATOMIC_RELAXED), steps;
+    unsigned power;
+
+    if (!map)
+        return 0;
+    power = msb(map) + FIRST_CLASS;
+    steps = __atomic_load_n(&heap.step_map[msb(map)], __ATOMIC_RELAXED);
+    return (1ull << power) + ((uint64_t)(steps ? msb(steps) : 0) << (power - 4)) - sizeof(struct block);
+}
+
 int heap_lock(void)
 {
     int status = heap.end ? tm_lock(&heap.mutex) : TM_E_NOMEM;

@@ -16,6 +16,7 @@ struct block {
     uint64_t owner;
     uint64_t magic;
 };
+_Static_assert(sizeof(struct block) == TM_BLOCK_HEAD, "tmsdk.h");
 struct free_block {
     struct block block;
     struct free_block *next, *previous;

@@ -17,6 +17,8 @@
 #define SPINS 200u
 /* While another lock is held nobody may leave: about 50 ms of PAUSE. */
 #define NESTED_SPINS (1u << 20)
+/* A warden that makes something ready has others waiting for it: a few ms. */
+#define READY_SPINS (1u << 15)
 
 uint32_t tm_lock_patience = 20;
 
@@ -113,7 +115,7 @@ int tm_lock(struct tm_mutex *mutex)
     int status;
 
     tm_assert(HOLDER(mutex->holder) != me(self)); /* not recursive */
-    status = lock_spin(mutex, nested ? NESTED_SPINS : SPINS);
+    status = lock_spin(mutex, self->for_slot ? READY_SPINS : nested ? NESTED_SPINS : SPINS);
     if (status != TM_E_BUSY)
         return status;
     if (nested)

@@ -5,7 +5,8 @@
  * Each slot lists the blocks that it owns in its thread data; an entry is written
  * and taken away by the same tm_txn as the block's owner, so list and heap agree at
  * every instruction.  Only the slot's own thread changes the list, and whoever repairs
- * the slot: a block of another slot's can be neither freed nor kept.
+ * the slot, or makes something ready in it before it has a holder: a block of another slot's can be neither freed
+ * nor kept.
  *
  * Repair frees what the list names.  Where it cannot, because somebody has the
  * heap's lock (perhaps dead himself) or the list was too short, it gives the blocks
@@ -37,7 +38,7 @@ static uint64_t holder_of(const struct thread *thread)
 
 void owned_enter(struct tm_txn *txn, struct block *block)
 {
-    struct thread *self = thread_self();
+    struct thread *self = thread_served();
     uint64_t place = 0;
 
     while (place < TD_OWNED && (self->owned[place] || txn_get(txn, &self->owned[place])))
@@ -59,7 +60,7 @@ static uint64_t *entry_of(struct thread *thread, uint64_t owner)
 
 uint64_t *owned_entry(uint64_t owner)
 {
-    struct thread *self = thread_self();
+    struct thread *self = thread_served();
 
     tm_assert(!owner || HOLDER(owner) == holder_of(self)); /* another slot's own */
     return entry_of(self, owner);

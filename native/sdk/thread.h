@@ -54,8 +54,10 @@ struct thread {
     uint64_t saved_rsp; /* enclave stack of the OCALL under way */
     uint64_t bound;     /* generation that `identity` belongs to; 0: none */
     struct tm_identity identity;
-    uint64_t used;      /* generation that has entered since the last RESET; 0: none */
+    uint64_t used;      /* generation that has entered since the last RESET, or has something ready; 0: none */
     bool in_call;       /* an ECALL of a client: OCALLs may leave */
+    bool half_ready;    /* a warden is in tm_on_slot_armed() for this slot, or died in there */
+    struct thread *for_slot; /* of a warden: the slot that it is in there for */
     struct tm_call call;
     /* Robust locks: what this slot holds, and the one that it is about to take or leave. */
     struct tm_mutex *pending;
@@ -143,6 +145,14 @@ struct ocall_answer tm_gate_ocall(uint64_t kind, uint64_t length, uint64_t nonce
 /* entry.S: make SSA frames leave to the landing page when resumed, with `thread` for FS and GS. */
 void tm_gate_reset(void); /* where they go on */
 void tm_gate_rewrite(uint64_t frames, uint64_t count, uint64_t frame_size, uint64_t thread);
+
+/* Whose memory the running thread works with: its own slot's, or that of the one that it makes something ready for. */
+static inline struct thread *thread_served(void)
+{
+    struct thread *self = thread_self();
+
+    return self->for_slot ? self->for_slot : self;
+}
 
 /* What entry.S calls. */
 struct gate_result {

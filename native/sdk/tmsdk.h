@@ -95,6 +95,15 @@ struct tm_ecall_entry {
  */
 int tm_on_start(void);
 void tm_on_slot_reset(uint32_t slot);
+/*
+ * Define this to make something ready in a slot that waits for its next holder, whoever that will be; it returns
+ * whether it has touched anything of the slot's.  It runs on a warden's thread while nobody waits for it but the
+ * broker, so it must not take long (milliseconds), and must wait for no lock that others keep.  What it allocates and
+ * tm_slot_data() are the slot's, and tm_caller() says which; there is no identity yet.  No OCALLs.  It may be killed
+ * at any instruction: then tm_slot_data() is zeroes again, tm_on_slot_reset() is called, and what it allocated is
+ * freed when the slot is next scrubbed.
+ */
+bool tm_on_slot_armed(uint32_t slot);
 
 /* ---- who calls --------------------------------------------------------------- */
 
@@ -149,8 +158,9 @@ int tm_extend(void *block, size_t size);
  * freed with the others at its end; so make it one (tm_txn_own) in the step that unlinks it.
  */
 void tm_free(void *block);
-/* Usable bytes of a block. */
+/* Usable bytes of a block; it takes up TM_BLOCK_HEAD more. */
 size_t tm_block_size(const void *block);
+#define TM_BLOCK_HEAD 32u
 
 struct tm_heap_stats {
     uint64_t size;       /* bytes */
@@ -160,6 +170,8 @@ struct tm_heap_stats {
     uint64_t largest_free;
     uint64_t owned;      /* blocks that a slot owns, or owned and are yet to be freed: not kept */
 };
+/* A block of so many bytes there was a moment ago: the largest one's size but for a sixteenth.  Takes no lock. */
+uint64_t tm_heap_room(void);
 /* Walk the whole heap: 0, or TM_E_STATE when its structure is damaged. */
 int tm_heap_check(struct tm_heap_stats *stats);
 
