@@ -223,7 +223,8 @@ def list_(enclave: str, path: str | None, as_json: bool) -> None:
         f"{len(found)} functions, {_size(usage.size)} of {_size(usage.maximum)} for modules; "
         f"{usage.keys} key{'' if usage.keys == 1 else 's'}, {_size(usage.keys_size)} of "
         f"{_size(usage.keys_maximum)}; "
-        f"the enclave's heap: {_size(usage.heap_used)} of {_size(usage.heap)} used"
+        f"the enclave's heap: {_size(usage.heap_used)} of {_size(usage.heap)} used, "
+        f"{_size(usage.heap_ready)} for modules that are ready in free slots"
     )
 
 

@@ -77,7 +77,9 @@ class FunctionUsage:
     heap: int
     heap_used: int
     blocks_owned: int
-    """Blocks of the heap that belong to slots: what runs, and modules that are kept ready."""
+    """Blocks of the heap that belong to slots with holders: what runs, and modules that are kept ready."""
+    heap_ready: int
+    """Bytes of the heap for modules, of whomever, that were made ready in slots which have no holder yet."""
     keys: int
     """That the caller's functions have put."""
     keys_size: int

@@ -56,7 +56,7 @@ _INVOKE = struct.Struct("<HHIIIQ")
 _RESULT = struct.Struct("<IiQQQIIII")
 _AFTER = struct.Struct("<Q")
 _LOG = struct.Struct("<QQIIiIQ")
-_USAGE = struct.Struct("<9Q")
+_USAGE = struct.Struct("<10Q")
 _TEXT_MAX = 1024
 _REPLACE = 1
 _STREAM = 1
@@ -257,7 +257,7 @@ def log_entries(reply: bytes) -> Iterator[FunctionLog]:
 
 def usage(reply: bytes) -> FunctionUsage:
     """Return what a reply tells of the caller's functions."""
-    functions, size, maximum, heap, used, owned, keys, keys_size, keys_maximum = _USAGE.unpack(reply)
+    functions, size, maximum, heap, used, owned, keys, keys_size, keys_maximum, ready = _USAGE.unpack(reply)
     return FunctionUsage(
         functions=functions,
         size=size,
@@ -265,6 +265,7 @@ def usage(reply: bytes) -> FunctionUsage:
         heap=heap,
         heap_used=used,
         blocks_owned=owned,
+        heap_ready=ready,
         keys=keys,
         keys_size=keys_size,
         keys_maximum=keys_maximum,

@@ -72,21 +72,22 @@ def engine_module() -> ModuleType:
     return module
 
 
-def weakened(images: Images, folder: Path, *defines: str) -> BuiltImage:
+def weakened(images: Images, folder: Path, *defines: str, **layout: object) -> BuiltImage:
     """The image with protections switched off: what guards them has to go red here."""
     functions_image()
     library = engine_module().engine_library()
     elf = folder / "functions.elf"
     compile_elf(sources("functions"), elf, defines=list(defines), archives=[library])
-    options = layout_options("functions", slots=4)
+    options = layout_options("functions", **({"slots": 4} | layout))
     assert image_table("functions")["library"] == "engine_library.py"
     built = layout_image(elf, elf.with_suffix(".sgxs"), options)
     signature = sign_with_key(SigParams().unsigned(built.mrenclave), images.key)
     sigstruct = elf.with_suffix(".sig")
     sigstruct.write_bytes(signature.to_bytes())
     return BuiltImage(
-        name="functions", sgxs=built.sgxs, sigstruct=sigstruct, elf=elf, mrenclave=built.mrenclave, slots=4
-    )
+        name="functions", sgxs=built.sgxs, sigstruct=sigstruct, elf=elf, mrenclave=built.mrenclave,
+        slots=options.slots,
+    )  # fmt: skip
 
 
 __all__ = [

@@ -166,7 +166,7 @@ def campaign(
             functions.remove(info.name)
     after = _usage(running, free=free)
     result.blocks_kept = after.blocks_owned - before.blocks_owned
-    result.heap_kept = after.heap_used - before.heap_used
+    result.heap_kept = (after.heap_used - after.heap_ready) - (before.heap_used - before.heap_ready)
     result.slots_kept = free - free_slots(running)[0]
     return result
 

@@ -3,6 +3,7 @@
 
 #include "functions.h"
 #include "keys.h"
+#include "slot.h"
 
 #define SMALL_MAX 16384u
 #define SPAN_MIN 65536u
@@ -37,11 +38,13 @@ static unsigned class_of(size_t size, size_t *rounded)
 
 /*
  * What the arena of each slot has, and what its call has beside, for everybody to add up.  Written by the
- * slot's own thread; of a holder that is gone it is forgotten when the slot is reset, after its blocks were freed.
+ * slot's own thread, and before it has a holder by whoever makes something ready in it; of a holder that is gone it is
+ * forgotten when the slot is reset, after its blocks were freed.
  */
 static struct share {
     uint8_t owner[32];
     _Atomic uint64_t used, beside;
+    _Atomic uint64_t ready, ready_bytes; /* blocks that were there before anybody had the slot; 0 from its first call on */
 } shares[SHARES];
 
 static uint32_t slots(void)
@@ -60,6 +63,7 @@ void tm_on_slot_reset(uint32_t slot)
 {
     shares[slot].used = 0;
     shares[slot].beside = 0;
+    shares[slot].ready = 0;
 }
 
 static struct share *own_share(void)
@@ -105,9 +109,13 @@ int tm_on_call(uint64_t in_len)
     struct tm_caller caller = tm_caller();
     struct share *share = &shares[caller.slot];
 
-    if (!share->used) /* what is kept ready is its owner's already */
+    if (share->ready || !share->used) /* else what is kept ready is its owner's already */
         memcpy(share->owner, caller.identity.principal, sizeof(share->owner));
     share->beside = 0;
+    if (share->ready) {
+        share->ready = 0;
+        slot_claim(slot_self(), caller.identity.principal, owner_fits(share));
+    }
     if (in_len > REQUEST_MAX)
         return TM_E_ARGUMENT;
     return in_len <= REQUEST_ON_STACK || share_take(&share->beside, in_len) ? 0 : TM_E_NOMEM;
@@ -130,6 +138,35 @@ int share_alloc(size_t size, void **block)
     if (status)
         *beside -= size;
     return status;
+}
+
+void share_ahead(void)
+{
+    memset(own_share()->owner, 0, sizeof(own_share()->owner));
+}
+
+void share_ready(const struct arena *arena)
+{
+    struct share *own = own_share();
+
+    own->beside = 0;
+    own->ready = own->ready_bytes = 0;
+    for (struct span *span = arena->spans; span; span = span->next) {
+        own->ready++;
+        own->ready_bytes += tm_block_size(span) + TM_BLOCK_HEAD;
+    }
+}
+
+struct share_sum share_ready_sum(void)
+{
+    struct share_sum sum = {0};
+
+    for (uint32_t slot = 0; slot < slots(); slot++)
+        if (shares[slot].ready) {
+            sum.blocks += shares[slot].ready;
+            sum.bytes += shares[slot].ready_bytes;
+        }
+    return sum;
 }
 
 static struct span *span_take(struct arena *arena, size_t size)
@@ -188,8 +225,11 @@ static void *small(struct arena *arena, size_t size)
     }
     if ((size_t)(arena->end - arena->next) < rounded) {
         size_t wanted = (size_t)SPAN_MIN << (arena->small_spans < 3 ? arena->small_spans : 3);
-        struct span *span = span_take(arena, wanted);
+        struct span *span;
 
+        if (arena->used + wanted > arena->budget)
+            wanted = SPAN_MIN;
+        span = span_take(arena, wanted);
         if (!span)
             return NULL;
         arena->small_spans++;

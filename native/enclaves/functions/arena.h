@@ -9,6 +9,9 @@
  *
  * The owner's share is of all that his calls have of the heap at once: the copy of a request and what a call
  * allocates beside the arena (share_alloc) count until the call ends.
+ *
+ * What is made ready in a slot before it has a holder (ready.c) is nobody's until the first call, and then the
+ * caller's.
  */
 #ifndef FUNCTIONS_ARENA_H
 #define FUNCTIONS_ARENA_H
@@ -43,6 +46,16 @@ void arena_drop(struct arena *arena);
 
 /* A block of the slot's own that counts in the owner's share until the call ends: TM_E_NOMEM when it is full. */
 int share_alloc(size_t size, void **block);
+
+/* What is made ready for the slot from now on is nobody's, until share_ready() says that the arena has all of it. */
+void share_ahead(void);
+void share_ready(const struct arena *arena);
+/* Blocks of the heap, and their bytes as the heap counts them. */
+struct share_sum {
+    uint64_t blocks, bytes;
+};
+/* What all slots that have had no call yet have ready. */
+struct share_sum share_ready_sum(void);
 
 /* dispatch.c: before anything of a call is copied in, and when nothing of it is left. */
 int tm_on_call(uint64_t in_len);

@@ -46,7 +46,9 @@ struct engine_run {
 };
 
 /* All of these inside escape_run() only. */
-int engine_validate(const uint8_t *module, size_t length, uint32_t grants, struct engine_text *text);
+/* `effort`: what engine_prepare() will take, in bytes of a usual module; UINT64_MAX when nobody can say. */
+int engine_validate(const uint8_t *module, size_t length, uint32_t grants, struct engine_text *text,
+                    uint64_t *effort);
 void *engine_prepare(const uint8_t *module, size_t length, uint32_t grants, struct engine_text *text);
 void engine_run(void *prepared, struct engine_run *run);
 void engine_finish(void *state);

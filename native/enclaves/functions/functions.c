@@ -68,6 +68,7 @@ struct invocation {
     struct registry_function function;
     void *prepared;
     bool warm;
+    bool starts; /* the first time through this slot, or once more after it had to make room */
     struct engine_run run;
 };
 
@@ -85,10 +86,14 @@ static int run_module(void *argument)
 {
     struct invocation *it = argument;
     struct slot *slot = slot_self();
+    struct warm *warm = slot_warm(slot, it->function.number);
 
-    it->prepared = slot_warm(slot, it->function.number);
-    it->warm = it->prepared != NULL;
-    if (!it->warm) {
+    it->warm = warm != NULL;
+    it->starts = !warm || warm->unused;
+    if (warm) {
+        warm->unused = false;
+        it->prepared = warm->prepared;
+    } else {
         slot_make_room(slot);
         it->prepared = engine_prepare(it->function.copy + it->function.env_length, it->function.module_length,
                                       it->function.grants, &it->run.text);
@@ -279,6 +284,7 @@ TM_ECALL(invoke)
                                 .fuel = it.run.fuel_used,
                                 .status = (uint32_t)status,
                                 .limit = it.run.limit,
+                                .starts = it.starts,
                                 .exit_code = it.run.exit_code,
                                 .text = it.run.err,
                                 .text_length = it.run.err_length,

@@ -65,6 +65,8 @@
 #define FN_KEYS_ALL_SHARE 8u      /* those of all owners; */
 #define FN_KEYS_MAX 16384u        /* and as many of one owner */
 #define FN_MEMORY_SHARE 4u        /* the largest limit of memory: this part of the heap */
+#define FN_READY_SHARE 8u         /* what is ready in slots that have no holder yet: this part of the heap, */
+#define FN_READY_FREE 4u          /* and nothing more unless this part of it is free in one piece */
 
 enum fn_status {
     FN_NOT_FOUND = 1, /* the caller has no function of that name */
@@ -214,11 +216,12 @@ struct fn_usage {
     uint64_t bytes_max;
     uint64_t heap;       /* bytes */
     uint64_t heap_used;
-    uint64_t heap_owned; /* blocks that belong to slots: what runs, and what is kept ready */
+    uint64_t heap_owned; /* blocks that belong to slots with holders: what runs, and what is kept ready */
     uint64_t keys;       /* that the caller's functions have put */
     uint64_t keys_bytes; /* with their values, and 72 for each */
     uint64_t keys_bytes_max;
+    uint64_t heap_ready; /* bytes of it that were made ready in slots that have no holder yet */
 };
-_Static_assert(sizeof(struct fn_usage) == 72, "fn_usage");
+_Static_assert(sizeof(struct fn_usage) == 80, "fn_usage");
 
 #endif

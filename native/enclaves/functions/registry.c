@@ -2,6 +2,7 @@
 #include "registry.h"
 
 #include "arena.h"
+#include "popular.h"
 
 #define BUCKETS 256u
 
@@ -15,6 +16,7 @@ struct function {
     struct function *next;
     struct fn_info info;
     uint64_t number; /* no other deployment in this enclave has it */
+    uint64_t effort; /* of preparing it; UINT64_MAX: not ahead of an invocation */
     struct log *oldest, *newest;
     uint64_t log_count, log_bytes;
     uint8_t *module; /* a kept block: never changed, since code that was validated runs unchecked */
@@ -65,6 +67,12 @@ static struct function **bucket_of(const struct registry_key *key)
     for (uint32_t i = 0; i < key->name_length; i++)
         hash = (hash ^ key->name[i]) * 16777619u;
     return &registry.heads[hash % BUCKETS];
+}
+
+/* Where popular.c finds it again. */
+static uint64_t place_of(const struct registry_key *key, const struct function *function)
+{
+    return function->number * BUCKETS + (uint64_t)(bucket_of(key) - registry.heads);
 }
 
 static bool owns(const struct function *function, const uint8_t owner[32])
@@ -160,6 +168,7 @@ int registry_deploy(const struct registry_new *new, bool replace, struct fn_info
     memcpy(fresh->env, new->env, new->env_length);
     memcpy(fresh->name, new->key.name, new->key.name_length);
     fresh->module = module;
+    fresh->effort = new->effort;
     fresh->info = (struct fn_info){.size = new->module_length,
                                    .deployed = tm_time(),
                                    .limits = new->limits,
@@ -413,6 +422,8 @@ int registry_ended(const struct registry_key *key, const struct registry_end *en
         tm_txn_set(&txn, &info->invocations, info->invocations + 1);
         tm_txn_set(&txn, &info->failures, info->failures + (end->status != 0));
         tm_txn_set(&txn, &info->fuel, info->fuel + end->fuel);
+        if (end->starts)
+            popular_note(&txn, place_of(key, function));
         if (log) {
             log->head.invocation = info->invocations + 1;
             tm_txn_keep(&txn, log);
@@ -518,6 +529,7 @@ int registry_logs(const struct registry_key *key, uint64_t after, uint8_t **resu
 int registry_usage(const uint8_t owner[32], struct fn_usage *usage)
 {
     struct tm_heap_stats heap;
+    struct share_sum ready;
     struct sum own;
     int status = lock();
 
@@ -531,8 +543,64 @@ int registry_usage(const uint8_t owner[32], struct fn_usage *usage)
     if (status)
         return status;
     usage->bytes_max = heap_share(FN_OWNER_SHARE);
+    ready = share_ready_sum();
     usage->heap = heap.size;
     usage->heap_used = heap.used;
-    usage->heap_owned = heap.owned;
+    usage->heap_owned = heap.owned > ready.blocks ? heap.owned - ready.blocks : 0;
+    usage->heap_ready = ready.bytes;
     return 0;
+}
+
+/* Under the lock. */
+static struct function *at_place(uint64_t place)
+{
+    struct function *function = registry.heads[place % BUCKETS];
+
+    while (function && function->number != place / BUCKETS)
+        function = function->next;
+    return function;
+}
+
+/* Who waits for a lock that a warden has is not woken: so it is kept for a few instructions only. */
+static int lock_at_once(void)
+{
+    int status = tm_trylock(&registry.mutex);
+
+    if (status == TM_E_OWNERDEAD) {
+        tm_mutex_consistent(&registry.mutex);
+        status = 0;
+    }
+    return status;
+}
+
+int registry_find(uint64_t place, struct registry_ahead *ahead)
+{
+    struct function *function;
+    int status = lock_at_once();
+
+    if (status)
+        return status;
+    function = at_place(place);
+    if (function) {
+        *ahead = (struct registry_ahead){.number = function->number,
+                                         .grants = function->info.flags,
+                                         .module = function->module,
+                                         .length = function->info.size,
+                                         .effort = function->effort};
+        memcpy(ahead->owner, function->info.owner, sizeof(ahead->owner));
+    }
+    unlock();
+    return function ? 0 : FN_NOT_FOUND;
+}
+
+void registry_spoil(uint64_t place)
+{
+    struct function *function;
+
+    if (lock_at_once())
+        return;
+    function = at_place(place);
+    if (function)
+        function->effort = UINT64_MAX;
+    unlock();
 }

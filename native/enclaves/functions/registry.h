@@ -22,6 +22,7 @@ struct registry_new {
     uint32_t env_length;
     const uint8_t *module;
     uint64_t module_length;
+    uint64_t effort; /* of preparing it */
     uint8_t digest[32];
     struct fn_limits limits;
     uint16_t grants; /* FN_GRANT_* */
@@ -44,10 +45,21 @@ struct registry_end {
     uint64_t fuel;
     uint32_t status; /* enum fn_status */
     uint32_t limit;
+    bool starts; /* through a slot that had not run it */
     int32_t exit_code;
     const uint8_t *text; /* stderr */
     size_t text_length;
     uint64_t dropped;
+};
+
+/* What is made ready ahead (ready.c). */
+struct registry_ahead {
+    uint64_t number;
+    uint8_t owner[32];
+    uint32_t grants;
+    const uint8_t *module; /* the registry's: what lies there is the module as long as the deployment is found */
+    uint64_t length;
+    uint64_t effort;
 };
 
 /* All return 0, TM_E_* or an enum fn_status. */
@@ -63,6 +75,10 @@ int registry_ended(const struct registry_key *key, const struct registry_end *en
 int registry_list(const uint8_t owner[32], uint8_t **block, size_t *length);
 int registry_logs(const struct registry_key *key, uint64_t after, uint8_t **block, size_t *length);
 int registry_usage(const uint8_t owner[32], struct fn_usage *usage);
+/* For who cannot wait: TM_E_BUSY when somebody has the lock.  `place` is what popular.c was told. */
+int registry_find(uint64_t place, struct registry_ahead *ahead);
+/* It cannot be made ready ahead, and is not tried again. */
+void registry_spoil(uint64_t place);
 uint64_t registry_memory_max(void);
 
 #endif

@@ -71,12 +71,22 @@ void fn_free(void *memory, size_t size)
     arena_free(&slot_self()->arena, memory, size);
 }
 
-void *slot_warm(struct slot *slot, uint64_t number)
+struct warm *slot_warm(struct slot *slot, uint64_t number)
 {
     for (unsigned i = 0; i < WARM_MAX; i++)
         if (slot->warm[i].number == number)
-            return slot->warm[i].prepared;
+            return &slot->warm[i];
     return NULL;
+}
+
+void slot_claim(struct slot *slot, const uint8_t owner[32], bool fits)
+{
+    bool some = false;
+
+    for (unsigned i = 0; i < WARM_MAX; i++)
+        some |= slot->warm[i].number && !memcmp(slot->warm[i].owner, owner, sizeof(slot->warm[i].owner));
+    if (!some || !fits)
+        slot_forget(slot);
 }
 
 void slot_make_room(struct slot *slot)
@@ -92,10 +102,19 @@ void slot_keep(struct slot *slot, uint64_t number, void *prepared)
 {
     for (unsigned i = 0; i < WARM_MAX; i++)
         if (!slot->warm[i].number) {
-            slot->warm[i].number = number;
-            slot->warm[i].prepared = prepared;
+            slot->warm[i] = (struct warm){.number = number, .prepared = prepared};
             return;
         }
+}
+
+void slot_keep_ahead(struct slot *slot, uint64_t number, const uint8_t owner[32], void *prepared)
+{
+    struct warm *warm;
+
+    slot_keep(slot, number, prepared);
+    warm = slot_warm(slot, number);
+    memcpy(warm->owner, owner, sizeof(warm->owner));
+    warm->unused = true;
 }
 
 /* What rustc calls to compare for equality. */

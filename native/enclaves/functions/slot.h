@@ -2,10 +2,10 @@
 /*
  * What a slot has of the engine: its arena, and modules that are ready.
  *
- * A module is made ready when its function is first invoked through the slot, all of it compiled, and stays so for
- * the next time.  There are WARM_MAX of them at most: the oldest makes room.  With more than WARM_BYTES of memory
- * all are forgotten.  They are the slot's own, as everything that the engine allocates: no
- * lock of the engine's is ever shared, and a killed client's modules go with its slot.
+ * A module is made ready when its function is first invoked through the slot, or before the slot has a holder
+ * (ready.c): all of it is compiled, and stays so for the next time.  There are WARM_MAX of them at most: the oldest
+ * makes room.  With more than WARM_BYTES of memory all are forgotten.  They are the slot's own, as everything that
+ * the engine allocates: no lock of the engine's is ever shared, and a killed client's modules go with its slot.
  */
 #ifndef FUNCTIONS_SLOT_H
 #define FUNCTIONS_SLOT_H
@@ -31,9 +31,11 @@ struct slot {
     struct offer offer;
     struct escape *escape; /* while the engine works */
     struct engine_text *why; /* where the engine's last words go */
-    struct {
+    struct warm {
         uint64_t number;
         void *prepared;
+        uint8_t owner[15]; /* of its owner's principal, as much as there is room for: no more hangs on it than memory */
+        bool unused;       /* ready before anybody had the slot, and not invoked yet */
     } warm[WARM_MAX];
 };
 _Static_assert(sizeof(struct slot) <= TM_SLOT_DATA, "slot data");
@@ -48,11 +50,15 @@ void slot_begin(struct slot *slot, uint64_t budget);
  * `why` has its words, if any; `refused` tells whether memory was the reason (ARENA_*).
  */
 int slot_engine(struct slot *slot, int (*body)(void *), void *argument, struct engine_text *why, uint32_t *refused);
-/* The module of that deployment when it is ready, or NULL. */
-void *slot_warm(struct slot *slot, uint64_t number);
+/* That deployment when its module is ready, or NULL. */
+struct warm *slot_warm(struct slot *slot, uint64_t number);
 /* Before one is made ready: forget the oldest when there are as many as there may be.  With the engine. */
 void slot_make_room(struct slot *slot);
 void slot_keep(struct slot *slot, uint64_t number, void *prepared);
+/* The same for whoever will have the slot. */
+void slot_keep_ahead(struct slot *slot, uint64_t number, const uint8_t owner[32], void *prepared);
+/* It has a holder now, whose share what is ready counts in: keep it if that `fits` and some of it is his. */
+void slot_claim(struct slot *slot, const uint8_t owner[32], bool fits);
 /* Forget all that is ready. */
 void slot_forget(struct slot *slot);
 

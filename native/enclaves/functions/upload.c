@@ -13,16 +13,17 @@ struct check {
     size_t length;
     uint32_t grants;
     struct engine_text text;
+    uint64_t effort;
 };
 
 static int check_module(void *argument)
 {
     struct check *check = argument;
 
-    return engine_validate(check->module, check->length, check->grants, &check->text);
+    return engine_validate(check->module, check->length, check->grants, &check->text, &check->effort);
 }
 
-static int check(struct tm_request *rq, const uint8_t *module, size_t length, uint32_t grants)
+static int check(struct tm_request *rq, const uint8_t *module, size_t length, uint32_t grants, uint64_t *effort)
 {
     static const char memory[] = "it needs more memory to be translated than a module of its size may have";
     struct check it = {.module = module, .length = length, .grants = grants};
@@ -33,6 +34,7 @@ static int check(struct tm_request *rq, const uint8_t *module, size_t length, ui
     slot_trim(slot);
     slot_begin(slot, ENGINE_BUDGET + CHECK_FACTOR * length);
     status = slot_engine(slot, check_module, &it, &it.text, &refused);
+    *effort = it.effort;
     if (!status)
         return 0;
     if (status == -1 && refused & ~ARENA_OVER_BUDGET)
@@ -82,7 +84,7 @@ static int deploy_content(struct tm_request *rq, const struct fn_deploy *head, s
     if (!are_strings(new->env, new->env_length, true))
         return TM_E_ARGUMENT;
     new->grants = head->flags & FN_GRANT_KEYS;
-    status = check(rq, new->module, new->module_length, new->grants);
+    status = check(rq, new->module, new->module_length, new->grants, &new->effort);
     if (status)
         return status;
     slot_trim(slot_self()); /* room for it in the owner's share */

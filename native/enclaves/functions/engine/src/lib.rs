@@ -10,6 +10,7 @@
 extern crate alloc;
 
 mod agree;
+mod effort;
 mod keys;
 mod memory;
 mod run;
@@ -77,14 +78,23 @@ unsafe fn bytes<'a>(bytes: *const u8, length: usize) -> &'a [u8] {
     }
 }
 
-/// Is this a module that can be deployed?  0, or 1 and `text` says why not.
+/// Is this a module that can be deployed?  0, or 1 and `text` says why not.  `effort` is what preparing it takes.
 ///
 /// # Safety
 /// The pointers are what C says they are.
 #[no_mangle]
-pub unsafe extern "C" fn engine_validate(module: *const u8, length: usize, grants: u32, text: *mut Text) -> i32 {
+pub unsafe extern "C" fn engine_validate(
+    module: *const u8,
+    length: usize,
+    grants: u32,
+    text: *mut Text,
+    effort: *mut u64,
+) -> i32 {
     match check(bytes(module, length), grants) {
-        Ok(()) => 0,
+        Ok(()) => {
+            *effort = effort::effort(bytes(module, length));
+            0
+        }
         Err(reason) => {
             (*text).put(&reason);
             1
