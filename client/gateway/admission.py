@@ -7,8 +7,9 @@ worker's own; these are given in the order in which they are asked for.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import final
 
@@ -17,6 +18,9 @@ import trio
 from .places import Places
 
 __all__ = ["Admission", "AdmissionStatistics"]
+
+_HAS_ASKED: ContextVar[Callable[[], None]] = ContextVar("_HAS_ASKED", default=lambda: None)
+"""Of the connection that serves a request."""
 
 
 @final
@@ -47,6 +51,7 @@ class Admission:
     def place(self, function: str) -> Generator[None, None, None]:
         """Hold a place, or raise at once what :meth:`Places.take` does."""
         place = self._places.take(function, self._concurrency)
+        self.has_asked()
         self._placed += 1
         try:
             yield
@@ -63,6 +68,36 @@ class Admission:
                 yield
             finally:
                 self._running -= 1
+
+    @contextmanager
+    def arrival(self) -> Generator[None, None, None]:
+        """Count a connection as one that will want a slot, until it has asked for one or something else."""
+        waits = True
+
+        def has_asked() -> None:
+            nonlocal waits
+            if waits:
+                waits = False
+                self._places.arrived(-1)
+
+        self._places.arrived(1)
+        _HAS_ASKED.set(has_asked)
+        try:
+            yield
+        finally:
+            has_asked()
+
+    def has_asked(self) -> None:
+        """Say that the connection that is served has asked for what it wanted."""
+        _HAS_ASKED.get()()
+
+    def gives_way(self) -> bool:
+        """Whether who comes now would wait here, and not with another worker."""
+        return self._places.full() and self._places.others_have_room()
+
+    def crowded(self) -> bool:
+        """Whether somebody waits here for a slot, and would not with another worker."""
+        return self._placed > self._slots and self._places.others_have_room()
 
     def statistics(self) -> AdmissionStatistics:
         """Who runs and who waits."""

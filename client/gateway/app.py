@@ -124,7 +124,10 @@ class Gateway:
                 sent=streamed.sent or size,
                 seconds=round(trio.current_time() - began, 6),
             )
-        close = not body.complete and scope["http_version"].startswith("1")
+        self.admission.has_asked()
+        # Who keeps a connection to where others wait is better off with a new one, elsewhere.
+        close = not body.complete or self.admission.crowded()
+        close = close and scope["http_version"].startswith("1")
         async with trio.open_nursery() as nursery:
             # The server says from within our `send` that the connection is closed, and what it has to
             # tell has to be taken all the while: it waits for room behind what the client sends still.

@@ -6,38 +6,34 @@ and cannot be told otherwise, so its class for connections is replaced.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, final
 
-import hypercorn.trio.run
 import trio
 from hypercorn.trio.tcp_server import TCPServer
 from structlog.typing import FilteringBoundLogger
 
+from .admission import Admission
 from .app import SEND_SECONDS
 from .streaming import TAKEN_BY
 
-__all__ = ["Connection", "use_connections"]
-
-
-def use_connections(log: FilteringBoundLogger) -> None:
-    """Have hypercorn serve every connection by :class:`Connection`."""
-    hypercorn.trio.run.TCPServer = partial(Connection, log)
+__all__ = ["Connection"]
 
 
 @final
 class Connection(TCPServer):
     """hypercorn's, with bounds."""
 
-    def __init__(self, log: FilteringBoundLogger, *given: Any) -> None:
+    def __init__(self, log: FilteringBoundLogger, admission: Admission, *given: Any) -> None:
         *others, stream = given
         super().__init__(*others, _Stream(stream))
         self._log = log
+        self._admission = admission
 
     async def run(self) -> None:
         """Serve until it is closed."""
         try:
-            await super().run()
+            with self._admission.arrival():
+                await super().run()
         except* Exception as group:
             self._log.error("connection failed", exc_info=group)
 

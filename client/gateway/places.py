@@ -3,6 +3,9 @@
 They lie in memory that every worker maps, in a row for each.  A worker writes to its own row only, and looks
 at all of them: it takes a place first and counts then, so of two that take the last one at once neither may
 have it, but never both, and nobody waits for anybody.  What one that died has held the supervisor clears.
+
+As many as a worker has slots it may have whatever the others hold: what waits for theirs keeps nobody from
+its own.  In each row there is also how many connections have come that have asked for nothing yet: they will.
 """
 
 from __future__ import annotations
@@ -28,12 +31,19 @@ class FunctionBusyError(Exception):
 
 @final
 class Places:
-    """`count` places as worker `number` of `workers` sees them; `fd` stays the caller's."""
+    """`count` places as worker `number` of `workers` sees them; `fd` stays the caller's.
 
-    def __init__(self, fd: int, *, workers: int, count: int, number: int) -> None:
+    Each worker may have `own` of them at any time.
+    """
+
+    def __init__(self, fd: int, *, workers: int, count: int, own: int, number: int) -> None:
         self.count = count
-        self._all = memoryview(mmap.mmap(fd, workers * count * _ENTRY)).cast("Q")
-        self._row = self._all[number * count : (number + 1) * count]
+        self._own = own
+        whole = memoryview(mmap.mmap(fd, workers * _row_size(count))).cast("Q")
+        self._arrived = [whole[at : at + 1] for at in range(0, len(whole), 1 + count)]
+        self._rows = [whole[at + 1 : at + 1 + count] for at in range(0, len(whole), 1 + count)]
+        self._number = number
+        self._row = self._rows[number]
         self._free = list(range(count))
         self._barrier = threading.Lock()
 
@@ -42,7 +52,7 @@ class Places:
         """Return those of a gateway that is one process."""
         fd = create(1, count)
         try:
-            return cls(fd, workers=1, count=count, number=0)
+            return cls(fd, workers=1, count=count, own=count, number=0)
         finally:
             os.close(fd)
 
@@ -59,9 +69,10 @@ class Places:
         place = self._free.pop()
         self._row[place] = name
         with self._barrier:  # an atomic instruction: our own is seen by whoever we do not see
-            taken = self._all.tolist()
-        busy = taken.count(name) > most
-        if busy or len(taken) - taken.count(0) > self.count:
+            taken = [row.tolist() for row in self._rows]
+        busy = sum(row.count(name) for row in taken) > most
+        own = self.count - len(self._free)
+        if busy or (own > self._own and sum(map(_taken, taken)) > self.count):
             self.give(place)
             raise FunctionBusyError if busy else QueueFullError
         return place
@@ -73,17 +84,39 @@ class Places:
 
     def taken(self) -> int:
         """How many are taken, by all workers."""
-        every = self._all.tolist()
-        return len(every) - every.count(0)
+        return sum(_taken(row.tolist()) for row in self._rows)
+
+    def arrived(self, more: int) -> None:
+        """Count connections that have come and asked for nothing yet, or have asked now."""
+        self._arrived[self._number][0] += more
+
+    def full(self) -> bool:
+        """Whether who comes now would wait for a slot of this worker's."""
+        return not self._has_room(self._number)
+
+    def others_have_room(self) -> bool:
+        """Whether it would get one of another worker's at once."""
+        return any(self._has_room(number) for number in range(len(self._rows)) if number != self._number)
+
+    def _has_room(self, number: int) -> bool:
+        return self._arrived[number][0] + _taken(self._rows[number].tolist()) < self._own
 
     def clear(self, number: int) -> None:
         """Give back what a worker has held that is there no more."""
-        start = number * self.count
-        self._all[start : start + self.count] = memoryview(bytes(self.count * _ENTRY)).cast("Q")
+        self._arrived[number][0] = 0
+        self._rows[number][:] = memoryview(bytes(self.count * _ENTRY)).cast("Q")
 
 
 def create(workers: int, count: int) -> int:
     """Return a descriptor of the memory, with all places free."""
     fd = os.memfd_create("teemate-gateway-places", os.MFD_CLOEXEC)
-    os.ftruncate(fd, workers * count * _ENTRY)
+    os.ftruncate(fd, workers * _row_size(count))
     return fd
+
+
+def _row_size(count: int) -> int:
+    return (1 + count) * _ENTRY
+
+
+def _taken(row: list[int]) -> int:
+    return len(row) - row.count(0)

@@ -61,7 +61,9 @@ class Supervisor:
         self._listeners = listeners
         self._count = settings.workers
         self._memory = places.create(self._count, settings.places)
-        self._places = Places(self._memory, workers=self._count, count=settings.places, number=0)
+        self._places = Places(
+            self._memory, workers=self._count, count=settings.places, own=settings.slots, number=0
+        )
         self._log = log
         self._log_format = log_format
         self._running: dict[int, subprocess.Popen[bytes]] = {}

@@ -15,16 +15,15 @@ from functools import partial
 
 import trio
 from hypercorn.config import Config
-from hypercorn.trio import serve
 from structlog.typing import FilteringBoundLogger
 
 import teemate
 from teemate.functions._trio import AsyncFunctions
 
 from .app import Functions, Gateway
-from .connection import use_connections
 from .log import configure_log
 from .places import Places
+from .serving import serve
 from .settings import Settings
 
 __all__ = ["READY", "main"]
@@ -36,23 +35,21 @@ Ping = Callable[[], Awaitable[None]]
 
 async def _serve(
     settings: Settings,
-    listeners: list[int],
+    listeners: list[socket.socket],
     control: socket.socket,
     places: Places,
     log: FilteringBoundLogger,
 ) -> None:
     config = Config()
-    config.bind = [f"fd://{fd}" for fd in listeners]
     config.errorlog = logging.getLogger("teemate.gateway.hypercorn")
     config.loglevel = "WARNING"
     config.include_server_header = False
     config.graceful_timeout = settings.grace
     config.keep_alive_timeout = KEEP_ALIVE_SECONDS
     config.h2_max_concurrent_streams = settings.slots + settings.queue
-    use_connections(log)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with open_functions(settings) as (functions, ping):
-            loopback = any(map(_is_tcp, listeners))
+            loopback = any(sock.family != socket.AF_UNIX for sock in listeners)
             gateway = Gateway(functions, settings, log, ping=ping, loopback=loopback, places=places)
             stop = trio.Event()
 
@@ -73,7 +70,7 @@ async def _serve(
                 nursery.start_soon(await_signal)
                 nursery.start_soon(await_supervisor)
                 async with trio.open_nursery() as serving:
-                    await serving.start(partial(serve, gateway, config, shutdown_trigger=trigger))
+                    await serving.start(partial(serve, gateway, config, listeners, log, stop=trigger))
                     control.send(READY)
                 nursery.cancel_scope.cancel()
 
@@ -100,11 +97,6 @@ async def _give_back(functions: AsyncFunctions, idle: float) -> None:
             await functions.give_back(idle)
 
 
-def _is_tcp(fd: int) -> bool:
-    with socket.socket(fileno=os.dup(fd)) as sock:
-        return sock.family != socket.AF_UNIX
-
-
 def main() -> None:
     """What the supervisor starts: ``python -m teemate.gateway.worker``."""
     parser = argparse.ArgumentParser(prog="teemate-gateway worker")
@@ -116,10 +108,16 @@ def main() -> None:
     parser.add_argument("--number", type=int, required=True)
     given = parser.parse_args()
     log = configure_log(given.log_format, worker=given.number, pid=os.getpid())
-    listeners = [int(fd) for fd in given.listeners.split(",")]
+    listeners = [socket.socket(fileno=int(fd)) for fd in given.listeners.split(",")]
     control = socket.socket(fileno=given.control)
     settings = Settings.from_json(given.settings)
-    places = Places(given.places, workers=settings.workers, count=settings.places, number=given.number)
+    places = Places(
+        given.places,
+        workers=settings.workers,
+        count=settings.places,
+        own=settings.slots,
+        number=given.number,
+    )
     os.close(given.places)
     try:
         trio.run(_serve, settings, listeners, control, places, log)

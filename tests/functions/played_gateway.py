@@ -12,7 +12,7 @@ from pathlib import Path
 import trio
 
 import teemate
-from teemate.gateway import supervisor, worker
+from teemate.gateway import serving, supervisor, worker
 from teemate.gateway.app import Functions
 from teemate.gateway.settings import Settings
 
@@ -68,6 +68,7 @@ if __name__ == "__main__":
     if WORKER in sys.argv:
         sys.argv.remove(WORKER)
         worker.open_functions = _play
+        serving.HEAD_START = float(os.environ.get("HEAD_START", serving.HEAD_START))
         worker.main()
     else:
         supervisor.WORKER = (sys.executable, __file__, WORKER)

@@ -51,7 +51,13 @@ async def connected(client: Client, **options: Any) -> AsyncGenerator[trio.Socke
             around.start_soon(hang_up)
             application = ASGIWrapper(client.gateway)
             server = Connection(
-                client.log, application, config, WorkerContext(None), ConnectionState({}), theirs
+                client.log,
+                client.gateway.admission,
+                application,
+                config,
+                WorkerContext(None),
+                ConnectionState({}),
+                theirs,
             )
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(server.run)

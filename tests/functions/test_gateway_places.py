@@ -30,7 +30,7 @@ WORKERS, COUNT = 3, 5
 @pytest.fixture
 def workers() -> Iterator[list[Places]]:
     fd = create(WORKERS, COUNT)
-    yield [Places(fd, workers=WORKERS, count=COUNT, number=number) for number in range(WORKERS)]
+    yield [Places(fd, workers=WORKERS, count=COUNT, own=1, number=number) for number in range(WORKERS)]
     os.close(fd)
 
 
@@ -53,6 +53,29 @@ def test_one_worker_can_have_all_places(workers: list[Places]) -> None:
         workers[1].take("f", 2 * COUNT)
 
 
+def test_what_waits_for_one_worker_keeps_nobody_from_another_ones_slots(workers: list[Places]) -> None:
+    for _ in range(COUNT):
+        workers[1].take("f", 2 * COUNT)
+    place = workers[0].take("f", 2 * COUNT)
+    with pytest.raises(QueueFullError):
+        workers[0].take("f", 2 * COUNT)
+    workers[0].give(place)
+    workers[0].take("f", 2 * COUNT)
+
+
+def test_a_worker_sees_where_there_is_room(workers: list[Places]) -> None:
+    one, other, third = workers
+    assert (one.full(), one.others_have_room()) == (False, True)
+    one.arrived(1)
+    other.take("f", COUNT)
+    assert (one.full(), one.others_have_room()) == (True, True)
+    third.arrived(1)
+    assert (one.full(), one.others_have_room()) == (True, False)
+    one.clear(2)
+    one.arrived(-1)
+    assert (one.full(), other.others_have_room()) == (False, True)
+
+
 def test_a_function_has_so_many_over_all_workers(workers: list[Places]) -> None:
     workers[0].take("f", 2)
     place = workers[1].take("f", 2)
@@ -71,7 +94,7 @@ def test_what_a_worker_held_that_is_gone_is_free_again(workers: list[Places]) ->
 
 
 def _take_and_give(fd: int, number: int, times: int) -> None:
-    places = Places(fd, workers=2, count=1, number=number)
+    places = Places(fd, workers=2, count=1, own=0, number=number)
     had = 0
     while had < times:
         try:
@@ -207,3 +230,45 @@ def test_slots_that_somebody_attached_stay_his() -> None:
         functions.list()
         assert functions.give_back(0.0) == 0
         assert mine.statistics().slots == 2
+
+
+@needs_hypercorn
+@pytest.mark.parametrize("head_start", ["600", "0"])
+def test_who_has_no_slot_free_leaves_a_connection_to_who_has(
+    tmp_path: Path, head_start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control is where it does not: a request waits there beside a worker that does nothing."""
+    monkeypatch.setenv("HEAD_START", head_start)
+    os.mkfifo(tmp_path / "fifo")
+    with run_gateway("--workers", "2", "--slots", "1", "--queue", "1") as gateway:
+        full, free = gateway.workers()
+        held = hold(gateway, tmp_path, full)
+        with alone(gateway, full):
+            asked = Asking(gateway, f"/fn/hold?arg={tmp_path}")
+            if head_start == "0":
+                wait_until(lambda: gateway.request("GET", "/healthz").json()["waiting"], "it waits there")
+        if head_start != "0":
+            wait_until(lambda: len(runs_at(tmp_path)) == 2, "it runs")
+            assert set(runs_at(tmp_path)) == {full, free}
+        with let_go(tmp_path):
+            finish([held, asked])
+        assert asked.reply == str(full if head_start == "0" else free).encode()
+
+
+@needs_hypercorn
+def test_as_many_as_there_are_slots_run_at_once_whoever_accepts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEAD_START", "600")
+    os.mkfifo(tmp_path / "fifo")
+    with run_gateway("--workers", "2", "--slots", "2", "--queue", "0") as gateway:
+        asked = [Asking(gateway, f"/fn/hold?arg={tmp_path}") for _ in range(4)]
+        wait_until(lambda: len(runs_at(tmp_path)) == 4, "all run")
+        assert sorted(runs_at(tmp_path)) == sorted(2 * gateway.workers())
+        with let_go(tmp_path):
+            finish(asked)
+
+
+def runs_at(folder: Path) -> list[int]:
+    """The pids of workers at which ``hold`` runs or has run."""
+    return [int(path.name.partition(".")[0]) for path in folder.iterdir() if path.name != "fifo"]
