@@ -316,7 +316,7 @@ def send(sock: socket.socket, data: bytes, fds: Iterable[int] = (), flags: int =
         socket's send buffer is smaller than the packet.
 
     """
-    sock.sendmsg([data], _rights(fds), _SEND_FLAGS | flags)
+    sock.sendmsg([data], _rights(fds), _SEND_FLAGS | int(flags))
 
 
 def receive(

@@ -43,6 +43,9 @@ _PATIENCE = 2.0
 _DRAIN_PACKETS = 256
 _CREDENTIALS = socket.CMSG_SPACE(12)
 """Room for a struct ucred and nothing else."""
+# Whole numbers, as in wire.py.
+_LOOK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
+_CUT = int(socket.MSG_CTRUNC)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,10 +258,10 @@ def _drained(sock: socket.socket) -> bool:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         for _ in range(_DRAIN_PACKETS):
             try:
-                _, ancillary, flags, _ = sock.recvmsg(1, _CREDENTIALS, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+                _, ancillary, flags, _ = sock.recvmsg(1, _CREDENTIALS, _LOOK)
             except ConnectionResetError:  # told once: the other side left something of ours unread
                 continue
-            if flags & socket.MSG_CTRUNC:
+            if flags & _CUT:
                 return False
             if not ancillary:
                 return True

@@ -43,6 +43,7 @@ SIGSTRUCT_SIZE = 1808
 PAGE = 4096
 _ATTRIBUTE_DEBUG = 0x2
 _WARDEN_SLOTS = 2
+_SLOT_COUNTS = ("total", "free", "used", "withheld", "quarantined", "waiting")
 _MAX_SLOTS = 4096
 _HEADER = struct.Struct("<QIIIIIIQQ")  # struct tm_image_header up to tcs_offset
 _STEPS = {
@@ -390,17 +391,9 @@ class Enclave:
 
     def info(self) -> dict[str, object]:
         """Return ``enclave-info`` of the protocol."""
-        slots = self.slots.statistics()
         info = self.fixed_info | {
             "state": self.state.value,
-            "slots": {
-                "total": slots.total,
-                "free": slots.free,
-                "used": slots.assigned + slots.arming,
-                "withheld": slots.withheld,
-                "quarantined": slots.quarantined,
-                "waiting": slots.waiting,
-            },
+            "slots": dict(zip(_SLOT_COUNTS, self.slots.counts(), strict=True)),
             "clients": sum(self.clients_by_uid.values()),
         }
         if self.reason:
@@ -421,11 +414,7 @@ class Enclave:
 
     def counts(self) -> tuple[int, ...]:
         """Return the numbers of :meth:`info`: ``slot-counts`` in their order, and the clients."""
-        slots = self.slots.statistics()
-        return (
-            slots.total, slots.free, slots.assigned + slots.arming, slots.withheld, slots.quarantined,
-            slots.waiting, sum(self.clients_by_uid.values()),
-        )  # fmt: skip
+        return (*self.slots.counts(), sum(self.clients_by_uid.values()))
 
     def close(self) -> None:
         """Close the descriptors; clients that mapped the enclave keep it alive until they end."""
