@@ -160,6 +160,8 @@ static void clear(uint8_t *start, size_t size)
 #endif
     for (size_t at = 0; size >= AROUND && at < size; at += AROUND)
         (void)*(volatile uint8_t *)(start + at);
+    if (size >= AROUND)
+        (void)*(volatile uint8_t *)(start + size - 1);
     memset(start, 0, size);
 }
 
@@ -250,7 +252,7 @@ int tm_extend(void *memory, size_t length)
     tm_txn_set(&txn, &block->size, size);
     tm_txn_commit(&txn);
     tm_unlock(&heap.mutex);
-    memset((uint8_t *)block + had, 0, size - had);
+    clear((uint8_t *)block + had, size - had);
     return 0;
 }
 
