@@ -63,7 +63,7 @@ _HELD = frozenset({SlotState.ASSIGNED, SlotState.WITHHELD})
 class Slot:
     """One slot; only the table changes it."""
 
-    __slots__ = ("former", "grant", "index", "reason", "since", "state", "uid")
+    __slots__ = ("former", "grant", "index", "known", "reason", "since", "state", "uid")
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -73,6 +73,8 @@ class Slot:
         """Whom it counts for: its holder, then its last one until it is armed again."""
         self.former: int | None = None
         """Whose it was when it was put into quarantine."""
+        self.known = False
+        """Whether it has had a holder: its memory is warm then, and something may be ready in it."""
         self.reason = ""
         self.since = 0.0
         """When it was assigned."""
@@ -123,7 +125,7 @@ class SlotTable:
         self.slots = {index: Slot(index) for index in indices}
         self._counts = dict.fromkeys(SlotState, 0)
         self._counts[SlotState.ARMING] = len(self.slots)
-        self._free: deque[int] = deque()
+        self._free: deque[int] = deque()  # the next one first: what came back last, then those nobody has had
         self._queues: dict[int, deque[Ticket]] = {}
         self._turn: deque[int] = deque()  # uids that wait, the next one first
         self._held: dict[int, int] = {}
@@ -199,7 +201,7 @@ class SlotTable:
     def armed(self, index: int) -> list[Ticket]:
         """The slot has a new key: it is free.  Returns the tickets that are served with it."""
         self._move(index, SlotState.FREE, SlotState.ARMING)
-        self._free.append(index)
+        self._put_free(index)
         return self.serve_waiting()
 
     def returned(self, index: int) -> None:
@@ -232,7 +234,8 @@ class SlotTable:
         """Let the attendant have a free slot; None when there is none, or somebody waits for slots."""
         if not self._free or self._queues:
             return None
-        index = self._free.pop()  # those that are free for longest are for who asks here
+        # What nobody has had is for who asks here, but for the last of it.
+        index = self._free.popleft() if self.slots[self._free[0]].known else self._free.pop()
         self._move(index, SlotState.AHEAD, SlotState.FREE)
         return index
 
@@ -245,7 +248,7 @@ class SlotTable:
     def put_back(self, index: int) -> None:
         """The attendant did not give it to anybody, and will not."""
         self._move(index, SlotState.FREE, SlotState.AHEAD)
-        self._free.append(index)
+        self._put_free(index)
 
     @property
     def ahead(self) -> int:
@@ -260,6 +263,7 @@ class SlotTable:
         self._counts[slot.state] -= 1
         self._counts[new] += 1
         slot.state = new
+        slot.known |= new is SlotState.ASSIGNED
         slot.reason = ""
         if new is not SlotState.WITHHELD:
             slot.grant = None
@@ -268,6 +272,12 @@ class SlotTable:
         if new in (SlotState.FREE, SlotState.QUARANTINED):
             self._count_for(slot, None)
         self.on_move()
+
+    def _put_free(self, index: int) -> None:
+        if self.slots[index].known:
+            self._free.appendleft(index)
+        else:
+            self._free.append(index)
 
     def _keep_time(self, slot: Slot, new: SlotState) -> None:
         was_held, is_held = slot.state in _HELD, new in _HELD

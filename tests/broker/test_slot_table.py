@@ -273,3 +273,18 @@ def give_back(table: SlotTable, index: int) -> list[Ticket]:
     """The slot goes the whole way; returns who is served with it."""
     table.returned(index)
     return table.armed(index)
+
+
+def test_what_came_back_last_is_given_first_and_what_nobody_has_had_last() -> None:
+    table = SlotTable(range(4))
+    for index in range(4):
+        table.armed(index)
+    assert table.put_ahead() == 3  # of those that nobody has had
+    table.put_back(3)
+    assert [table.request(1, grant, 1).slots for grant in (1, 2)] == [(0,), (1,)]
+    for index in (1, 0):
+        table.returned(index)
+        table.armed(index)
+    assert table.request(2, 3, 1).slots == (0,)
+    assert table.put_ahead() == 1
+    assert table.request(2, 4, 2).slots == (2, 3)
