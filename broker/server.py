@@ -16,7 +16,7 @@ from teemate import errors, wire
 from teemate.broker.connections.clients import Client
 from teemate.broker.connections.connection import Connection
 from teemate.broker.connections.door import Caller, Door, be_prompt
-from teemate.broker.connections.identity import identify
+from teemate.broker.connections.identity import Peer, identify
 from teemate.broker.policy.limits import Account, Charge, Resource
 from teemate.broker.service import ServerStatistics, Service
 
@@ -135,6 +135,11 @@ class Server:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._tell_of_unlucky, door)
                 nursery.start_soon(self._let_in, door, nursery)
+
+                def receive(fd: int, peer: Peer, number: int, account: Account) -> Connection:
+                    return self._receive(nursery, fd, Client(service, number, peer, account))
+
+                nursery.start_soon(service.attendant.guests.run, door, receive)
         finally:
             door.close()
 
@@ -187,6 +192,22 @@ class Server:
                 await self._serve_client(connection)
         finally:
             service.disposal.close_connection(sock, charge)
+
+    def _receive(self, nursery: trio.Nursery, fd: int, client: Client) -> Connection:
+        """Serve a client that was greeted already (guests.py), from here on."""
+        service = self._service
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK, 0, fileno=fd)
+        connection = Connection(client, sock)
+        service.clients[client.number] = client
+        self._accepted += 1
+        nursery.start_soon(self._serve_received, connection, client.account.owe(Resource.CONNECTIONS))
+        return connection
+
+    async def _serve_received(self, connection: Connection, charge: Charge) -> None:
+        try:
+            await self._serve_client(connection)
+        finally:
+            self._service.disposal.close_connection(connection.socket, charge)
 
     def _connection(self, sock: socket.socket, account: Account) -> Connection | None:
         """Find out who it is; None when that was refused, with the reason told."""

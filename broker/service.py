@@ -46,6 +46,7 @@ from teemate.broker.telemetry.monitoring import Monitoring
 
 if TYPE_CHECKING:
     from teemate.broker.connections.clients import Client
+    from teemate.broker.connections.identity import Identity
     from teemate.broker.telemetry.metrics_server import MetricsServerStatistics
 
 __all__ = ["ServerStatistics", "Service"]
@@ -216,8 +217,13 @@ class Service:
         ]
 
     def missing_rule(self, client: Client, enclave: Enclave) -> Missing | None:
+        """Return the rule that the client would need to attach, None when it may."""
+        return self.missing_for(client.identity, enclave)
+
+    def missing_for(self, identity: Identity, enclave: Enclave) -> Missing | None:
+        """Return the same for whoever is that."""
         return enclave.policy.missing_for_attach(
-            client.identity, self.cgroup_tree, backend=enclave.backend, debug=enclave.built.debug
+            identity, self.cgroup_tree, backend=enclave.backend, debug=enclave.built.debug
         )
 
     def stats(self, args: Stats) -> Answer:

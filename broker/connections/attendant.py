@@ -9,6 +9,8 @@ holds nothing wants one slot of an enclave that it may attach to.  So, ahead of 
 - A connection that waits for its client's next message gets a **seat**, if a plain attach would be
   granted here: policy, limits (with all other seats of the user counted as if they had taken something) and
   tokens are asked now.  A seat is good for one attach.
+- Who is expected to connect may have a **place** (guests.py): it is greeted, and has a seat from then on,
+  before there is a client.
 
 The attendant (native/door/attendant.c, a thread) waits for the messages of the seats.  A plain attach to
 an enclave with something on its shelf it answers at once, and a **note** of it comes here; anything else it
@@ -36,10 +38,11 @@ import trio
 
 from teemate import wire
 from teemate.broker._door import ffi, lib
-from teemate.broker.connections.identity import principal
+from teemate.broker.connections.guests import Guests
+from teemate.broker.connections.identity import Identity, principal
 from teemate.broker.enclaves.enclave import EnclaveState
 from teemate.broker.policy.limits import GIVEN_AHEAD, Resource
-from teemate.broker.restart.cells import CELLS
+from teemate.broker.restart.cells import CELLS, PLACES
 
 if TYPE_CHECKING:
     from teemate.broker.connections.clients import Client
@@ -66,12 +69,15 @@ class AttendantStatistics:
     """Connections that are seated, grants that are ready, and what became of seats that somebody used.
 
     `given`: attaches answered without Python; `passed_on`: other messages, and attaches it could not answer.
+    `places` are kept for connections to come; `greeted`: those that came so and said hello.
     """
 
     seats: int
     ready: int
     given: int
     passed_on: int
+    places: int
+    greeted: int
 
 
 class _Ready(NamedTuple):
@@ -121,7 +127,7 @@ class Attendant:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._native: Any = ffi.NULL
+        self.native: Any = ffi.NULL
         self._memory: Any = None
         self._notes = ffi.new("struct attendant_note[]", _NOTES)
         self._client = ffi.new("struct attendant_client *")
@@ -133,50 +139,55 @@ class Attendant:
         """Something was taken from their shelves."""
         self._given_count = 0
         self._passed_on = 0
-        self._epoch = 0
+        self.epoch = 0
         """Counts what makes a client's shelves others."""
+        self.guests = Guests(service, self)
         service.ledger.call_in = self.call_in
 
     # -- running ---------------------------------------------------------------
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take notes until cancelled."""
-        self._memory = ffi.from_buffer("struct attendant_cell[]", self._service.state.cells.memory)
-        self._native = lib.attendant_new(self._memory, CELLS, self.threaded)
-        if self._native == ffi.NULL:
+        self._memory = ffi.from_buffer("uint8_t[]", self._service.state.cells.memory)
+        cells = ffi.cast("struct attendant_cell *", self._memory)
+        places = ffi.cast("struct attendant_greeted *", cells + CELLS)
+        self.native = lib.attendant_new(cells, CELLS, places, PLACES, self.threaded)
+        if self.native == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
         try:
+            for pid in self._service.reclaimer.left_behind:
+                self.guests.bar(pid)
             task_status.started()
-            bell = lib.attendant_bell(self._native)
+            bell = lib.attendant_bell(self.native)
             while True:
                 await trio.lowlevel.wait_readable(bell)
-                lib.attendant_collect(self._native, self._notes, 0)  # it is quiet again
+                lib.attendant_collect(self.native, self._notes, 0)  # it is quiet again
                 self.settle()
-                for enclave in self._short:
-                    self.restock(enclave)
-                self._short.clear()
+                self._restock_all()
+                self.guests.restock()
         finally:
             self._end()
 
     def _end(self) -> None:
         try:
+            self.guests.end()
             for enclave in list(self._shelves):
                 self.close(enclave)
             self._recall(list(self._seats.values()))
         finally:
-            native, self._native = self._native, ffi.NULL
+            native, self.native = self.native, ffi.NULL
             lib.attendant_free(native)
             ffi.release(self._memory)
 
     def step(self) -> bool:
         """Do what the thread would; whether that was anything."""
-        return bool(self._native != ffi.NULL and lib.attendant_step(self._native))
+        return bool(self.native != ffi.NULL and lib.attendant_step(self.native))
 
     # -- shelves ---------------------------------------------------------------
 
     def _suits(self, enclave: Enclave) -> bool:
         return (
-            self._native != ffi.NULL
+            self.native != ffi.NULL
             and enclave.state is EnclaveState.READY
             and self._service.generations.pending(enclave) is None  # who asks for it waits for the next one
             and self._service.enclaves.get(enclave.name) is enclave
@@ -207,12 +218,12 @@ class Attendant:
         ffi.memmove(described.mac_key, enclave.key.mac_key(), 32)
         described.number = enclave.serial or 1
         described.fd, described.arena = built.fd, built.arena
-        native = lib.attendant_open(self._native, described)
+        native = lib.attendant_open(self.native, described)
         ffi.memmove(described.mac_key, bytes(32), 32)
         if native == ffi.NULL:
             return None
         shelf = self._shelves[enclave] = _Shelf(enclave, native)
-        self._epoch += 1
+        self.epoch += 1
         enclave.slots.call_in = lambda: self.withdraw(enclave)
         enclave.slots.on_move = lambda: self.count(enclave)
         enclave.on_unready = lambda: self.close(enclave)
@@ -233,7 +244,7 @@ class Attendant:
             cell = self._unused.pop()
             tcs = enclave.built.tcs[slot]
             if lib.attendant_stock(
-                self._native, shelf.native, cell, grant, slot, tcs, key.generation, key.key
+                self.native, shelf.native, cell, grant, slot, tcs, key.generation, key.key
             ):
                 self._unused.append(cell)
                 enclave.slots.put_back(slot)
@@ -243,9 +254,9 @@ class Attendant:
     def withdraw(self, enclave: Enclave) -> None:
         """Take everything from the enclave's shelf: what was given until now is known afterwards."""
         shelf = self._shelves.get(enclave)
-        if shelf is None or self._native == ffi.NULL:
+        if shelf is None or self.native == ffi.NULL:
             return
-        lib.attendant_withdraw(self._native, shelf.native)
+        lib.attendant_withdraw(self.native, shelf.native)
         self.settle()
         for cell, ready in list(shelf.ready.items()):
             self._take(cell)
@@ -254,15 +265,15 @@ class Attendant:
 
     def close(self, enclave: Enclave) -> None:
         """As :meth:`withdraw`, and the shelf is no more."""
-        if self._native == ffi.NULL:  # all were, with the attendant
+        if self.native == ffi.NULL:  # all were, with the attendant
             return
         self.withdraw(enclave)
         shelf = self._shelves.pop(enclave, None)
         if shelf is not None:
             enclave.slots.call_in = enclave.slots.on_move = lambda: None
             enclave.on_unready = enclave.on_armed = lambda: None
-            lib.attendant_close(self._native, shelf.native)
-            self._epoch += 1
+            lib.attendant_close(self.native, shelf.native)
+            self.epoch += 1
 
     def call_all_in(self) -> None:
         """Let nothing be given until the other tasks have had their turn, and know what was."""
@@ -279,16 +290,17 @@ class Attendant:
 
     def start_anew(self) -> None:
         """The policy is another: who may have what is asked again."""
+        self.guests.dismiss_all()
         for enclave in list(self._shelves):
             self.close(enclave)
         self._recall(list(self._seats.values()))
-        self._epoch += 1
+        self.epoch += 1
 
     def count(self, enclave: Enclave) -> None:
         """Tell what replies say of the enclave's slots now."""
         shelf = self._shelves.get(enclave)
-        if shelf is not None and self._native != ffi.NULL:
-            lib.attendant_count(self._native, shelf.native, enclave.counts())
+        if shelf is not None and self.native != ffi.NULL:
+            lib.attendant_count(self.native, shelf.native, enclave.counts())
 
     def _take(self, cell: int) -> _Ready:
         ready = self._ready.pop(cell)
@@ -296,7 +308,7 @@ class Attendant:
         return ready
 
     def _clear(self, cell: int) -> None:
-        lib.attendant_clear(self._native, cell)
+        lib.attendant_clear(self.native, cell)
         self._unused.append(cell)
 
     # -- seats -----------------------------------------------------------------
@@ -319,7 +331,7 @@ class Attendant:
     def _take_seat(self, connection: Connection) -> Seat | None:
         client, account = connection.client, connection.client.account
         if (
-            self._native == ffi.NULL
+            self.native == ffi.NULL
             or not self._service.policy.broker.ahead
             or client.grants
             or client.withheld
@@ -340,17 +352,13 @@ class Attendant:
             oldest = next(iter(account.seats))
             oldest.left = True
             self._recall([oldest])
-        taken = len(account.seats) + 1
+        taken = account.ahead + 1
         if account.exhausted(Resource.REQUESTS, 2) or any(
             account.exhausted(resource, taken * each) for resource, each in GIVEN_AHEAD.items()
         ):
             return None
         uid = client.identity.uid
-        shelves = [
-            shelf
-            for shelf in self._allowed(client)
-            if shelf.enclave.clients_by_uid.get(uid, 0) + taken <= shelf.enclave.policy.clients_per_uid
-        ]
+        shelves = [shelf for shelf in self._allowed(client) if self.has_room(shelf, uid, taken)]
         if not shelves or not self._service.state.has_written(client):
             return None
         for shelf in shelves:
@@ -361,39 +369,53 @@ class Attendant:
         text = client.identity.principal_text(with_cgroup=False, tree=self._service.cgroup_tree)
         ffi.memmove(mine.principal, principal(text), 32)
         natives = ffi.new("struct attendant_shelf *[]", [shelf.native for shelf in shelves])
-        number = lib.attendant_seat(self._native, connection.fileno(), mine, natives, len(shelves))
+        number = lib.attendant_seat(self.native, connection.fileno(), mine, natives, len(shelves))
         if number < 0:  # no memory or thread for it
             return None
         seat = self._seats[number] = Seat(connection, number)
         account.seats[seat] = None
         return seat
 
+    @staticmethod
+    def has_room(shelf: _Shelf, uid: int, clients: int) -> bool:
+        """Whether so many more clients of the user may attach to the shelf's enclave."""
+        enclave = shelf.enclave
+        return enclave.clients_by_uid.get(uid, 0) + clients <= enclave.policy.clients_per_uid
+
     def _allowed(self, client: Client) -> list[_Shelf]:
         """The shelves of the enclaves that the client may attach to."""
-        service = self._service
-        for enclave in list(service.enclaves.values())[:_LOOKED_AT]:
-            self._shelf(enclave)
-        if client.shelves[0] != self._epoch:
-            allowed = [
-                shelf
-                for shelf in list(self._shelves.values())[:_LOOKED_AT]
-                if shelf.enclave.policy.slots_per_client
-                and not any(rule.cgroups for rule in shelf.enclave.policy.attach)
-                and service.missing_rule(client, shelf.enclave) is None
-            ]
-            client.shelves = (self._epoch, allowed[:_SHELVES])
+        self._open_shelves()
+        if client.shelves[0] != self.epoch:
+            client.shelves = (self.epoch, self.allowed(client.identity))
         found: list[_Shelf] = client.shelves[1]
         return found
+
+    def _open_shelves(self) -> None:
+        for enclave in list(self._service.enclaves.values())[:_LOOKED_AT]:
+            self._shelf(enclave)
+
+    def allowed(self, identity: Identity) -> list[_Shelf]:
+        """The shelves of the enclaves that whoever is that may attach to, whatever its cgroup."""
+        self._open_shelves()
+        allowed = [
+            shelf
+            for shelf in list(self._shelves.values())[:_LOOKED_AT]
+            if shelf.enclave.policy.slots_per_client
+            and not any(rule.cgroups for rule in shelf.enclave.policy.attach)
+            and self._service.missing_for(identity, shelf.enclave) is None
+        ]
+        return allowed[:_SHELVES]
 
     def call_in(self, account: Account) -> None:
         """Let nothing more be given to this user: afterwards all that was is charged."""
         self._recall(list(account.seats))
+        self.guests.call_in(account)
 
     def _recall(self, seats: list[Seat]) -> None:
-        if self._native == ffi.NULL:
+        if self.native == ffi.NULL:
             return
         for seat in seats:
-            if lib.attendant_recall(self._native, seat.number):
+            if lib.attendant_recall(self.native, seat.number):
                 self._leave(seat)
         self.settle()
 
@@ -406,21 +428,23 @@ class Attendant:
 
     def settle(self) -> None:
         """Take all notes: what was given until now is known afterwards."""
-        if self._native == ffi.NULL or not lib.attendant_has_notes(self._native):
+        if self.native == ffi.NULL or not lib.attendant_has_notes(self.native):
             return
         count = _NOTES
         while count == _NOTES:
-            count = lib.attendant_collect(self._native, self._notes, _NOTES)
+            count = lib.attendant_collect(self.native, self._notes, _NOTES)
             notes = [
-                (note.seat, note.cell, note.request, (note.answered_ns - note.asked_ns) / 1e9)
+                (note.seat, note.cell, note.place, note.request, (note.answered_ns - note.asked_ns) / 1e9)
                 for note in self._notes[0:count]
             ]
-            for number, cell, request, seconds in notes:
-                seat = self._seats[number]
+            for number, cell, place, request, seconds in notes:
+                seat = self._seats.get(number)  # None: of a client that is not known here yet
                 try:
-                    if cell >= 0:
-                        self._given_count += 1
-                        self._given(seat, cell, request, seconds)
+                    if seat is None:
+                        self._greeted(number, cell, place, request, seconds)
+                    elif cell >= 0:
+                        seat.answered = True
+                        self._given(seat.connection, number, cell, request, seconds)
                         seat.connection.passed_on = 0
                     else:
                         self._passed_on += 1
@@ -428,33 +452,49 @@ class Attendant:
                 except Exception as error:
                     self._service.log.exception("internal error", task="attendant", exc_info=error)
                 finally:
-                    lib.attendant_leave(self._native, number)
-                    self._leave(seat)
+                    lib.attendant_leave(self.native, number)
+                    if seat is not None:
+                        self._leave(seat)
 
-    def _given(self, seat: Seat, cell: int, request: int, seconds: float) -> None:
-        ready, client = self._take(cell), seat.connection.client
+    def _greeted(self, number: int, cell: int, place: int, request: int, seconds: float) -> None:
+        connection: Connection | None = None
+        try:
+            connection = self.guests.greeted(number, place)
+            if cell >= 0:
+                self._given(connection, number, cell, request, seconds)
+                connection.brief = True
+        except BaseException:
+            if connection is None and cell >= 0:  # its slot stays out of use: somebody has the key
+                self._take(cell)
+                self._clear(cell)
+            raise
+        finally:
+            self.guests.written(connection, place)
+
+    def _given(self, connection: Connection, number: int, cell: int, request: int, seconds: float) -> None:
+        ready, client = self._take(cell), connection.client
         enclave = ready.shelf.enclave
-        seat.answered = True
+        self._given_count += 1
         self._short.add(enclave)
         try:
             self._service.granting.given(client, enclave, ready.grant, ready.slot, request, seconds)
         except BaseException:
-            seat.connection.close()  # what it was given ends with it
+            connection.close()  # what it was given ends with it
             raise
         finally:
             self._clear(cell)  # not before: the client's record says it now
-        seat.connection.outbox.note_sent(2)
+        connection.outbox.note_sent(2)
         monitoring = self._service.monitoring
         if monitoring.viewers:
-            asked, told = self._messages(seat)
-            monitoring.received(seat.connection, asked, ())
-            monitoring.sent(seat.connection, told, (enclave.built.fd, enclave.built.arena))
+            asked, told = self._messages(number)
+            monitoring.received(connection, asked, ())
+            monitoring.sent(connection, told, (enclave.built.fd, enclave.built.arena))
 
-    def _messages(self, seat: Seat) -> tuple[bytes, bytes]:
+    def _messages(self, number: int) -> tuple[bytes, bytes]:
         """What was asked, and what was answered."""
         buffers = [ffi.new("uint8_t[]", wire.MAX_MESSAGE) for _ in range(2)]
         sizes = [ffi.new("size_t *", wire.MAX_MESSAGE) for _ in range(2)]
-        lib.attendant_messages(self._native, seat.number, buffers[0], sizes[0], buffers[1], sizes[1])
+        lib.attendant_messages(self.native, number, buffers[0], sizes[0], buffers[1], sizes[1])
         return bytes(ffi.buffer(buffers[0], sizes[0][0])), bytes(ffi.buffer(buffers[1], sizes[1][0]))
 
     def statistics(self) -> AttendantStatistics:
@@ -464,4 +504,6 @@ class Attendant:
             ready=len(self._ready),
             given=self._given_count,
             passed_on=self._passed_on,
+            places=self.guests.places,
+            greeted=self.guests.greeted_count,
         )

@@ -88,7 +88,7 @@ class Connection:
         """Answer requests until the connection ends; returns why it did.  The socket stays the caller's."""
         why = "closed by the client"
         try:
-            breach = self._answer_first()
+            breach = None if self.greeted else self._answer_first()
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 for function, *args in self._unstarted:
@@ -137,6 +137,8 @@ class Connection:
         except (errors.ProtocolError, errors.LimitReached, OSError) as error:
             return error
         self.brief = bool(self.client.grants)
+        if self.greeted:
+            self.client.service.attendant.guests.came(self)
         return None
 
     def _receive(self) -> wire.Packet:
@@ -211,6 +213,11 @@ class Connection:
                     return None
                 if answered is None:
                     await trio.lowlevel.wait_readable(self._sock)
+
+    @property
+    def socket(self) -> socket.socket:
+        """The socket, its maker's."""
+        return self._sock
 
     def fileno(self) -> int:
         """Return the socket's descriptor."""

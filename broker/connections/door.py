@@ -17,7 +17,7 @@ each).  The kernel cannot be asked for the connection of a certain user, so:
 - While somebody is turned away, a thread of its own **watches** the queue, a thousand times a second, and
   not when something comes.  To be woken for each of a flood, or to deal with it in the thread that
   serves, would cost those who are served more than the flood itself.  Without a flood there is no such
-  thread, and a connection wakes the task that serves it.
+  thread, and a connection wakes the task that serves it, or the attendant if one is expected (guests.py).
 - Attackers keep the processors busy as well, and to the scheduler the broker is one of many.  So both threads
   ask to run *soon* after they were woken (:func:`be_prompt`), and before others if that is allowed (root
   may; else CAP_SYS_NICE, or LimitNICE= in the unit).  They have little to do, but everybody waits for it.
@@ -33,14 +33,14 @@ import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import trio
 
 from teemate.broker._door import ffi, lib
 from teemate.broker.policy.limits import Ledger, Resource
 
-__all__ = ["Caller", "Door", "DoorStatistics", "be_prompt"]
+__all__ = ["CONNECTION_COST", "Caller", "Door", "DoorStatistics", "be_prompt"]
 
 _PAUSE = 0.001
 """Seconds between two looks of the watch."""
@@ -52,7 +52,7 @@ _CALLERS = 256
 _NICE = -10
 _SLICE = 0.0005
 """Seconds: about as long as a request takes."""
-_CONNECTION_COST = 6.0
+CONNECTION_COST = 6.0
 """Requests (`ping`) that take as long as a connection: letting it in, finding out who it is, its end."""
 
 
@@ -127,6 +127,9 @@ class Door:
         self._lines: dict[int, _Line] = {}
         self._turned_away = 0
         self._watched = False
+        self._lent: Any = None
+        """The attendant, while it looks after the listeners."""
+        self._lend_again = 0.0
         self._failed = False
         self._epoll = select.epoll(select.EPOLL_CLOEXEC)
         longest = ledger.bounds[Resource.CONNECTIONS]
@@ -151,7 +154,11 @@ class Door:
 
         """
         failure = 0
-        if not self._watched:
+        if self._lent is not None and not lib.attendant_listens(self._lent):
+            self._have_back()
+        if self._lent is not None:
+            pass
+        elif not self._watched:
             for listener in self._listeners:
                 result = lib.door_sweep(self._door, listener)
                 failure = min(failure, result)
@@ -167,6 +174,30 @@ class Door:
         self._failed = failure != 0
         if failure:
             raise OSError(-failure, os.strerror(-failure))
+
+    def lend(self, attendant: Any) -> None:
+        """Let the attendant accept who comes, and put into the lines whom it does not greet (greet.c).
+
+        It gives this up by itself when it is of no use, and is not asked again soon.
+        """
+        if self._lent is not None or self._watched or trio.current_time() < self._lend_again:
+            return
+        if lib.attendant_listen(attendant, self._door, self._listeners, len(self._listeners)) == 0:
+            self._lent = attendant
+            for listener in self._listeners:
+                self._epoll.unregister(listener)
+
+    def take_back(self) -> None:
+        """Whom the attendant has not greeted by now is in the lines afterwards."""
+        if self._lent is not None:
+            lib.attendant_deafen(self._lent)
+            self._have_back()
+
+    def _have_back(self) -> None:
+        self._lent = None
+        self._lend_again = trio.current_time() + _QUIET
+        for listener in self._listeners:
+            self._epoll.register(listener, select.EPOLLIN)
 
     def _watch(self) -> None:
         """Leave the queue to the thread, unless there cannot be one: then each look goes on sweeping."""
@@ -200,7 +231,7 @@ class Door:
         """Return who comes in next, None when nobody may now.  The user's tokens are paid."""
         for uid, line in self._lines.items():
             if line.ready_at is None:
-                line.ready_at = now + self._ledger.account(uid).bucket.take(_CONNECTION_COST)
+                line.ready_at = now + self._ledger.account(uid).bucket.take(CONNECTION_COST)
             if line.ready_at <= now:
                 line.ready_at = None
                 fd = line.fds.popleft()

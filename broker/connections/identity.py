@@ -30,8 +30,10 @@ from teemate.errors import ConnectionLost
 __all__ = [
     "Identity",
     "Peer",
+    "cgroup_of",
     "command_of",
     "identify",
+    "peer_bytes",
     "peer_uid",
     "process_ended",
     "reopen_process",
@@ -166,6 +168,31 @@ def process_ended(pidfd: int) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
+
+
+def peer_bytes(sock: socket.socket) -> tuple[bytes, bytes] | None:
+    """Return groups and label of the process that connected `sock` as the kernel tells them.
+
+    None where no other thread can find out that much: without SO_PEERPIDFD, or with many groups.
+    """
+    try:
+        os.close(struct.unpack("i", sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4))[0])
+        groups = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_GUESS)
+    except OSError:
+        return None
+    try:
+        return groups, sock.getsockopt(socket.SOL_SOCKET, _SO_PEERSEC, 1024)
+    except OSError:
+        return groups, b""
+
+
+def cgroup_of(pid: int, pidfd: int, tree: CgroupTree) -> str:
+    """Return the cgroup of the process behind `pidfd`; empty when that cannot be told for certain."""
+    try:
+        membership = _read(f"/proc/{pid}/cgroup")
+    except OSError:
+        return ""
+    return "" if process_ended(pidfd) else tree.path_of(membership)
 
 
 def peer_uid(sock: socket.socket) -> int:

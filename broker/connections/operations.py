@@ -40,10 +40,12 @@ from teemate.broker.connections.requests import (
 if TYPE_CHECKING:
     from teemate.broker.connections.clients import Client
 
-__all__ = ["Method", "changes_something", "find_method"]
+__all__ = ["HELLO_OK", "Method", "changes_something", "find_method"]
 
 PROTOCOL_VERSION = 1
 BROKER_NAME = f"teemate-broker {version('teemate')}"
+HELLO_OK = {"version": PROTOCOL_VERSION, "broker": BROKER_NAME, "max_message": wire.MAX_MESSAGE}
+"""What every hello is answered."""
 T = TypeVar("T")
 
 
@@ -139,9 +141,8 @@ def hello(client: Client, args: Hello, _fds: tuple[int, ...]) -> Result:
     connection.greeted = True
     client.name = args.client
     client.counts = args.counters
-    ok = {"version": PROTOCOL_VERSION, "broker": BROKER_NAME, "max_message": wire.MAX_MESSAGE}
     more, after = client.service.resumption.greet(client, args)
-    return Answer(ok | more, after=after, patient=True)
+    return Answer(HELLO_OK | more, after=after, patient=True)
 
 
 @method("ping", Nothing.parse)

@@ -111,10 +111,10 @@ class TokenBucket:
         self._tokens = tokens
         return 0.0 if tokens >= 0.0 else -tokens / self.rate
 
-    def take_if_there(self) -> bool:
-        """Take one token unless it would have to be waited for."""
-        if self.take():
-            self._tokens += 1.0
+    def take_if_there(self, amount: float = 1.0) -> bool:
+        """Take `amount` tokens unless they would have to be waited for."""
+        if self.take(amount):
+            self._tokens += amount
             return False
         return True
 
@@ -175,7 +175,7 @@ class AccountStatistics:
 class Account:
     """What the processes of one uid hold together."""
 
-    __slots__ = ("__weakref__", "_ledger", "bucket", "refused", "seats", "turn", "uid", "used")
+    __slots__ = ("__weakref__", "_ledger", "bucket", "places", "refused", "seats", "turn", "uid", "used")
 
     def __init__(self, ledger: Ledger, uid: int) -> None:
         limits = ledger.limits
@@ -187,6 +187,8 @@ class Account:
         self.turn = Turn(ledger.rounds)
         self.seats: dict[Seat, None] = {}
         """Of its connections, those that can be given something at any moment, the oldest first."""
+        self.places = 0
+        """Connections that may come and be given something at any moment (guests.py)."""
 
     def charge(self, resource: Resource, amount: int = 1) -> Charge:
         """Take `amount` of `resource`; the caller releases the charge.
@@ -198,7 +200,7 @@ class Account:
 
         """
         limit = self._ledger.bounds[resource]
-        if self.seats and self._may_reach(resource, amount, limit):
+        if self.ahead and self._may_reach(resource, amount, limit):
             self._ledger.call_in(self)
         used = self.used[resource]
         if used + amount > limit:
@@ -221,7 +223,14 @@ class Account:
         used = self.used[resource] + amount
         if resource is Resource.REQUESTS:  # those are answered at once, but not beside so many
             return used >= limit
-        return used + GIVEN_AHEAD.get(resource, 0) * len(self.seats) > limit
+        if resource is Resource.CONNECTIONS:
+            return used + self.places > limit
+        return used + GIVEN_AHEAD.get(resource, 0) * self.ahead > limit
+
+    @property
+    def ahead(self) -> int:
+        """How many connections can be given something at any moment."""
+        return len(self.seats) + self.places
 
     def owe(self, resource: Resource, amount: int = 1) -> Charge:
         """Take what is there already, or was before a restart, also beyond the limit."""

@@ -1,8 +1,11 @@
-"""Whose grants are that the attendant gave (attendant.py), until the clients' records say so.
+"""Whom the attendant greeted and what it gave (attendant.py), until the clients' records say so.
 
 The attendant writes a client's number into a cell before it answers, and the cells lie in a memfd that
 outlives the broker, as the snapshot does.  The next broker takes them up into the records of the snapshot
 before it reads those; then the cells are empty again, and nothing else has to know of them.
+
+What is the same of all clients that a place was kept for (their user, groups and label) is in a record of
+their *guest*, which is there before the first of them comes and is of no use to the next broker.
 """
 
 from __future__ import annotations
@@ -12,13 +15,18 @@ import os
 import struct
 from typing import Any, NamedTuple, final
 
+from teemate.broker._door import lib
+from teemate.broker.restart.records import GUEST, greeted_content
 from teemate.broker.restart.snapshot import DamagedSnapshotError, Name, Snapshot
 
-__all__ = ["CELLS", "Cells"]
+__all__ = ["CELLS", "PLACES", "Cells"]
 
 CELLS = 256
+PLACES = 64
 _CELL = struct.Struct("<6Q16s64x")  # struct attendant_cell (native/door/attendant.h)
-_SIZE = CELLS * _CELL.size
+_PLACE = struct.Struct("<3Q2I32s32s64sQ24x")  # struct attendant_greeted
+_PLACES_AT = CELLS * _CELL.size
+_SIZE = _PLACES_AT + PLACES * _PLACE.size
 _WORD = struct.Struct("<Q")
 _ENCLAVE = 24
 """Where the number of the enclave is: without it a cell is empty."""
@@ -34,6 +42,20 @@ class _Given(NamedTuple):
     slot: int
     generation: int
     key: bytes
+
+
+class _Greeted(NamedTuple):
+    """What a place tells of."""
+
+    client: int
+    guest: int
+    started: int
+    pid: int
+    flags: int
+    token: bytes
+    session: bytes
+    name: bytes
+    name_size: int
 
 
 @final
@@ -62,7 +84,10 @@ class Cells:
         DamagedSnapshotError
 
         """
-        if os.fstat(fd).st_size != _SIZE:
+        size = os.fstat(fd).st_size
+        if size == _PLACES_AT:  # of a broker that greeted nobody ahead
+            os.ftruncate(fd, _SIZE)
+        elif size != _SIZE:
             raise DamagedSnapshotError(f"what was kept of grants given ahead has not {_SIZE} bytes")
         return cls(fd)
 
@@ -79,6 +104,7 @@ class Cells:
             There is no record of a client that got something: one is written before it can.
 
         """
+        self._take_up_greeted(snapshot)
         taken = set()
         for number in range(CELLS):
             given = _Given(*_CELL.unpack_from(self.memory, number * _CELL.size))
@@ -86,6 +112,30 @@ class Cells:
                 taken.add(given.grant)
             _WORD.pack_into(self.memory, number * _CELL.size + _ENCLAVE, 0)
         return taken
+
+    def _take_up_greeted(self, snapshot: Snapshot) -> None:
+        for number in range(PLACES):
+            offset = _PLACES_AT + number * _PLACE.size
+            greeted = _Greeted(*_PLACE.unpack_from(self.memory, offset))
+            name = Name("client", greeted.client)
+            if greeted.client and name not in snapshot.contents:
+                guest = snapshot.contents.get(Name(GUEST, greeted.guest))
+                if guest is None:
+                    raise DamagedSnapshotError(
+                        f"client {greeted.client} was greeted, of whose user nothing is known"
+                    )
+                content = greeted_content(
+                    guest, pid=greeted.pid, started=greeted.started,
+                    name=greeted.name[: greeted.name_size].decode("ascii", "replace"),
+                    token=greeted.token if greeted.flags & lib.ATTENDANT_TOKEN else None,
+                    session=greeted.session if greeted.flags & lib.ATTENDANT_SESSION else None,
+                )  # fmt: skip
+                snapshot.write(name, content)
+                snapshot.contents[name] = content
+            _WORD.pack_into(self.memory, offset, 0)
+        for name in [name for name in snapshot.contents if name.kind == GUEST]:
+            snapshot.erase(name)
+            del snapshot.contents[name]
 
     @staticmethod
     def _record(snapshot: Snapshot, given: _Given) -> bool:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from teemate.broker.slots.grants import Grant
 
 __all__ = [
+    "GUEST",
     "ClientRecord",
     "EnclaveRecord",
     "GrantRecord",
@@ -30,6 +31,8 @@ __all__ = [
     "StoredRecord",
     "client_content",
     "enclave_content",
+    "greeted_content",
+    "guest_content",
     "read_client",
     "read_enclave",
     "read_stored",
@@ -38,6 +41,8 @@ __all__ = [
 
 T = TypeVar("T")
 _DESCRIPTORS = ("fd", "arena")
+GUEST = "guest"
+"""The kind of a record of those who are expected (guests.py)."""
 
 
 @final
@@ -213,6 +218,40 @@ def client_content(client: Client, started: int) -> dict[str, object]:
         "outcomes": client.recalled | client.outcomes if client.recalled else client.outcomes,
         "intents": client.intents,
     }  # fmt: skip
+
+
+def guest_content(identity: Identity) -> dict[str, object]:
+    """Return what is known ahead of clients that are like this one."""
+    return {"identity": [identity.uid, identity.gid, list(identity.groups), identity.label]}
+
+
+def greeted_content(
+    guest: Mapping[str, Any], *, pid: int, started: int, name: str, token: bytes | None, session: bytes | None
+) -> dict[str, object]:
+    """Return the record of a client that was greeted and has asked for nothing yet.
+
+    Its cgroup is not known: what it resumes with tells.
+
+    Raises
+    ------
+    DamagedSnapshotError
+
+    """
+    try:
+        uid, gid, groups, label = guest["identity"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedSnapshotError("the record of a guest is not as this broker writes it") from error
+    return {
+        "identity": [pid, uid, gid, groups, label, b""],
+        "started": started,
+        "name": name,
+        "left": False,
+        "tokens": [hashed for hashed in (token, session) if hashed is not None],
+        "grants": [],
+        "returning": [],
+        "outcomes": {},
+        "intents": {},
+    }
 
 
 def _grant_content(grant: Grant) -> list[object]:

@@ -26,6 +26,7 @@ from teemate.broker.policy.limits import Resource
 from teemate.broker.policy.rules import EnclavePolicy
 from teemate.broker.restart.cells import Cells
 from teemate.broker.restart.records import (
+    GUEST,
     ClientRecord,
     EnclaveRecord,
     GrantRecord,
@@ -102,7 +103,7 @@ def read_found(kept: list[Inherited]) -> Found:
             found.stored.append(read_stored(number, content))
         elif kind == EMPTIED.kind:
             found.emptied = str(content["reason"])
-        elif kind != COUNTERS.kind:
+        elif kind not in (COUNTERS.kind, GUEST):  # guests of the last broker are nobody's
             raise DamagedSnapshotError(f"the state that was kept has a record of {kind!r}")
     return found
 

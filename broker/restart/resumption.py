@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, final
 
@@ -87,10 +87,15 @@ class Resumption:
         if service.state.kept:
             token = secrets.token_bytes(_TOKEN_SIZE)
             client.tokens = (sha256(token).digest(), *([known] if known is not None else []))
-            ok |= {"token": token, "resume_grace": service.policy.broker.resume_grace}
+            ok |= {"token": token, **self.kept_ok()}
             if after is not None:
                 service.state.write_client(client)
         return ok, after
+
+    def kept_ok(self) -> dict[str, object]:
+        """What `hello` is answered behind its token; nothing if nobody can resume."""
+        service = self._service
+        return {"resume_grace": service.policy.broker.resume_grace} if service.state.kept else {}
 
     def _resume(self, newcomer: Client, untrusted_token: bytes) -> Client | None:
         """Give the connection of `newcomer` to the suspended client that the token is of."""
@@ -114,6 +119,8 @@ class Resumption:
         os.close(newcomer.pidfd)
         newcomer.connection = None
         client.name, client.counts = newcomer.name, newcomer.counts
+        if not was.cgroup:  # it was not known yet when the last broker died (records.py)
+            client.identity = replace(was, cgroup=now.cgroup)
         client.connection, connection.client = connection, client
         client.connected_at = trio.current_time()
         service.log.info("client resumed", client=client.number, pid=now.pid, grants=sorted(client.grants))

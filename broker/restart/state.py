@@ -15,11 +15,17 @@ from typing import TYPE_CHECKING, final
 import trio
 
 from teemate import errors
-from teemate.broker.connections.identity import start_time
+from teemate.broker.connections.identity import Identity, start_time
 from teemate.broker.restart.cells import Cells
 from teemate.broker.restart.descriptor_store import DescriptorStore
 from teemate.broker.restart.kept import LISTENER
-from teemate.broker.restart.records import client_content, enclave_content, stored_content
+from teemate.broker.restart.records import (
+    GUEST,
+    client_content,
+    enclave_content,
+    guest_content,
+    stored_content,
+)
 from teemate.broker.restart.snapshot import Name, Snapshot, SnapshotStatistics
 
 if TYPE_CHECKING:
@@ -86,7 +92,7 @@ class State:
         self._store = store
         self._snapshot = snapshot
         self.cells = cells or Cells.create(kept=store is not None)
-        self._numbers = {"client": 0, "grant": 0, "enclave": 0, "start": 0}
+        self._numbers = {"client": 0, "grant": 0, "enclave": 0, "start": 0, "guest": 0}
         self._reserved = dict(self._numbers)
         self._changed: set[Enclave] = set()
         self._wake = trio.Event()
@@ -143,6 +149,11 @@ class State:
                 return  # its end is news that comes anyway, and ends what it holds
         self._snapshot.write(name, client_content(client, client.started))
         client.recorded = True
+
+    def write_guest(self, number: int, identity: Identity) -> None:
+        """Write whom clients are like that may be greeted without us (guests.py)."""
+        if self._snapshot is not None:
+            self._snapshot.write(Name(GUEST, number), guest_content(identity))
 
     def has_written(self, client: Client) -> bool:
         """Whether the client has a record, written now if need be; True if nothing is kept."""

@@ -71,8 +71,8 @@ class Granting:
         policy = enclave.policy
         uid = client.identity.uid
         first = self._is_first(client, enclave)
-        seats = len(client.account.seats)
-        if first and seats and enclave.clients_by_uid.get(uid, 0) + seats >= policy.clients_per_uid:
+        ahead = client.account.ahead
+        if first and ahead and enclave.clients_by_uid.get(uid, 0) + ahead >= policy.clients_per_uid:
             self._service.attendant.call_in(client.account)
         if first and enclave.clients_by_uid.get(uid, 0) >= policy.clients_per_uid:
             held = [self._service.grants[number] for number in enclave.grants]

@@ -49,6 +49,9 @@ class Reclaimer:
         """By pid, what earlier connections of a process that lives still have withheld: it counts against
         ``slots_per_client``, else who connects, attaches and leaves again and again gets everything."""
 
+        self.on_left_behind: Callable[[int], None] = lambda _pid: None
+        """Called when a process has left something behind, and when all of that is back."""
+
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the tasks; for as long as the broker runs."""
         async with trio.open_nursery() as nursery:
@@ -94,10 +97,12 @@ class Reclaimer:
         """Take back what `grants` of one process still hold when it ends; `pidfd` is the reclaimer's now."""
         pid = grants[0].client.identity.pid
         self.left_behind.setdefault(pid, []).extend(grants)
+        self.on_left_behind(pid)
 
         def ended() -> None:
             os.close(pidfd)
             self.left_behind.pop(pid, None)
+            self.on_left_behind(pid)
             for grant in grants:
                 self.take_all_back(grant, dead=True)
 

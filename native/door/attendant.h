@@ -10,6 +10,11 @@
  * Whose a ready grant is stands in its *cell*, in memory that outlives the broker, before the reply goes
  * out.  One lock guards everything; no system call under it waits.
  *
+ * A *guest* is who is expected to connect: processes that are the same to the policy.  For each there are a
+ * few *places*: a client's number, and a cell.  While it listens (attendant_listen()) it accepts who
+ * connects.  Whom a place is for and who says a plain hello is greeted, and is then as one that has a
+ * seat; everybody else is the door's, with nothing read.
+ *
  * All functions may be called from any thread, but for attendant_free().  The lines between the cffi marks
  * are read by build_door.py as well.
  */
@@ -19,6 +24,8 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+
+#include "door.h"
 
 /* cffi: begin */
 
@@ -30,9 +37,22 @@ struct attendant_cell {
     uint64_t reserved[8];
 };
 
+/* The same of a client that was greeted: if `client` is not 0, which is written last. */
+struct attendant_greeted {
+    uint64_t client, guest, started;
+    uint32_t pid, flags; /* ATTENDANT_... */
+    uint8_t token[32], session[32]; /* SHA-256 of both */
+    uint8_t name[64];
+    uint64_t name_size;
+    uint64_t reserved[3];
+};
+
+enum attendant_flags { ATTENDANT_COUNTS = 1, ATTENDANT_SESSION = 2, ATTENDANT_TOKEN = 4 };
+
 struct attendant_note {
     uint64_t seat;
     int32_t cell; /* of the grant that was given; -1: there is something for Python to read */
+    int32_t place; /* of the client that was greeted; -1: it is one that had a seat */
     uint64_t request;
     uint64_t asked_ns, answered_ns; /* CLOCK_MONOTONIC */
 };
@@ -56,14 +76,48 @@ struct attendant_client {
     uint8_t principal[32];
 };
 
+/* Processes that are the same to the policy, as the kernel tells of them; all of it is copied. */
+struct attendant_host {
+    uint64_t number; /* of its record */
+    uint32_t uid, gid;
+    const uint8_t *groups, *label; /* SO_PEERGROUPS; SO_PEERSEC, of size 0 if there is none */
+    size_t groups_size, label_size;
+    uint8_t principal[32];
+    const uint8_t *before, *behind; /* what hello is answered, around the token; pairs of a map */
+    size_t before_size, behind_size;
+    uint64_t pairs; /* with the token */
+    bool token;     /* whether there is one: something outlives the broker */
+};
+
+/* A client that was greeted. */
+struct attendant_greeting {
+    int fd, pidfd; /* the caller's */
+    bool unsent;   /* it could not be told: its connection has to end */
+    struct attendant_greeted told;
+    uint8_t hello[256], reply[512];
+    size_t hello_size, reply_size;
+};
+
+/* Who is at the other end of a connection, as the kernel tells it. */
+struct attendant_peer {
+    int32_t pid;
+    uint32_t uid, gid;
+    int pidfd; /* the caller's; -1: it has ended, or cannot be known */
+    uint64_t started;
+    uint8_t groups[256], label[256];
+    uint32_t groups_size, label_size;
+};
+
 struct attendant;
 struct attendant_shelf;
+struct attendant_guest;
 
 /*
- * `cells` are `count`, the caller's, all unused or to be forgotten.  Without `threaded` it works in
- * attendant_step() alone.  Returns NULL with errno.
+ * `cells` are `count`, and `places` `place_count`, the caller's, all unused or to be forgotten.  Without
+ * `threaded` it works in attendant_step() alone.  Returns NULL with errno.
  */
-struct attendant *attendant_new(struct attendant_cell *cells, size_t count, bool threaded);
+struct attendant *attendant_new(struct attendant_cell *cells, size_t count, struct attendant_greeted *places,
+                                size_t place_count, bool threaded);
 
 /* Ends the thread, and forgets seats and shelves; no connection is touched. */
 void attendant_free(struct attendant *attendant);
@@ -115,6 +169,47 @@ int attendant_messages(struct attendant *attendant, uint64_t seat, uint8_t *requ
 
 /* Frees a seat whose note was collected. */
 void attendant_leave(struct attendant *attendant, uint64_t seat);
+
+/* Expects such a guest, who may take from the shelves.  NULL without memory. */
+struct attendant_guest *attendant_expect(struct attendant *attendant, const struct attendant_host *host,
+                                         struct attendant_shelf *const *shelves, size_t count);
+
+/* Has a place for the guest, whose cell is unused.  Returns 0, or -ENOSPC. */
+int attendant_place(struct attendant *attendant, struct attendant_guest *guest, int place, uint64_t client);
+
+/* Frees the guest and its places: who was not greeted by now will not be here. */
+void attendant_dismiss(struct attendant *attendant, struct attendant_guest *guest);
+
+/* The note of a client that was greeted, which was collected: what is known of it.  Once for each. */
+void attendant_take(struct attendant *attendant, uint64_t seat, struct attendant_greeting *greeting);
+
+/* The client's record says what its place's cell does: it is unused again. */
+void attendant_clear_place(struct attendant *attendant, int place);
+
+/*
+ * The process is not to be greeted here: what it may have depends on what it had.  Returns 0, or -ENOSPC; and
+ * may be told of one twice.
+ */
+int attendant_bar(struct attendant *attendant, int32_t pid);
+
+/* It has ended. */
+void attendant_unbar(struct attendant *attendant, int32_t pid);
+
+/*
+ * Accepts who connects to the listeners from now on, which the door's owner looks after no more meanwhile.  It
+ * ends by itself when nobody comes for a place, or nobody can be accepted: then the door's bell rings.
+ * Returns 0 or a negative errno.
+ */
+int attendant_listen(struct attendant *attendant, struct door *door, const int *listeners, int count);
+
+/* Ends that: who is not greeted yet is in the door's line afterwards. */
+void attendant_deafen(struct attendant *attendant);
+
+/* Whether it goes on. */
+bool attendant_listens(struct attendant *attendant);
+
+/* For tests whose processes are modelled: asked instead of the kernel; returns 0 when it knows. */
+void attendant_model(struct attendant *attendant, int (*identify)(int fd, struct attendant_peer *peer));
 
 /*
  * For tests that kill the broker: `alive` is asked before everything that can be seen outside or that

@@ -201,12 +201,48 @@ void door_free(struct door *door)
     free(door);
 }
 
+/* Returns 1 if the connection was turned away, else 0. */
+static int admit(struct door *door, int fd, uint32_t uid)
+{
+    const struct text *answer = line_up(door, fd, uid);
+    struct door_caller unread = {.fd = fd, .kind = DOOR_UNREAD, .uid = uid};
+
+    if (answer == NULL)
+        return 0;
+    if (turn_away(fd, answer->bytes, answer->length) != 0) {
+        pthread_mutex_lock(&door->lock);
+        /* Without memory it stays open for ever: better than to hang in its close. */
+        (void)put(door, unread);
+        pthread_mutex_unlock(&door->lock);
+    }
+    return 1;
+}
+
+int door_line_up(struct door *door, int fd, uint32_t uid)
+{
+    int turned_away = admit(door, fd, uid);
+
+    door_ring(door);
+    return turned_away;
+}
+
+bool door_is_busy(struct door *door, int fd, uint32_t uid)
+{
+    struct line **at;
+    bool busy;
+
+    pthread_mutex_lock(&door->lock);
+    at = find_line(door, uid);
+    busy = fd >= door->reserved || (*at != NULL && (*at)->waiting > 0);
+    pthread_mutex_unlock(&door->lock);
+    return busy;
+}
+
 int door_sweep(struct door *door, int listener)
 {
     int turned_away = 0;
 
     for (int i = 0; i < SWEEP; i++) {
-        const struct text *answer;
         struct ucred peer;
         socklen_t size = sizeof(peer);
         int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
@@ -221,18 +257,7 @@ int door_sweep(struct door *door, int listener)
         /* Cannot fail: every accepted Unix socket has a peer. */
         if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) != 0)
             peer.uid = (uid_t)-1;
-        answer = line_up(door, fd, peer.uid);
-        if (answer == NULL)
-            continue;
-        turned_away++;
-        if (turn_away(fd, answer->bytes, answer->length) != 0) {
-            struct door_caller unread = {.fd = fd, .kind = DOOR_UNREAD, .uid = peer.uid};
-
-            pthread_mutex_lock(&door->lock);
-            /* Without memory it stays open for ever: better than to hang in its close. */
-            (void)put(door, unread);
-            pthread_mutex_unlock(&door->lock);
-        }
+        turned_away += admit(door, fd, peer.uid);
     }
     return turned_away;
 }
@@ -304,6 +329,13 @@ int door_failure(struct door *door)
 int door_bell(struct door *door)
 {
     return door->bell;
+}
+
+void door_ring(struct door *door)
+{
+    const uint64_t one = 1;
+
+    (void)!write(door->bell, &one, sizeof(one));
 }
 
 /* ---- the watch ---------------------------------------------------------------------- */

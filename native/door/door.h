@@ -10,6 +10,7 @@
 #ifndef TEEMATE_DOOR_H
 #define TEEMATE_DOOR_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -64,6 +65,9 @@ int door_watched(struct door *door);
 /* An eventfd, the door's; reset by door_collect(). */
 int door_bell(struct door *door);
 
+/* Rings it. */
+void door_ring(struct door *door);
+
 /* Hands over up to `most` of those that were accepted, the first first; their fds are the caller's. */
 int door_collect(struct door *door, struct door_caller *callers, int most);
 
@@ -77,5 +81,11 @@ int door_unlucky(struct door *door, struct door_unlucky *users, int most);
 int door_failure(struct door *door);
 
 /* cffi: end */
+
+/* Whether somebody of the user waits, or a connection with that descriptor is to be let in by Python. */
+bool door_is_busy(struct door *door, int fd, uint32_t uid);
+
+/* Lines up a connection that somebody else accepted, and rings; returns 1 if it was turned away, or 0. */
+int door_line_up(struct door *door, int fd, uint32_t uid);
 
 #endif

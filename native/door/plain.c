@@ -6,6 +6,7 @@
 
 #define MAX_ID 9007199254740991ull /* as in broker/connections/requests.py */
 #define MAX_NAME 64u
+#define VERSION 1 /* as in broker/connections/operations.py */
 
 /* ---- reading ------------------------------------------------------------------------ */
 
@@ -94,6 +95,78 @@ bool plain_parse(const uint8_t *untrusted, size_t size, struct plain_request *re
     return slots == 1 && reader.at == reader.end;
 }
 
+static bool flag(struct reader *reader, bool *value)
+{
+    if (reader->at == reader->end || (*reader->at != 0xf4 && *reader->at != 0xf5))
+        return false;
+    *value = *reader->at++ == 0xf5;
+    return true;
+}
+
+/* Bytes or ASCII text without control characters, which stay in the message. */
+static bool span(struct reader *reader, unsigned int major, const uint8_t **at, uint64_t *size)
+{
+    if (!head(reader, major, size) || (size_t)(reader->end - reader->at) < *size)
+        return false;
+    *at = reader->at;
+    reader->at += *size;
+    for (uint64_t i = 0; major == 3 && i < *size; i++)
+        if ((*at)[i] < ' ' || (*at)[i] > '~')
+            return false;
+    return true;
+}
+
+/* One pair of the arguments; each may be there once, and `seen` says which were. */
+static bool hello_pair(struct reader *reader, struct plain_hello *hello, unsigned int *seen)
+{
+    static const char *const keys[] = {"version", "counters", "client", "session"};
+    const uint8_t *start = reader->at;
+    uint64_t value;
+    unsigned int which = 0;
+
+    while (which < 4 && !text(reader, keys[which])) {
+        reader->at = start;
+        which++;
+    }
+    if (which == 4 || (*seen & 1u << which))
+        return false;
+    *seen |= 1u << which;
+    switch (which) {
+    case 0:
+        return head(reader, 0, &value) && value == VERSION;
+    case 1:
+        return flag(reader, &hello->counts);
+    case 2:
+        if (!span(reader, 3, &hello->name, &value) || value > MAX_NAME)
+            return false;
+        hello->name_size = (size_t)value;
+        return true;
+    default:
+        return span(reader, 2, &hello->session, &value) && value == PLAIN_TOKEN_SIZE;
+    }
+}
+
+bool plain_parse_hello(const uint8_t *untrusted, size_t size, struct plain_hello *hello)
+{
+    struct reader reader = {untrusted, untrusted + size};
+    uint64_t pairs, args;
+    unsigned int seen = 0;
+
+    *hello = (struct plain_hello){0};
+    if (!head(&reader, 5, &pairs) || pairs != 3)
+        return false;
+    if (!text(&reader, "id") || !head(&reader, 0, &hello->id) || hello->id > MAX_ID)
+        return false;
+    if (!text(&reader, "op") || !text(&reader, "hello") || !text(&reader, "args"))
+        return false;
+    if (!head(&reader, 5, &args) || args > 4)
+        return false;
+    for (; args > 0; args--)
+        if (!hello_pair(&reader, hello, &seen))
+            return false;
+    return (seen & 1) != 0 && reader.at == reader.end;
+}
+
 /* ---- writing ------------------------------------------------------------------------ */
 
 struct writer {
@@ -173,5 +246,21 @@ size_t plain_reply(const struct plain_text *common, const struct plain_counts *c
     put_uint(&writer, "generation", slot->generation);
     put_bytes(&writer, "key", slot->key, sizeof(slot->key));
     put_bytes(&writer, "bind", slot->bind, sizeof(slot->bind));
+    return writer.full ? 0 : (size_t)(writer.at - out);
+}
+
+size_t plain_greet(const struct plain_welcome *welcome, uint64_t id, const uint8_t *token, uint8_t *out,
+                   size_t room)
+{
+    struct writer writer = {out, out + room, false};
+
+    put_head(&writer, 5, 2);
+    put_uint(&writer, "id", id);
+    put_text(&writer, "ok");
+    put_head(&writer, 5, welcome->pairs);
+    put(&writer, welcome->before, welcome->before_size);
+    if (token != NULL)
+        put_bytes(&writer, "token", token, PLAIN_TOKEN_SIZE);
+    put(&writer, welcome->behind, welcome->behind_size);
     return writer.full ? 0 : (size_t)(writer.at - out);
 }

@@ -184,7 +184,7 @@ static bool race_once(const struct race *race, uint64_t grant)
 static int race(const struct attendant_enclave *enclave, uint64_t count)
 {
     static struct attendant_cell cells[CELLS];
-    struct race race = {.attendant = attendant_new(cells, CELLS, true), .cells = cells};
+    struct race race = {.attendant = attendant_new(cells, CELLS, NULL, 0, true), .cells = cells};
     unsigned long given = 0;
     int pair[2];
 
@@ -206,7 +206,7 @@ int main(int argc, char **argv)
     static const uint8_t key[16] = {7};
     const uint8_t info[] = "\x64name\x65vault", rest[] = "\x65" "arena\x00";
     int file = memfd_create("fuzz", MFD_CLOEXEC), pair[2], descriptors, printed = 0;
-    struct attendant *attendant = attendant_new(cells, CELLS, false);
+    struct attendant *attendant = attendant_new(cells, CELLS, NULL, 0, false);
     struct attendant_enclave enclave = {
         .name = "vault", .name_size = 5, .info = info, .info_size = 11, .info_pairs = 1, .rest = rest,
         .rest_size = 7, .number = 3, .fd = file, .arena = file};

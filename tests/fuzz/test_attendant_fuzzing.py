@@ -12,13 +12,14 @@ from teemate import wire
 from teemate.broker.connections.requests import Arguments, Attach, parse_request
 
 DOOR = ROOT / "native" / "door"
+DOOR_PARTS = ("attendant", "door", "greet", "peer", "plain", "prompt", "seats", "shelves", "turn_away")
 
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("attendant") / "fuzz"
     sources = [Path(__file__).with_name("fuzz_attendant.c")]
-    sources += [DOOR / f"{name}.c" for name in ("attendant", "plain", "prompt")]
+    sources += [DOOR / f"{name}.c" for name in DOOR_PARTS]
     sources += [LIB / f"{name}.c" for name in ("hmac", "sha256")]
     compile_with_sanitizers([f"-I{DOOR}", *map(str, sources), "-lpthread", "-lm", "-o", str(program)])
     return program

@@ -58,6 +58,8 @@ class ModelledProcess:
     answered: list[Reply] = field(default_factory=list)
     revocations: list[dict[str, Any]] = field(default_factory=list)
     lost: bool = False
+    groups: bytes = b""
+    """As the kernel tells them (SO_PEERGROUPS)."""
 
     def __repr__(self) -> str:
         return f"<process {self.number}>"

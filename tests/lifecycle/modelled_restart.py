@@ -70,6 +70,7 @@ class ResumingProcess(ModelledProcess):
             self.say(0, "hello", {"version": 1, "session": self.shown})
         else:
             self.say(0, "hello", {"version": 1, "resume": shown})
+        self.waiting.pop(0, None)  # one that no broker answered
         self.waiting = {0: Reply("hello", {"resume": shown}), **self.waiting}
 
     def hear(self) -> list[Reply]:
@@ -272,7 +273,8 @@ class MortalWorld(World):
             self._stop = keeping.cancel_scope
             keeping.start_soon(service.run)
             await service.running.wait()
-            lib.attendant_mortal(service.attendant._native, self._attendant_lives)
+            lib.attendant_mortal(service.attendant.native, self._attendant_lives)
+            self._model_the_attendants_host()
             if not self.lives:
                 await self._add_enclave()
             if ENCLAVE in service.enclaves:

@@ -12,6 +12,7 @@ import contextlib
 import os
 import signal
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -24,7 +25,9 @@ from modelled_enclave import ModelledEnclave, ModelledWarden
 from modelled_process import Held, ModelledProcess
 
 from teemate import wire
+from teemate.broker._door import ffi, lib
 from teemate.broker.connections.attendant import Attendant
+from teemate.broker.connections.door import Caller, Door
 from teemate.broker.connections.identity import Identity, Peer
 from teemate.broker.enclaves.enclave import Enclave, EnclaveState
 from teemate.broker.policy.limits import Charge
@@ -82,8 +85,9 @@ class World:
         self.records: list[dict[str, Any]] = []
         self.revoking: dict[int, set[Held]] = {}
         """What revocations that were asked for take back, by the tag of the request."""
-        self.given = 0
-        """Most attaches that one broker answered without Python."""
+        self.given = self.greeted = 0
+        """Most attaches that one broker answered without Python, and most clients that it greeted so."""
+        self._tell_peer = ffi.callback("int(int, struct attendant_peer *)", self._identify_caller)
         self.clock = trio.testing.MockClock()
         self._started = threading.Event()
         self._failure: BaseException | None = None
@@ -106,8 +110,20 @@ class World:
     def _model_the_host(self, enter: Callable[[Any], object]) -> None:
         """Put what is modelled in the place of what the kernel would do, until :meth:`close`."""
         enter(mock.patch("teemate.broker.server.identify", self._identify))
+        enter(mock.patch("teemate.broker.connections.guests.peer_bytes", return_value=(b"", b"")))
+        enter(mock.patch("teemate.broker.connections.guests.cgroup_of", return_value="/"))
         enter(mock.patch.object(Attendant, "threaded", False))
+        take = Door.take
+
+        def take_modelled(door: Door, now: float) -> Caller | None:
+            caller = take(door, now)
+            return None if caller is None else Caller(caller.sock, self.process_at(caller.sock).uid)
+
+        enter(mock.patch.object(Door, "take", take_modelled))
         enter(mock.patch.object(signal, "pidfd_send_signal", self._send_signal))
+
+    def _model_the_attendants_host(self) -> None:
+        lib.attendant_model(self.service.attendant.native, self._tell_peer)
 
     # -- the loop ------------------------------------------------------------------------
 
@@ -129,6 +145,7 @@ class World:
             listener.listen(64)
             async with trio.open_nursery() as keeping:
                 await keeping.start(self.service.run)
+                self._model_the_attendants_host()
                 await self._add_enclave()
                 async with trio.open_nursery() as serving:
                     self._stop = serving.cancel_scope
@@ -154,7 +171,9 @@ class World:
             await trio.testing.wait_all_tasks_blocked()
             while self.service.attendant.step():  # its thread, in a step of its own
                 await trio.testing.wait_all_tasks_blocked()
-            self.given = max(self.given, self.service.attendant.statistics().given)
+            statistics = self.service.attendant.statistics()
+            self.given = max(self.given, statistics.given)
+            self.greeted = max(self.greeted, statistics.greeted)
             return result
 
         try:
@@ -190,12 +209,22 @@ class World:
 
     # -- what the kernel would do ----------------------------------------------------------
 
-    def start_process(self, uid: int) -> ModelledProcess:
-        """Start a process that connects."""
+    def new_process(self, uid: int) -> ModelledProcess:
+        """A process that has not connected yet."""
         process = self.process_type(len(self.processes), uid, self.enclave)
         self.processes[process.number] = process
+        return process
+
+    def start_process(self, uid: int) -> ModelledProcess:
+        """Start a process that connects."""
+        process = self.new_process(uid)
         self.step(lambda: process.connect(self._address))
         return process
+
+    def come(self, process: ModelledProcess) -> None:
+        """Let it connect and say at once what it wants, as our clients do."""
+        process.connect(self._address)
+        process.post("attach", enclave=ENCLAVE, slots=1)
 
     def reconnect(self, process: ModelledProcess) -> None:
         """Another connection of a process that closed its last."""
@@ -219,11 +248,23 @@ class World:
             pid=self.pid(process),
             uid=process.uid,
             gid=process.uid,
-            groups=frozenset(),
+            groups=frozenset(struct.unpack(f"{len(process.groups) // 4}I", process.groups)),
             label="",
             cgroup="/",
         )
         return Peer(identity=identity, pidfd=os.dup(process.pidfd))
+
+    def _identify_caller(self, fd: int, peer: Any) -> int:
+        """The same for the attendant, which has not asked Python."""
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            process = self.process_at(sock)
+        if process.ended:
+            return -1
+        peer.pid, peer.uid, peer.gid = self.pid(process), process.uid, process.uid
+        peer.pidfd, peer.started = os.dup(process.pidfd), process.number
+        peer.groups_size = len(process.groups)
+        ffi.memmove(peer.groups, process.groups, len(process.groups))
+        return 0
 
     def _send_signal(self, pidfd: int, number: int, *_: object) -> None:
         assert number == signal.SIGKILL

@@ -17,12 +17,12 @@ from typing import Any, cast
 from crowded_machine import Crowd
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule
-from lifecycle_machine import SLOTS
+from lifecycle_machine import PROCESSES, SLOTS
 from modelled_process import Held, ModelledProcess, Reply
 from modelled_restart import GRACE, MortalWorld, ResumingProcess
 from modelled_world import ENCLAVE, World
 
-__all__ = ["Restarts"]
+__all__ = ["Arrivals", "Restarts"]
 
 POINTS = 40
 """So many things can be seen of a broker in a turn, about."""
@@ -207,3 +207,18 @@ class Restarts(Crowd):
                 assert held.index in mortal.warden.troubled or not slot.opens(held.key), (
                     f"process {process.number} did not come back, and can enter slot {held.index}"
                 )
+
+
+class Arrivals(Restarts):
+    """And those who connect at that moment."""
+
+    @rule(points=st.integers(0, 8), everybody=st.booleans())
+    def the_broker_dies_while_somebody_comes(self, points: int, everybody: bool) -> None:
+        """Who may be greeted and given a grant before the broker knows of a client."""
+        if len(self.clients()) >= PROCESSES:
+            return
+        process = self.there.new_process(1000)
+        self.mortal.step(lambda: self.mortal.die_after(points))
+        self.mortal.step(lambda: self.there.come(process))
+        self.settle()
+        self.the_broker_dies(everybody)

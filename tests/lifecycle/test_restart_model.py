@@ -14,8 +14,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.errors import Flaky
 from hypothesis.stateful import run_state_machine_as_test
-from restart_machine import Restarts
+from restart_machine import Arrivals, Restarts
 
+from teemate.broker.restart.records import greeted_content
 from teemate.broker.restart.resumption import Resumption
 from teemate.broker.slots.table import SlotTable
 
@@ -29,7 +30,7 @@ LONG = pytest.mark.skipif(
     os.environ.get("TEEMATE_TEST_FULL") != "1", reason="takes long to find: TEEMATE_TEST_FULL=1 runs it"
 )
 
-TestRestarts = Restarts.TestCase
+TestRestarts = Arrivals.TestCase
 TestRestarts.settings = settings(QUIET, max_examples=RUNS or 20, derandomize=not RUNS)
 
 
@@ -81,6 +82,13 @@ def _the_suspended_are_waited_for_for_ever(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Resumption, "run", run)
 
 
+def _who_was_greeted_is_not_known_by_its_token(patch: pytest.MonkeyPatch) -> None:
+    def forget(*args: Any, **named: Any) -> Any:
+        return greeted_content(*args, **named) | {"tokens": []}
+
+    patch.setattr("teemate.broker.restart.cells.greeted_content", forget)
+
+
 def _what_the_suspended_hold_is_free(patch: pytest.MonkeyPatch) -> None:
     def restore(_self: SlotTable, _index: int, _uid: int, _grant: int, _withheld: str) -> None:
         pass
@@ -96,18 +104,20 @@ def _what_the_suspended_hold_is_free(patch: pytest.MonkeyPatch) -> None:
         pytest.param(_the_token_that_was_shown_is_forgotten, marks=LONG),
         _the_suspended_are_waited_for_for_ever,
         _what_the_suspended_hold_is_free,
+        pytest.param(_who_was_greeted_is_not_known_by_its_token, marks=LONG),
     ],
 )
 def test_the_model_check_finds_a_broker_with_a_mistake(
     mistake: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mistake(monkeypatch)
+    machine = Arrivals if mistake is _who_was_greeted_is_not_known_by_its_token else Restarts
     fast = settings(QUIET, max_examples=400, phases=[Phase.generate], derandomize=True)
     with warnings.catch_warnings():
         # What failed keeps its charges until it is collected.
         warnings.simplefilter("ignore", ResourceWarning)
         # A group when the broker trips over it itself; Flaky when it failed, and otherwise the second time.
         with pytest.raises((AssertionError, ExceptionGroup, Flaky)) as found:
-            run_state_machine_as_test(Restarts, settings=fast)
+            run_state_machine_as_test(machine, settings=fast)
         del found
         gc.collect()
