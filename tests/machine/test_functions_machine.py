@@ -30,6 +30,25 @@ CHOSEN = {
         "test_floats_are_computed_as_everywhere_else",
     ),
     "test_scrubbing.py": ("test_nothing_of_an_invocation_is_there_for_the_next",),
+    "test_function_keys.py": (
+        "test_what_is_put_is_got_listed_and_deleted",
+        "test_owners_keys_are_apart",
+        "test_nothing_is_there_without_a_grant",
+    ),
+    "test_sealed.py": (
+        "test_a_sealed_function_is_deployed_under_the_digest_of_what_it_is",
+        "test_a_key_in_the_place_of_the_enclaves_is_noticed",
+        "test_an_upload_cannot_be_sent_again",
+    ),
+    "test_streams.py": (
+        "test_more_than_any_buffer_goes_through",
+        "test_what_a_source_or_sink_raises_ends_the_invocation_and_comes_back[source]",
+    ),
+    "test_gateway_whole.py": (
+        "test_a_sealed_function_with_the_grant_keeps_what_is_posted",
+        "test_a_function_answers_while_its_body_comes",
+        "test_what_is_too_much_or_takes_too_long_is_refused_and_a_killed_worker_costs_its_own_requests",
+    ),
     "test_owners.py": (
         "test_functions_of_two_owners_know_nothing_of_each_other",
         "test_the_next_holder_of_a_slot_finds_nothing_of_the_last",
