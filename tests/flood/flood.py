@@ -16,9 +16,7 @@ attaches is their maximum.  Attackers are few, end by themselves, and are killed
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import os
 import resource
 import signal
@@ -28,13 +26,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 for _folder in ("", "broker"):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / _folder))
 
+import attack_figures  # noqa: E402
 from hostile import Lingering, send_with  # noqa: E402
 from images import Images  # noqa: E402
 from other_users import burner, child, cpu_time, p99, together  # noqa: E402
@@ -407,36 +406,37 @@ def run(attacks: list[str], seconds: float, attackers: int) -> list[Figures]:
     return figures
 
 
+HEADING = (
+    "attack      attaches control failed  p99 ms control  ratio    all  ratio  CPU s control broker"
+    "  victim waits ms  broker waits ms   MiB  fds  limits met"
+)
+
+
+def row(each: Figures) -> str:
+    victim, broker = (
+        f"{attack * 1000:7.2f} /{control * 1000:6.2f}"
+        for attack, control in (each.victim_waits, each.broker_waits)
+    )
+    return (
+        f"{each.attack:12}{each.attaches:8} {each.control_attaches:7} {each.victim_failures:6}"
+        f" {each.p99 * 1000:7.1f} {each.control_p99 * 1000:7.1f} {each.ratio:6.2f}"
+        f" {each.all_p99 * 1000:6.1f} {each.all_ratio:6.2f}"
+        f" {each.attackers_cpu:6.2f} {each.control_cpu:7.2f} {each.broker_cpu:6.2f}"
+        f"  {victim:>15}  {broker:>15}"
+        f" {each.rss_growth / (1 << 20):5.1f} {each.descriptors_left:4}  {each.refusals}"
+    )
+
+
 def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    attack_figures.main(
+        __doc__,
+        ATTACKS,
+        lambda given: run(given.attack, given.seconds, given.attackers),
+        HEADING,
+        row,
+        seconds=5.0,
+        words=words,
     )
-    parser.add_argument("--attack", choices=ATTACKS, action="append")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of attack, and of its control run")
-    parser.add_argument("--attackers", type=int, default=2, choices=range(1, 9))
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(words)
-    figures = run(options.attack or list(ATTACKS), options.seconds, options.attackers)
-    if options.json:
-        print(json.dumps([asdict(each) for each in figures]))
-        return
-    print(
-        "attack      attaches control failed  p99 ms control  ratio    all  ratio  CPU s control broker"
-        "  victim waits ms  broker waits ms   MiB  fds  limits met"
-    )
-    for each in figures:
-        victim, broker = (
-            f"{attack * 1000:7.2f} /{control * 1000:6.2f}"
-            for attack, control in (each.victim_waits, each.broker_waits)
-        )
-        print(
-            f"{each.attack:12}{each.attaches:8} {each.control_attaches:7} {each.victim_failures:6}"
-            f" {each.p99 * 1000:7.1f} {each.control_p99 * 1000:7.1f} {each.ratio:6.2f}"
-            f" {each.all_p99 * 1000:6.1f} {each.all_ratio:6.2f}"
-            f" {each.attackers_cpu:6.2f} {each.control_cpu:7.2f} {each.broker_cpu:6.2f}"
-            f"  {victim:>15}  {broker:>15}"
-            f" {each.rss_growth / (1 << 20):5.1f} {each.descriptors_left:4}  {each.refusals}"
-        )
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@
     tests/functions/neighbours.py [--attack NAME ...] [--seconds S] [--attackers N] [--weakened] [--json]
 
 For root.  Per attack: a victim invokes a small function again and again through one broker's enclave while
-attackers under other uids run hostile functions in it, then again while they burn as much CPU time outside
-(the control run); both take turns, a second each.  Printed are how many invocations there were and failed,
-the p99s and their ratio, and the attackers' CPU time in both.  A function costs its neighbours what it costs
-the machine, and no more: the ratio is to stay below 2.
+attackers under other uids run hostile functions in it, and again while they burn as much CPU time outside
+(the control run).  Both take turns of half a second, and turns at being first, so that what else goes on on
+the machine is in each.  Printed are how many invocations there were and failed, the p99s of all turns
+together and their ratio, the median of the single turns' ratios (which a disturbed turn does not move), and
+the attackers' CPU time in both.  A function costs its neighbours what it costs the machine, and no more: the
+ratio is to stay below 2.  All attacks take three minutes.
 
 With --weakened the enclave lets one invocation run at a time (a test build), which is what neighbours in one
 engine could come to: the ratio then has to go far beyond, or the measurement proves nothing.
@@ -15,22 +17,22 @@ engine could come to: the ratio then has to go far beyond, or the measurement pr
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import signal
+import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+import attack_figures
 import modules as wasm
 from function_enclaves import installed, weakened
 from images import Images
@@ -52,8 +54,8 @@ slots_per_client = 1
 [[enclave.attach]]
 uid = "*"
 """
-SLICE = 1.0
-"""Seconds of attack before as many of its control run."""
+SLICE = 0.5
+"""Seconds of a turn."""
 
 Attack = Callable[[Functions, Callable[[], bool], Counter[str]], None]
 
@@ -71,6 +73,8 @@ class Figures:
     p99: float
     control_p99: float
     ratio: float
+    turns_ratio: float
+    """The median over turns, each of attack and control."""
     attackers_cpu: float
     control_cpu: float
     ends: dict[str, int]
@@ -191,55 +195,88 @@ def _victim(path: str, seconds: float) -> dict[str, Any]:
 
 @dataclass
 class _Slices:
-    times: list[float] = field(default_factory=list)
+    """What the slices of one kind have come to."""
+
+    times: list[list[float]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     cpu: float = 0.0
 
     def run(self, path: str, length: float, others: list[tuple[int, int]]) -> list[dict[str, Any]]:
         victim, *results = together([child(lambda: _victim(path, length), VICTIM), *others])
-        self.times += victim.get("times", [])
+        self.times.append(victim.get("times", []))
         self.failures += victim.get("failures", ["ended"])
         self.cpu += sum(result.get("cpu", 0.0) for result in results)
         return results
 
+    @property
+    def all(self) -> list[float]:
+        return [time for slice_ in self.times for time in slice_]
+
+
+class _Measurement:
+    """One attack and its control run, by turns."""
+
+    def __init__(self, path: str, name: str, attackers: int, length: float) -> None:
+        self._path = path
+        self._name = name
+        self._length = length
+        self._uids = range(FIRST_ATTACKER, FIRST_ATTACKER + attackers)
+        self._owed = [0.0] * attackers
+        """CPU seconds that each attacker has had, and its burner has not yet."""
+        self.attack, self.control = _Slices(), _Slices()
+        self.ends: Counter[str] = Counter()
+
+    def turn(self, *, attack_first: bool) -> None:
+        if attack_first:
+            self._attack()
+            self._control(ahead=0.0)
+        else:  # the attack will burn what it has burnt on average
+            self._control(ahead=self.attack.cpu / len(self.attack.times) / len(self._uids))
+            self._attack()
+
+    def _attack(self) -> None:
+        path, name, length = self._path, self._name, self._length
+        under = [child(lambda: _attacker(name, path, length), uid) for uid in self._uids]
+        for number, result in enumerate(self.attack.run(path, length, under)):
+            self.ends.update(result.get("ends", {"attacker ended": 1}))
+            self._owed[number] += float(result.get("cpu", 0.0))
+
+    def _control(self, ahead: float) -> None:
+        length = self._length
+        beside = [
+            child(lambda owed=owed: burner(max(0.0, owed + ahead), length), uid)  # type: ignore[misc]
+            for uid, owed in zip(self._uids, self._owed, strict=True)
+        ]
+        for number, result in enumerate(self.control.run(self._path, length, beside)):
+            self._owed[number] -= float(result.get("cpu", 0.0))
+
 
 def measure(running: RunningBroker, name: str, seconds: float, attackers: int) -> Figures:
-    """One attack and its control run, a slice of each after the other."""
-    path = running.socket
-    slices = max(1, round(seconds / SLICE))
-    length = seconds / slices
-    attack, control = _Slices(), _Slices()
-    ends: Counter[str] = Counter()
-    uids = range(FIRST_ATTACKER, FIRST_ATTACKER + attackers)
-    for _ in range(slices):
-        under = [child(lambda: _attacker(name, path, length), uid) for uid in uids]
-        results = attack.run(path, length, under)
-        for result in results:
-            ends.update(result.get("ends", {"attacker ended": 1}))
-        shares = [float(result.get("cpu", 0.0)) for result in results]
-        control.run(
-            path,
-            length,
-            [
-                child(lambda share=share: burner(share, length), uid)  # type: ignore[misc]
-                for uid, share in zip(uids, shares, strict=True)
-            ],
-        )
-    for failure in (attack.failures + control.failures)[:3]:
+    """One attack and its control run, a turn of each after the other."""
+    turns = max(1, round(seconds / SLICE))
+    it = _Measurement(running.socket, name, attackers, seconds / turns)
+    for number in range(turns):
+        it.turn(attack_first=number % 2 == 0)
+    attack, control = it.attack.all, it.control.all
+    failures = it.attack.failures + it.control.failures
+    for failure in failures[:3]:
         print(f"{name}: victim: {failure}", file=sys.stderr)
     return Figures(
         attack=name,
-        invocations=len(attack.times),
-        control_invocations=len(control.times),
-        failures=len(attack.failures) + len(control.failures),
-        p50=sorted(attack.times)[len(attack.times) // 2],
-        control_p50=sorted(control.times)[len(control.times) // 2],
-        p99=p99(attack.times),
-        control_p99=p99(control.times),
-        ratio=p99(attack.times) / p99(control.times),
-        attackers_cpu=attack.cpu,
-        control_cpu=control.cpu,
-        ends=dict(ends),
+        invocations=len(attack),
+        control_invocations=len(control),
+        failures=len(failures),
+        p50=sorted(attack)[len(attack) // 2],
+        control_p50=sorted(control)[len(control) // 2],
+        p99=p99(attack),
+        control_p99=p99(control),
+        ratio=p99(attack) / p99(control),
+        turns_ratio=statistics.median(
+            p99(one) / p99(other) for one, other in zip(it.attack.times, it.control.times, strict=True)
+        ),
+        attackers_cpu=it.attack.cpu,
+        control_cpu=it.control.cpu,
+        ends=dict(it.ends),
     )
 
 
@@ -257,31 +294,32 @@ def run(attacks: list[str], seconds: float, attackers: int, *, weak: bool = Fals
             return [measure(running, name, seconds, attackers) for name in attacks]
 
 
+HEADING = (
+    "attack      invocations control failed   p50 us control   p99 us control  ratio  turns"
+    "  CPU s control  ended"
+)
+
+
+def row(each: Figures) -> str:
+    return (
+        f"{each.attack:12}{each.invocations:11} {each.control_invocations:7} {each.failures:6}"
+        f" {each.p50 * 1e6:8.0f} {each.control_p50 * 1e6:7.0f} {each.p99 * 1e6:8.0f}"
+        f" {each.control_p99 * 1e6:7.0f} {each.ratio:6.2f} {each.turns_ratio:6.2f}"
+        f" {each.attackers_cpu:6.2f} {each.control_cpu:7.2f}  {each.ends}"
+    )
+
+
 def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    attack_figures.main(
+        __doc__,
+        ATTACKS,
+        lambda given: run(given.attack, given.seconds, given.attackers, weak=given.weakened),
+        HEADING,
+        row,
+        seconds=6.0,
+        flags=["--weakened"],
+        words=words,
     )
-    parser.add_argument("--attack", choices=ATTACKS, action="append")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of attack, and of its control run")
-    parser.add_argument("--attackers", type=int, default=2, choices=range(1, 9))
-    parser.add_argument("--weakened", action="store_true")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(words)
-    figures = run(options.attack or list(ATTACKS), options.seconds, options.attackers, weak=options.weakened)
-    if options.json:
-        print(json.dumps([asdict(each) for each in figures]))
-        return
-    print(
-        "attack      invocations control failed   p50 us control   p99 us control  ratio"
-        "  CPU s control  ended"
-    )
-    for each in figures:
-        print(
-            f"{each.attack:12}{each.invocations:11} {each.control_invocations:7} {each.failures:6}"
-            f" {each.p50 * 1e6:8.0f} {each.control_p50 * 1e6:7.0f} {each.p99 * 1e6:8.0f}"
-            f" {each.control_p99 * 1e6:7.0f} {each.ratio:6.2f}"
-            f" {each.attackers_cpu:6.2f} {each.control_cpu:7.2f}  {each.ends}"
-        )
 
 
 if __name__ == "__main__":
