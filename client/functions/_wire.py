@@ -218,6 +218,8 @@ def infos(reply: bytes) -> Iterator[FunctionInfo]:
         )
         memory, most_fuel, time, output, length, flags, _ = rest
         at += _INFO.size + length
+        if at > len(reply):
+            raise ProtocolError("the enclave's reply ends within a function's name")
         yield FunctionInfo(
             name=reply[at - length : at].decode(errors="replace"),
             owner=owner.hex(),
@@ -235,15 +237,22 @@ def infos(reply: bytes) -> Iterator[FunctionInfo]:
 
 def info(reply: bytes) -> FunctionInfo:
     """Return the one function that a reply tells of."""
-    return next(infos(reply))
+    told = [*infos(reply)]
+    if len(told) != 1:
+        raise ProtocolError(f"the enclave's reply tells of {len(told)} functions, and of one was asked")
+    return told[0]
 
 
 def log_entries(reply: bytes) -> Iterator[FunctionLog]:
     """Yield what was logged, the oldest first."""
     at = 0
     while at < len(reply):
+        if len(reply) - at < _LOG.size:
+            raise ProtocolError("the enclave's reply ends within a log's head")
         number, time, status, limit, code, length, dropped = _LOG.unpack_from(reply, at)
         at += _LOG.size + length
+        if at > len(reply):
+            raise ProtocolError("the enclave's reply ends within a log")
         yield FunctionLog(
             invocation=number,
             time=time / 1e9,
@@ -257,6 +266,8 @@ def log_entries(reply: bytes) -> Iterator[FunctionLog]:
 
 def usage(reply: bytes) -> FunctionUsage:
     """Return what a reply tells of the caller's functions."""
+    if len(reply) != _USAGE.size:
+        raise ProtocolError(f"the enclave's reply about its use has {len(reply)} bytes")
     functions, size, maximum, heap, used, owned, keys, keys_size, keys_maximum, ready = _USAGE.unpack(reply)
     return FunctionUsage(
         functions=functions,
@@ -286,6 +297,8 @@ def _result(reply: bytes) -> _Result:
         raise ProtocolError(f"the enclave's reply to an invocation has {len(reply)} bytes")
     limit, exit_code, maximum, fuel, _, text, out, _, _ = _RESULT.unpack_from(reply)
     middle = _RESULT.size + text
+    if middle + out > len(reply):
+        raise ProtocolError("the enclave's reply to an invocation ends within its text or its result")
     name = LIMITS[limit] if limit < len(LIMITS) else str(limit)
     return _Result(name, exit_code, maximum, fuel, reply[_RESULT.size : middle], reply[middle : middle + out])
 
