@@ -25,13 +25,15 @@ from teemate.bench._rows import Result, Row, Series, measured, plain
 from teemate.bench._setting import MIB, Setting
 from teemate.demo._memory import children, pss_outside
 from teemate.demo._prepare import ENCLAVE
-from teemate.errors import InternalError, Unsupported
+from teemate.errors import BuildFailed, InternalError, Unsupported
+from teemate.wasm import build_module, find_compiler
 
-__all__ = ["bench_functions"]
+__all__ = ["bench_functions", "functions_lack"]
 
 PROGRAM = Path(__file__).resolve().parents[1] / "libexec" / "teemate-function"
 """There when the C library was built."""
 _EXAMPLES = Path(__file__).resolve().parents[1] / "native" / "examples" / "functions"
+_IMAGE = Path(__file__).resolve().parents[1] / "images" / "functions.sgxs"
 _EXAMPLE = "sha256"
 _PAYLOAD = b"what a function is given to start with"
 _NOTHING = bytes.fromhex(
@@ -53,6 +55,19 @@ class _Function(NamedTuple):
 
     module: Path
     native: Path | None
+
+
+def functions_lack() -> str:
+    """Return what the benchmark needs that is not there, or nothing."""
+    if not PROGRAM.is_file():
+        return "the C program was not built, since libcbor is missing"
+    if not _IMAGE.is_file():
+        return "their enclave was not built, since there was no cargo"
+    try:
+        find_compiler()
+    except BuildFailed:
+        return "their compiler is missing: pip install 'teemate[fn]'"
+    return ""
 
 
 def bench_functions(setting: Setting) -> Result:
@@ -118,8 +133,6 @@ class _Sides:
 
 
 def _build(setting: Setting, folder: Path) -> _Function:
-    from teemate.wasm import build_module
-
     source = _EXAMPLES / f"{_EXAMPLE}.c"
     setting.listener.phase(f"compiling the example {_EXAMPLE}")
     module = build_module([source], folder / f"{_EXAMPLE}.wasm").path

@@ -15,7 +15,7 @@ from teemate.bench._churn import bench_churn
 from teemate.bench._container import bench_container
 from teemate.bench._db import bench_db
 from teemate.bench._floor import bench_floor, hash_rate
-from teemate.bench._functions import bench_functions
+from teemate.bench._functions import bench_functions, functions_lack
 from teemate.bench._measured import Listener
 from teemate.bench._memory import bench_memory
 from teemate.bench._rows import Result, Row
@@ -36,7 +36,7 @@ _SINGLE: dict[str, Callable[[Setting], Result]] = {
     "container": bench_container,
 }
 BENCHES = (*_SINGLE, "all")
-_QUICK = ("attach", "call", "memory", "scale")
+_QUICK = ("attach", "call", "memory", "scale", "functions")
 """What has the figures with targets, besides `hash_rate`; the database's would take as long again."""
 _ALL = (*_QUICK, "churn", "db", "floor")
 
@@ -77,6 +77,9 @@ def _everything(setting: Setting) -> Result:
     """Run all; a floor that several measured is told as it was where it was first compared with."""
     rows: dict[str, Row] = {}
     for name in _QUICK if setting.quick else _ALL:
+        if name == "functions" and (lacking := functions_lack()):
+            setting.listener.phase(f"functions are left out: {lacking}")
+            continue
         for row in _SINGLE[name](setting).rows:
             rows.setdefault(row.figure, row)
     if setting.quick:

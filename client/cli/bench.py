@@ -27,7 +27,7 @@ _MEASURED = {
     "db": "A database: opened, in memory and at work; in a shared enclave, in one each, and in none.",
     "functions": "A function: cold, warm, and many; in a shared enclave, in one each, and in none.",
     "container": "From the start of a container to its first reply from inside (root, runc).",
-    "all": "All but functions and containers; with --quick attach, call, memory and scale, in a minute.",
+    "all": "All but containers; with --quick attach, call, memory, scale and functions, in a minute.",
 }
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,10 @@ def tiny(name: str, *, quick: bool = True, scale: float = 0.02, **more: object) 
 
 @pytest.fixture(scope="module")
 def everything() -> Report:
-    return tiny("all")
+    """All but functions, which have a test of their own."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("teemate.bench._run.functions_lack", lambda: "not here")
+        return tiny("all")
 
 
 def number_of(row: Row) -> float:
@@ -68,6 +72,31 @@ def test_every_figure_with_a_target_is_measured(everything: Report) -> None:
     # Of a tiny crowd the figure has the crowd's number.
     assert set(TARGETS) - OF_CHURN - OF_DB - OF_FUNCTIONS - missing - {AT_1024} <= figures
     assert any(figure.startswith("attach_at_") for figure in figures)
+
+
+@pytest.mark.parametrize("lack", ["", "their compiler is missing"])
+def test_functions_are_measured_with_all_where_they_can_be_and_else_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, lack: str
+) -> None:
+    class Told(Silence):
+        def __init__(self) -> None:
+            self.phases: list[str] = []
+
+        def phase(self, text: str, total: int = 0) -> None:
+            self.phases.append(text)
+
+    def played(name: str) -> Callable[[object], Result]:
+        return lambda _: Result((plain(name, 1, "s"),))
+
+    listener = Told()
+    monkeypatch.setattr("teemate.bench._run._SINGLE", {name: played(name) for name in BENCHES})
+    monkeypatch.setattr("teemate.bench._run.hash_rate", lambda _: ())
+    monkeypatch.setattr("teemate.bench._run.functions_lack", lambda: lack)
+    figures = by_figure(run_bench("all", listener, backend=BACKEND, quick=True))
+    assert ("functions" in figures) == (not lack)
+    assert [text for text in listener.phases if "left out" in text] == (
+        [f"functions are left out: {lack}"] if lack else []
+    )
 
 
 def test_each_figure_is_there_once_and_what_it_is_compared_with_as_well(everything: Report) -> None:
