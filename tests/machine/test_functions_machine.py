@@ -36,10 +36,6 @@ CHOSEN = {
         "test_nothing_is_there_without_a_grant",
     ),
     "test_sealed.py": ("test_an_offer_is_for_its_slot_and_its_owner",),
-    "test_streams.py": (
-        "test_more_than_any_buffer_goes_through",
-        "test_what_a_source_or_sink_raises_ends_the_invocation_and_comes_back[source]",
-    ),
     "test_gateway_whole.py": (
         "test_a_sealed_function_with_the_grant_keeps_what_is_posted",
         "test_a_function_answers_while_its_body_comes",
