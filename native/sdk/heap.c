@@ -7,7 +7,7 @@
 #include "heap.h"
 
 #define EXACT_LOOKS 8u
-#define AROUND 16384u /* a part of the 64 KiB that Linux takes, since nothing says where these begin */
+#define AROUND 16384u /* a part of the 64 KiB that Linux takes, aligned as these are */
 
 struct heap heap;
 
@@ -158,10 +158,8 @@ static void clear(uint8_t *start, size_t size)
     (void)start, (void)size;
     return;
 #endif
-    for (size_t at = 0; size >= AROUND && at < size; at += AROUND)
-        (void)*(volatile uint8_t *)(start + at);
-    if (size >= AROUND)
-        (void)*(volatile uint8_t *)(start + size - 1);
+    for (uint64_t at = (uint64_t)start, end = at + size; size >= AROUND && at < end; at = (at | (AROUND - 1)) + 1)
+        (void)*(volatile uint8_t *)at;
     memset(start, 0, size);
 }
 
