@@ -248,7 +248,10 @@ class Reclaimer:
         key = enclave.slot_keys[index]
         if enclave.warden is not None:
             key = self._next_key(enclave, index)
-            reply = await enclave.warden.control(ControlOp.ARM, index, generation=key.generation, key=key.key)
+            hurry = enclave.slots.somebody_waits
+            reply = await enclave.warden.control(
+                ControlOp.ARM, index, generation=key.generation, argument=hurry, key=key.key
+            )
             require_done(reply, RenewStep.ARM)
         self._armed(enclave, index, key)
 

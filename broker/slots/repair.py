@@ -72,7 +72,9 @@ async def renew_slot(
     """Repair one slot, and arm it with `key` when it was left clean; raises what :func:`repair_slot` does."""
     warden = _warden(enclave)
     generation = enclave.slot_keys[index].generation
-    reply = await warden.renew(index, generation, key, holder_dead=holder_dead)
+    reply = await warden.renew(
+        index, generation, key, holder_dead=holder_dead, hurry=enclave.slots.somebody_waits
+    )
     if reply.step is RenewStep.REPAIR:
         return await _scrub(warden, enclave, index, reply, log)
     require_done(reply, reply.step)

@@ -145,6 +145,11 @@ class SlotTable:
         """Slots that the warden works on."""
         return self._counts[SlotState.ARMING]
 
+    @property
+    def somebody_waits(self) -> bool:
+        """Whether a slot that comes free goes to somebody at once."""
+        return bool(self._queues)
+
     # -- asking ----------------------------------------------------------------
 
     def request(self, uid: int, grant: int, count: int) -> Ticket:

@@ -259,8 +259,12 @@ class Warden:
 
         return await self._request(WardenOp.REPAIR, body)
 
-    async def renew(self, slot: int, generation: int, key: SlotKey, *, holder_dead: bool) -> WardenReply:
+    async def renew(
+        self, slot: int, generation: int, key: SlotKey, *, holder_dead: bool, hurry: bool = False
+    ) -> WardenReply:
         """CLEAR, REPAIR, RESET and ARM in one request, until one of them fails or has something to tell.
+
+        In a `hurry` the image makes nothing ready in the slot.
 
         The reply is that of the last `step`: of ARM when the slot has `key` now; of REPAIR, with status 0,
         when something was undone, and RESET and ARM are still to be asked for.  A step that fails does so as
@@ -272,7 +276,7 @@ class Warden:
             return renew_body(
                 control(ControlOp.CLEAR, slot, generation=generation),
                 control(ControlOp.RESET, slot),
-                control(ControlOp.ARM, slot, generation=key.generation, key=key.key),
+                control(ControlOp.ARM, slot, generation=key.generation, argument=hurry, key=key.key),
                 holder_dead=holder_dead,
             )
 

@@ -285,7 +285,8 @@ enum tm_control_op {
      * are applied, the image's tm_on_start() runs.  Again with the same key: OK.
      * Result: the image header, as the enclave itself has it. */
     TM_CTL_SET_KEY = 1,
-    /* Write key and generation into a free slot; tm_on_slot_armed() may run then.  MAC. */
+    /* Write key and generation into a free slot.  Then tm_on_slot_armed() may run, unless `argument` is 1: somebody
+     * waits for the slot.  MAC. */
     TM_CTL_ARM = 2,
     /* Take the key of generation `generation` away; result: the slot word.  MAC. */
     TM_CTL_CLEAR = 3,

@@ -166,7 +166,7 @@ static int64_t arm_ready(struct thread *self, uint64_t cssa, struct thread *thre
         return status;
     if (thread->half_ready)
         forget_half(thread);
-    else if (!again && !cssa && self->fixed.index < TM_WARDEN_SLOTS)
+    else if (!again && !request->argument && !cssa && self->fixed.index < TM_WARDEN_SLOTS)
         make_ready(self, thread); /* author's code wants a stack of its own */
     return 0;
 }

@@ -97,8 +97,8 @@ int tm_on_start(void);
 void tm_on_slot_reset(uint32_t slot);
 /*
  * Define this to make something ready in a slot that waits for its next holder, whoever that will be; it returns
- * whether it has touched anything of the slot's.  It runs on a warden's thread while nobody waits for it but the
- * broker, so it must not take long (milliseconds), and must wait for no lock that others keep.  What it allocates and
+ * whether it has touched anything of the slot's.  It runs on a warden's thread, while nobody waits for the slot but
+ * perhaps for the warden, so it must not take long (milliseconds), and must wait for no lock that others keep.  What it allocates and
  * tm_slot_data() are the slot's, and tm_caller() says which; there is no identity yet.  No OCALLs.  It may be killed
  * at any instruction: then tm_slot_data() is zeroes again, tm_on_slot_reset() is called, and what it allocated is
  * freed when the slot is next scrubbed.

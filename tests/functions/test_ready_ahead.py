@@ -57,13 +57,14 @@ class Slots:
         self.holder: Holder | None = None
         self.carol = owner(gate, onlooker, CAROL)
 
-    def free(self) -> None:
+    def free(self, *, waited_for: bool = False) -> None:
         """Take it back from whoever has it, and arm it again."""
         if self.holder is not None:
             self.gate.release(self.holder)
         self.generation += 1
         self.key = bytes([self.generation % 255 + 1]) * 16
-        assert self.gate.control(ARM, self.slot, generation=self.generation, key=self.key).status == OK
+        fields = {"generation": self.generation, "argument": int(waited_for), "key": self.key}
+        assert self.gate.control(ARM, self.slot, **fields).status == OK
 
     def take(self, uid: int) -> Holder:
         """Its next holder."""
@@ -135,6 +136,17 @@ def test_what_has_not_started_for_a_minute_is_not_made_ready(gate: Gate) -> None
     slots.take(ALICE)
     assert gate.control(TIME, argument=1_061 * SECOND).status == OK
     slots.free()
+    assert slots.ready == 0
+
+
+def test_nothing_is_made_ready_while_somebody_waits_for_the_slot(gate: Gate) -> None:
+    slots = Slots(gate)
+    deploy(slots, ALICE, "hello")
+    slots.starts(ALICE, "hello")
+    slots.free()
+    assert slots.ready > 0
+    slots.take(ALICE)
+    slots.free(waited_for=True)
     assert slots.ready == 0
 
 

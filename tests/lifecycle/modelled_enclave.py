@@ -188,6 +188,8 @@ class ModelledWarden:
         self.steps_done = 0
         """Of a renewal that fails: so many of its steps were done before."""
         self.hang = 0.0
+        self.hurried: list[bool] = []
+        """Of each renewal: whether somebody waited for the slot."""
         self.gone = ""
         """Set: the EPC is empty, with this reason."""
         self.troubled: set[int] = set()
@@ -239,8 +241,11 @@ class ModelledWarden:
         status = target.repair(generation, holder_dead=holder_dead)
         return _reply(target, status, entered=status != EBUSY, found=found)
 
-    async def renew(self, slot: int, generation: int, key: SlotKey, *, holder_dead: bool) -> WardenReply:
+    async def renew(
+        self, slot: int, generation: int, key: SlotKey, *, holder_dead: bool, hurry: bool = False
+    ) -> WardenReply:
         """CLEAR, REPAIR, RESET and ARM, one after the other."""
+        self.hurried.append(hurry)
         try:
             target = await self._turn(slot)
         except EnclaveGoneError:

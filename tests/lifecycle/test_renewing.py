@@ -63,6 +63,19 @@ def test_a_slot_that_comes_back_clean_takes_one_request(world: World, holder: Mo
     assert world.broker_enclave.slots.slots[index].state in READY
 
 
+def test_a_slot_that_somebody_waits_for_is_renewed_in_a_hurry(world: World, holder: ModelledProcess) -> None:
+    (grant, index, _), _ = attach(world, holder), attach(world, holder)
+    give_back(world, holder, grant, index)
+    assert world.warden.hurried == [False]
+    grant, index, _ = attach(world, holder)
+    world.step(lambda: holder.post("attach", enclave=ENCLAVE, slots=1, wait=30))
+    waits = holder.waiting[max(holder.waiting)]
+    give_back(world, holder, grant, index)
+    assert world.warden.hurried == [False, True]
+    holder.hear()
+    assert waits.ok is not None
+
+
 def test_a_slot_that_comes_back_with_a_call_in_it_is_undone_step_by_step_and_told(
     world: World, holder: ModelledProcess
 ) -> None:
