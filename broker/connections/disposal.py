@@ -152,9 +152,14 @@ class Disposal:
         if fds:
             self._drop_sockets(fds, None)
 
+    @property
+    def is_caught_up(self) -> bool:
+        """Whether few enough sockets are left to get rid of."""
+        return self._pending_sockets <= _PENDING_ENOUGH
+
     async def caught_up(self) -> None:
-        """Wait until few enough sockets are left to get rid of."""
-        while self._pending_sockets > _PENDING_ENOUGH:
+        """Wait until that is so."""
+        while not self.is_caught_up:
             await self._progress.wait()
 
     async def room_for(self, account: Account) -> None:

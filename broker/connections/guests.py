@@ -47,7 +47,9 @@ __all__ = ["Guests"]
 _EACH = 4
 """Places of one guest."""
 _GUESTS = PLACES // _EACH
-_EXPECTED = 10.0
+_OF_ONE_USER = 4
+"""Guests; else one could have all others' places by coming in many groups."""
+_EXPECTED = 60.0
 """Seconds after its last visit in which a guest may come again."""
 _COST = CONNECTION_COST + 2
 """Tokens: the connection, its hello, and what it asks for."""
@@ -162,9 +164,12 @@ class Guests:
         known = peer_bytes(connection.socket)
         if known is None:
             return None
-        while len(self._guests) >= _GUESTS:
-            self._dismiss(next(iter(self._guests.values())))
         client = connection.client
+        mine = [guest for guest in self._guests.values() if guest.account is client.account]
+        if len(mine) >= _OF_ONE_USER:
+            self._dismiss(mine[0])
+        elif len(self._guests) >= _GUESTS:
+            self._dismiss(next(iter(self._guests.values())))
         guest = self._guests[key] = _Guest(client.identity, client.account, *known)
         return guest
 
@@ -173,9 +178,15 @@ class Guests:
     def restock(self) -> None:
         """Keep as many places for those who came as they may have now."""
         short, self._short = self._short, set()
-        for guest in short:
-            if guest in self._guests.values():
+        for key, guest in list(self._guests.items()):
+            if guest not in short:
+                continue
+            self._guests.move_to_end(key)  # who did not come for longest has to make room
+            try:
                 self._fill(guest)
+            except Exception as error:
+                self._service.log.exception("internal error", task="guests", exc_info=error)
+                self._dismiss(guest)
 
     def _fill(self, guest: _Guest) -> None:
         if not self._may_come():
@@ -192,6 +203,7 @@ class Guests:
             ahead = account.ahead + 1
             if (
                 account.exhausted(Resource.REQUESTS, 2)
+                or account.exhausted(Resource.DESCRIPTORS_RECEIVED)
                 or account.exhausted(Resource.CONNECTIONS, account.places + 1)
                 or any(account.exhausted(resource, ahead * each) for resource, each in GIVEN_AHEAD.items())
                 or not all(self._attendant.has_room(shelf, account.uid, ahead) for shelf in shelves)
@@ -218,6 +230,7 @@ class Guests:
             and self._attendant.native != ffi.NULL
             and bool(service.policy.broker.ahead)
             and not service.leaving
+            and service.disposal.is_caught_up
             and len(service.reclaimer.left_behind) <= _BARRED
         )
 
@@ -306,7 +319,9 @@ class Guests:
         if service.monitoring.viewers:
             service.monitoring.received(connection, bytes(greeting.hello[0 : greeting.hello_size]), ())
             service.monitoring.sent(connection, bytes(greeting.reply[0 : greeting.reply_size]), ())
-        if greeting.unsent:
+        unsent = greeting.unsent
+        ffi.buffer(greeting)[:] = bytes(ffi.sizeof(greeting[0]))  # there was a token in it
+        if unsent:
             service.log.warning("cannot send", client=client.number, reason="the socket does not take it")
             connection.close()
         return connection

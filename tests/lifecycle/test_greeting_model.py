@@ -251,7 +251,7 @@ def test_a_policy_that_is_read_again_ends_the_places(world: MortalWorld) -> None
 
 def test_who_does_not_come_again_is_expected_no_more(world: MortalWorld) -> None:
     assert world.service.attendant.statistics().places
-    world.pass_time(25)
+    world.pass_time(125)
     assert not world.service.attendant.statistics().places
     assert not lib.attendant_listens(world.service.attendant.native)
 
@@ -268,3 +268,24 @@ def test_a_process_that_left_slots_behind_is_not_greeted_without_python(world: M
     grant, _index, _key = granted(come(world, new_process(world)))
     assert greeted(world) == 2, "another one is"
     assert grant in world.service.grants
+
+
+def test_a_user_in_many_groups_takes_no_place_from_others(
+    world: MortalWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def places_of_another() -> int:
+        for group in range(20):
+            for _ in range(2):
+                process = new_process(world, 1000, struct.pack("I", group))
+                world.reconnect(process)
+                process.hear()
+                world.step(process.end)
+        return world.service.ledger.account(1001).places
+
+    for _ in range(2):
+        other = world.start_process(1001)
+        other.hear()
+        world.step(other.end)
+    assert places_of_another()
+    monkeypatch.setattr("teemate.broker.connections.guests._OF_ONE_USER", 100)
+    assert not places_of_another(), "the control: else it could"
