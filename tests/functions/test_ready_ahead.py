@@ -20,7 +20,7 @@ from function_enclaves import (
     owner,
     weakened,
 )
-from gate import ARM, CONTROL, LANDED, PAUSED, PROBE, REINIT, REWRITE, TIME, address
+from gate import ARM, CONTROL, LANDED, LEFT, PAUSED, PROBE, REINIT, REWRITE, TIME, address
 from images import BuiltImage, Images
 
 import teemate
@@ -30,6 +30,8 @@ from teemate.functions import _wire as wire
 
 ALICE, BOB, CAROL = 1001, 1002, 1003
 SECOND = 1_000_000_000
+UNDEFINED = 6
+"""UD2: the SDK's tm_panic()."""
 HELLO = wasm.printing(b"hello")
 
 
@@ -239,14 +241,12 @@ def troubled(images: Images, tmp_path_factory: pytest.TempPathFactory) -> BuiltI
     return weakened(images, folder, "TM_TEST_READY_TROUBLE", slots=20, heap=16 << 20)
 
 
-GIVES_UP, HANGS, WELL = range(3)
+GIVES_UP, FAULTS, HANGS, WELL = range(4)
 
 
 def of_length(module: bytes, rest: int = WELL) -> bytes:
-    """A module whose length leaves this rest when it is divided by 3."""
-    while len(module) % 3 != rest:
-        module += wasm.section(0, wasm.name("x" * (len(module) % 2)))
-    return module
+    """A module whose length leaves this rest when it is divided by 4."""
+    return module + wasm.section(0, wasm.name("x" * ((rest - len(module) - 3) % 4)))
 
 
 def test_all_that_is_ready_is_an_eighth_of_the_heap_at_most(troubled: BuiltImage) -> None:
@@ -311,14 +311,17 @@ def repair_warden(gate: Gate, broken: int) -> None:
     assert gate.control(REINIT, broken, tcs=1 - broken).status == OK
 
 
-def test_a_warden_that_is_killed_in_there_leaves_the_slot_sound_and_cold(troubled: BuiltImage) -> None:
+@pytest.mark.parametrize("trouble", [FAULTS, HANGS], ids=["faults", "is killed"])
+def test_a_warden_that_ends_in_there_leaves_the_slot_sound_and_cold(
+    troubled: BuiltImage, trouble: int
+) -> None:
     with Gate(troubled) as gate:
         slots = Slots(gate)
-        deploy(slots, ALICE, "hangs", of_length(HELLO, HANGS))
-        slots.starts(ALICE, "hangs", times=1)
+        deploy(slots, ALICE, "hello", of_length(HELLO, trouble))
+        slots.starts(ALICE, "hello", times=1)
         assert slots.holder is not None
         before = slots.carol.usage()
-        invoked(slots.next(ALICE), "hangs")
+        invoked(slots.next(ALICE), "hello")
         gate.release(slots.holder)
         slots.holder = None
         slots.generation += 1
@@ -326,12 +329,15 @@ def test_a_warden_that_is_killed_in_there_leaves_the_slot_sound_and_cold(trouble
         fields = {"generation": slots.generation, "key": slots.key}
         raw = ffi.new("uint8_t[]", bytes(gate.request(ARM, slots.slot, **fields)))  # type: ignore[arg-type]
         left = gate.interrupt(0, gate.key, CONTROL, address(raw))
-        assert (left.outcome, left.function) == (PAUSED, ERESUME)
+        if trouble == HANGS:
+            assert (left.outcome, left.function) == (PAUSED, ERESUME)
+        else:
+            assert (left.outcome, left.vector) == (LEFT, UNDEFINED)
         repair_warden(gate, 0)
         assert gate.control(ARM, slots.slot, **fields).status == OK
         assert slots.ready == 0
         slots.take(ALICE)
-        assert slots.starts(ALICE, "hangs", times=4) == [False] * 4  # nobody tries again, or they would hang
+        assert slots.starts(ALICE, "hello", times=4) == [False] * 4  # nobody tries again
         after = slots.carol.usage()
         assert (after.heap_used, after.blocks_owned) == (before.heap_used, before.blocks_owned)
 

@@ -35,10 +35,11 @@ static int prepare(void *argument)
     void *prepared;
 
 #ifdef TM_TEST_READY_TROUBLE
-    /* Test build: the engine gives up, or a warden stays here to be killed, by the length of the module. */
-    if (it->function.length % 3 == 0)
+    /* Test build: the engine gives up or faults, or a warden stays here to be killed, by the length of the module. */
+    if (it->function.length % 4 == 0)
         fn_escape(it->text.bytes, 0);
-    while (it->function.length % 3 == 1)
+    tm_assert(it->function.length % 4 != 1);
+    while (it->function.length % 4 == 2)
         __asm__ volatile("pause");
 #endif
     prepared = engine_prepare(it->module, it->function.length, it->function.grants, &it->text);
