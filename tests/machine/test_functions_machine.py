@@ -41,6 +41,10 @@ CHOSEN = {
         "test_a_function_answers_while_its_body_comes",
         "test_what_is_too_much_or_takes_too_long_is_refused_and_a_killed_worker_costs_its_own_requests",
     ),
+    "test_ready_ahead.py": (
+        "test_what_starts_often_is_ready_for_the_next_holder",
+        "test_another_owner_gets_a_slot_with_nothing_of_it",
+    ),
     "test_owners.py": (
         "test_functions_of_two_owners_know_nothing_of_each_other",
         "test_the_next_holder_of_a_slot_finds_nothing_of_the_last",
