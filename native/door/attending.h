@@ -40,7 +40,7 @@ struct attendant_shelf {
     uint8_t mac_key[32];
     uint64_t number;
     int fd, arena;
-    struct ready ready[SHELF_MAX]; /* the next one is the first */
+    struct ready ready[SHELF_MAX]; /* the next one is the last: its slot may have something ready */
     size_t count;
 };
 
@@ -154,7 +154,7 @@ int serve(struct attendant *attendant, struct seat *seat, uint64_t *request);
 
 /* ---- shelves.c */
 
-void take_first(struct attendant_shelf *shelf); /* is given: what is left moves up */
+void take_last(struct attendant_shelf *shelf); /* is given */
 /* A shelf that is closed is nobody's any more. */
 void drop_shelf(struct attendant_shelf **shelves, size_t *count, const struct attendant_shelf *shelf);
 

@@ -149,10 +149,10 @@ static struct attendant_shelf *shelf_for(const struct seat *seat, const struct p
     return NULL;
 }
 
-/* Gives the first of the shelf to the seat.  Returns its cell; -1: it is on the shelf still. */
+/* Gives the last of the shelf to the seat.  Returns its cell; -1: it is on the shelf still. */
 static int give(struct attendant *attendant, struct seat *seat, struct attendant_shelf *shelf, uint64_t id)
 {
-    struct ready *ready = &shelf->ready[0];
+    struct ready *ready = &shelf->ready[shelf->count - 1];
     struct attendant_cell *cell = &attendant->cells[ready->cell];
     struct plain_counts counts = shelf->counts;
     struct plain_slot slot = {
@@ -181,7 +181,7 @@ static int give(struct attendant *attendant, struct seat *seat, struct attendant
     }
     if (alive_locked(attendant))
         take_request(seat->fd);
-    take_first(shelf);
+    take_last(shelf);
     return given;
 }
 

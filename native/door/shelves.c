@@ -19,10 +19,9 @@ void drop_shelf(struct attendant_shelf **shelves, size_t *count, const struct at
             shelves[i] = shelves[--*count];
 }
 
-void take_first(struct attendant_shelf *shelf)
+void take_last(struct attendant_shelf *shelf)
 {
     shelf->count--;
-    memmove(&shelf->ready[0], &shelf->ready[1], shelf->count * sizeof(shelf->ready[0]));
     shelf->counts.free--;
     shelf->counts.used++;
     shelf->counts.clients++;
