@@ -30,8 +30,9 @@ from teemate.functions import _wire as wire
 
 ALICE, BOB = 1001, 1002
 NONCE, TARGET = 32, 512
-STATUSES = {*range(11), ARGUMENT, SPACE, -8}
-"""What an ECALL may answer: done, enum fn_status, TM_E_ARGUMENT, TM_E_SPACE, TM_E_NOMEM."""
+NOMEM = -6
+STATUSES = {*range(11), ARGUMENT, SPACE, NOMEM}
+"""What an ECALL may answer: done, enum fn_status, TM_E_*."""
 INTERESTING = bytes.fromhex("0001027f80ff")
 NUMBERS = (0, 1, 255, 256, 257, 0x7FFF, 0xFFFF, 0x10000, 0x10001, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 SECRET = b"bob's"
