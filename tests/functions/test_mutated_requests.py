@@ -21,8 +21,10 @@ if __name__ == "__main__":
 
 import key_modules
 import modules as wasm
-from function_enclaves import Gate, Holder, functions_of, installed, owner
+import pytest
+from function_enclaves import Gate, Holder, functions_of, installed, owner, weakened
 from gate import ARGUMENT, EEXIT, EXIT_DONE, EXIT_OCALL, LEFT, OCALL_RETURN, OK, SPACE, Call
+from images import BuiltImage, Images
 
 import teemate
 from teemate.functions import Functions, FunctionUsage, Offer, Sealing, seal
@@ -175,10 +177,17 @@ def _pair(key: bytes, value: bytes) -> bytes:
     return struct.pack("<II", len(key), len(value)) + key.ljust(512, b"\0") + value
 
 
-def campaign(count: int, seed: int, seconds: float = float("inf"), *, report: bool = False) -> Counter[str]:
+def campaign(
+    count: int,
+    seed: int,
+    seconds: float = float("inf"),
+    *,
+    image: BuiltImage | None = None,
+    report: bool = False,
+) -> Counter[str]:
     """Send `count` requests, or for so long."""
     begin = time.monotonic()
-    with Gate(installed()) as gate:
+    with Gate(image or installed()) as gate:
         host = Host(gate, seed)
         for number in range(count):
             if time.monotonic() - begin > seconds:
@@ -261,6 +270,16 @@ def test_whatever_is_changed_in_a_request_ends_well() -> None:
     assert ends.total() == 3_000
     assert ends["sealed refused"] > 500
     assert ends["keys done"] > 100
+
+
+def test_an_enclave_that_does_not_look_behind_a_request_is_found(
+    request: pytest.FixtureRequest, images: Images, tmp_path: Path
+) -> None:
+    if not request.config.getoption("--full"):
+        pytest.skip("compiles another enclave: pytest --full tests/functions")
+    image = weakened(images, tmp_path, "TM_TEST_LONGER_IS_FINE")
+    with pytest.raises(AssertionError):
+        campaign(3_000, seed=20261128, image=image)
 
 
 def test_whatever_is_changed_in_a_reply_is_read_or_refused() -> None:
