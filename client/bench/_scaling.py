@@ -59,7 +59,7 @@ def scaling_of_calls(
                 sides[name] = partial(_rate, what, programs[:count], cpu.setdefault(name, []))
         for count, program in threaded.items():
             sides[f"threads {count}"] = partial(_rate, _CALLS, [program], [])
-        found = by_turns(sides, setting.times(50, 25), setting.listener, "calls on several cores")
+        found = by_turns(sides, setting.times(50, 16), setting.listener, "calls on several cores")
     # The first turn does not count.
     taken = {name: Sample.of_turns(turns[1:]) for name, turns in cpu.items()}
     one = found[f"{_CALLS} alone 0"]
