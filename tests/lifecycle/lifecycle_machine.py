@@ -313,7 +313,8 @@ class Lifecycle(RuleBasedStateMachine):
     def the_next_requests_to_the_warden_fail(self, count: int) -> None:
         warden = self.there.warden
         warden.failures = count
-        warden.steps_done = warden.statistics().requests % 5
+        # Mostly none: then the key is there still.
+        warden.steps_done = max(0, warden.statistics().requests % 9 - 4)
 
     @rule(seconds=st.sampled_from([0.5, 5.0]))
     def the_warden_hangs(self, seconds: float) -> None:
