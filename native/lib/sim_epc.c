@@ -125,6 +125,7 @@ int sim_create(struct teemate_enclave *enclave, const struct create_params *para
     enclave->info.size = params->size;
     enclave->info.attributes = params->attributes.flags;
     enclave->info.xfrm = params->attributes.xfrm;
+    sim_xsave_prepare(enclave->info.xfrm);
     enclave->info.miscselect = params->miscselect;
     enclave->info.ssa_frame_pages = params->ssa_frame_pages;
     enclave->info.backend = TEEMATE_SIM;
@@ -320,6 +321,7 @@ int sim_open(struct teemate_enclave *enclave, struct teemate_diag *diag)
     info->size = header.size;
     info->attributes = header.attributes.flags;
     info->xfrm = header.attributes.xfrm;
+    sim_xsave_prepare(info->xfrm);
     info->miscselect = header.miscselect;
     info->ssa_frame_pages = header.ssa_frame_pages;
     info->isvprodid = header.isvprodid;

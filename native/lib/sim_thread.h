@@ -90,6 +90,8 @@ int sim_go(struct sim_thread *thread, struct entry *entry);
 bool sim_canonical(uint64_t address);
 /* What the operating system lets us save and restore, XCR0; 0 when that is nothing (no XSAVE). */
 uint64_t sim_xcr0(void);
+/* Before an enclave with these components is entered. */
+void sim_xsave_prepare(uint64_t xfrm);
 /* Bytes of the XSAVE area (standard form) for these components. */
 uint32_t sim_xsave_size(uint64_t xfrm);
 /* Copy the components in `xfrm` of one XSAVE area to another. */
