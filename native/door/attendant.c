@@ -68,9 +68,11 @@ uint8_t *copy_of(const void *bytes, size_t size)
 void hear_again(struct attendant *attendant, struct seat *seat)
 {
     struct epoll_event event = {.events = EPOLLIN | EPOLLONESHOT, .data.u64 = number_of(attendant, seat)};
+    bool listed = seat->caller == NULL || seat->caller->listed;
 
-    if (epoll_ctl(attendant->epoll, EPOLL_CTL_MOD, seat->fd, &event) != 0 && errno == ENOENT)
-        epoll_ctl(attendant->epoll, EPOLL_CTL_ADD, seat->fd, &event);
+    epoll_ctl(attendant->epoll, listed ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, seat->fd, &event);
+    if (seat->caller != NULL)
+        seat->caller->listed = true;
 }
 
 void note_locked(struct attendant *attendant, struct seat *seat, int cell, uint64_t request, uint64_t asked)

@@ -158,18 +158,24 @@ void take_last(struct attendant_shelf *shelf); /* is given */
 /* A shelf that is closed is nobody's any more. */
 void drop_shelf(struct attendant_shelf **shelves, size_t *count, const struct attendant_shelf *shelf);
 
+/* ---- guests.c */
+
+void free_guest(struct attendant_guest *guest);
+void free_guests(struct attendant *attendant);
+/* Where the process is barred, or there is room for one (0); else NULL. */
+int32_t *find_barred(struct attendant *attendant, int32_t pid);
+/* Whether it is a caller that has to be Python's. */
+bool is_barred(struct attendant *attendant, const struct seat *seat);
+
 /* ---- greet.c */
 
 void receive(struct attendant *attendant, size_t listener);
 /* The caller has sent something; returns whether Python has to be told at once. */
 bool greet(struct attendant *attendant, struct seat *seat);
-/* Whether it is a caller that has to be Python's. */
-bool is_barred(struct attendant *attendant, const struct seat *seat);
 /* Who is late, or whoever comes if it is always for the door, is the door's. */
 void send_away(struct attendant *attendant, uint64_t now);
 uint64_t first_caller_due(const struct attendant *attendant); /* 0: there is none */
 void free_caller(struct attendant *attendant, struct seat *seat);
-void free_guests(struct attendant *attendant);
 
 /* ---- peer.c; no lock */
 

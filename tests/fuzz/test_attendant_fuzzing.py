@@ -12,7 +12,8 @@ from teemate import wire
 from teemate.broker.connections.requests import Arguments, Attach, Hello, parse_request
 
 DOOR = ROOT / "native" / "door"
-DOOR_PARTS = ("attendant", "door", "greet", "peer", "plain", "prompt", "seats", "shelves", "turn_away")
+DOOR_PARTS = ("attendant", "door", "greet", "guests", "peer", "plain", "prompt")
+DOOR_PARTS += ("seats", "shelves", "turn_away")
 
 
 def build(folder: Path, name: str) -> Path:
