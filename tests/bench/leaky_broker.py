@@ -12,8 +12,8 @@ from teemate.broker.slots.reclaim import Reclaimer
 _client_left = Service.client_left
 _recycle = Reclaimer._recycle
 _kept: list[bytes] = []
-_FORGOTTEN = 7
-"""The slot that nobody gets again."""
+_forgotten: set[int] = set()
+"""The slot that nobody gets again: the first that comes back, whichever that is."""
 
 
 def _leave_something(self: Service, client: object, why: str) -> None:
@@ -23,7 +23,9 @@ def _leave_something(self: Service, client: object, why: str) -> None:
 
 
 async def _forget_one(self: Reclaimer, grant: object, index: int, dead: bool) -> None:
-    if index != _FORGOTTEN:
+    if not _forgotten:
+        _forgotten.add(index)
+    if index not in _forgotten:
         await _recycle(self, grant, index, dead)  # type: ignore[arg-type]
 
 
