@@ -110,6 +110,11 @@ class Sample:
         return self._ordered[max(0, math.ceil(self.n * percent / 100) - 1)]
 
     @property
+    def mean(self) -> float:
+        """All together, by their number."""
+        return statistics.fmean(self._ordered)
+
+    @property
     def p50(self) -> float:
         """The median."""
         return self.rank(50)

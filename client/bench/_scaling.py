@@ -2,7 +2,8 @@
 
 Each program has a core of its own, and works alone there in the same turn as together with the others: what
 the host gives one core less than another, or takes away for some seconds, is not laid on their working
-together.  All work through the same span of time, and what each does in it is added up.
+together.  All work through the same span of time, and what each does in it is added up over all turns: a
+span in which somebody else had the core counts as it is, alone as together.
 
 The same programs make system calls in the same way (``floor_scaling``).  These share nothing that is ours, so
 what *they* lose together is the host's, and ``call_scaling_2_of_floor`` is what is left of calls beside that.
@@ -12,6 +13,7 @@ takes of a processor while the other program calls too.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -69,7 +71,7 @@ def scaling_of_calls(
         plain("call_cpu", taken[f"{_CALLS} alone 0"].p50 / 1e3, "us", n=one.n),
     ]
     for count in counts:
-        ours, floor = (1 / _mean_against(found, what, count) for what in (_CALLS, _FLOOR))
+        ours, floor = (_against_alone(found, what, count) for what in (_CALLS, _FLOOR))
         rows += [
             _told(f"call_scaling_{count}", found[f"{_CALLS} of {count}"], "call_rate_1", ours),
             _told(f"floor_scaling_{count}", found[f"{_FLOOR} of {count}"], "floor_rate_1", floor),
@@ -79,12 +81,12 @@ def scaling_of_calls(
             ),
             plain(
                 f"call_cpu_of_{count}", taken[f"{_CALLS} of {count}"].p50 / 1e3, "us", n=one.n,
-                relative_to="call_cpu", ratio=1 / _mean_against(taken, _CALLS, count),
+                relative_to="call_cpu", ratio=_against_alone(taken, _CALLS, count),
             ),
         ]  # fmt: skip
     for count in threaded:
         sample = found[f"threads {count}"]
-        rows.append(_told(f"call_scaling_threads_{count}", sample, "call_rate_1", sample.against(one)))
+        rows.append(_told(f"call_scaling_threads_{count}", sample, "call_rate_1", sample.mean / one.mean))
     series = [Series("processes", ((1, one.p50), *((n, found[f"{_CALLS} of {n}"].p50) for n in counts)))]
     if threaded:
         series.append(Series("threads", ((1, one.p50), *((n, found[f"threads {n}"].p50) for n in counts))))
@@ -104,10 +106,10 @@ def _rate(what: str, programs: Sequence[Measured], cpu: list[list[float]]) -> li
     return [sum(done / ns * 1e9 for done, ns, _ in spans)]
 
 
-def _mean_against(found: Mapping[str, Sample], what: str, count: int) -> float:
-    """Return what one program has alone, each of them in its turn, against what all have together."""
-    together = found[f"{what} of {count}"]
-    return sum(found[f"{what} alone {number}"].against(together) for number in range(count)) / count
+def _against_alone(found: Mapping[str, Sample], what: str, count: int) -> float:
+    """Return what all have together against what one has alone, which is each of them in its turn."""
+    alone = statistics.fmean(found[f"{what} alone {number}"].mean for number in range(count))
+    return found[f"{what} of {count}"].mean / alone
 
 
 def _told(figure: str, sample: Sample, relative_to: str | None = None, ratio: float | None = None) -> Row:
