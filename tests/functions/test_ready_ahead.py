@@ -234,6 +234,27 @@ def test_what_takes_long_to_prepare_is_left_to_its_first_invocation(
     assert slots.starts(ALICE, "short", "long", times=4) == [False, False] * 2 + [True, False] * 2
 
 
+def test_what_takes_too_long_to_prepare_takes_no_place_from_others(gate: Gate) -> None:
+    slots = Slots(gate)
+    long = [f"long-{number}" for number in range(4)]
+    for name in long:
+        deploy(slots, ALICE, name, large(70_000))
+    deploy(slots, BOB, "short")
+    slots.starts(BOB, "short", times=3)
+    slots.starts(ALICE, *long, times=8)
+    assert slots.starts(BOB, "short", times=1) == [True]
+
+
+def test_what_is_there_no_more_takes_no_place_from_others(gate: Gate) -> None:
+    slots = Slots(gate)
+    for number in range(4):
+        deploy(slots, ALICE, f"gone-{number}")
+        slots.starts(ALICE, f"gone-{number}", times=6)
+        functions_of(slots.next(ALICE)).remove(f"gone-{number}")
+    deploy(slots, BOB, "hello")
+    assert slots.starts(BOB, "hello", times=3) == [False, False, True]
+
+
 @pytest.fixture(scope="module")
 def troubled(images: Images, tmp_path_factory: pytest.TempPathFactory) -> BuiltImage:
     """With a small heap; and the length of a module says whether preparing it ahead goes wrong."""

@@ -34,7 +34,7 @@ static void count(struct tally *tallies, unsigned *used, uint64_t place)
     tallies[i].count++;
 }
 
-unsigned popular_now(uint64_t places[POPULAR_MAX])
+unsigned popular_now(bool (*is_wanted)(uint64_t place), uint64_t places[POPULAR_MAX])
 {
     struct tally tallies[POPULAR_STARTS];
     uint64_t now = tm_time();
@@ -47,7 +47,11 @@ unsigned popular_now(uint64_t places[POPULAR_MAX])
         if (!place || (at < now && now - at > POPULAR_AGE))
             continue;
         count(tallies, &used, place);
-        all++;
+    }
+    for (unsigned i = 0; i < used; i++) {
+        if (!is_wanted(tallies[i].place))
+            tallies[i].count = 0;
+        all += tallies[i].count;
     }
     while (chosen < POPULAR_MAX) {
         struct tally *most = NULL;

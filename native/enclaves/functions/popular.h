@@ -2,7 +2,7 @@
 /*
  * Which functions start often: the last POPULAR_STARTS times that one was invoked through a slot that had not run it,
  * of all owners.  A function is popular when it was started POPULAR_LEAST times at least, and by an eighth of the
- * starts, in the last POPULAR_AGE.
+ * starts, in the last POPULAR_AGE.  What cannot be made ready takes no place among them from what can.
  */
 #ifndef FUNCTIONS_POPULAR_H
 #define FUNCTIONS_POPULAR_H
@@ -17,7 +17,7 @@
 
 /* One more start of the function at `place` (registry.c); under the registry's lock. */
 void popular_note(struct tm_txn *txn, uint64_t place);
-/* The places of those that start most often first, and how many; without any lock. */
-unsigned popular_now(uint64_t places[POPULAR_MAX]);
+/* The places of those that start most often first, and how many, of those that are wanted; without any lock. */
+unsigned popular_now(bool (*is_wanted)(uint64_t place), uint64_t places[POPULAR_MAX]);
 
 #endif

@@ -7,7 +7,7 @@
  * the slot.
  *
  * A warden does it (tm_on_slot_armed), so it is short: modules whose preparing takes no more effort than a usual one of
- * EFFORT_MAX bytes, EFFORT_SLOT in all, about 1 ms for each 64 KiB.  And it is little: READY_BYTES for each, and
+ * REGISTRY_EFFORT_MAX bytes, EFFORT_SLOT in all, about 1 ms for each 64 KiB.  And it is little: READY_BYTES for each, and
  * for all slots together FN_READY_SHARE of the heap, as long as the heap has plenty.  What is more than that, or makes the
  * engine give up, or was being prepared when a warden died, is left for its first invocation from then on.
  */
@@ -16,8 +16,7 @@
 #include "registry.h"
 #include "slot.h"
 
-#define EFFORT_MAX 65536u
-#define EFFORT_SLOT (2 * EFFORT_MAX)
+#define EFFORT_SLOT (2 * REGISTRY_EFFORT_MAX)
 #define READY_BYTES (256u << 10)
 
 /* The place of what a warden prepares; when the next one finds it still there, it died of that perhaps. */
@@ -70,6 +69,14 @@ static bool copy(uint64_t place, struct preparation *it, uint8_t *to)
     return !registry_find(place, &now);
 }
 
+/* Not what is there no more, either: the starts of what was replaced are not those of its successor. */
+static bool could_be_ready(uint64_t place)
+{
+    struct registry_ahead function;
+
+    return !registry_find(place, &function) && function.effort <= REGISTRY_EFFORT_MAX;
+}
+
 /* false: not now, and nothing else either. */
 static bool make_ready(uint64_t place, uint64_t *effort)
 {
@@ -81,7 +88,7 @@ static bool make_ready(uint64_t place, uint64_t *effort)
 
     if (status)
         return status == FN_NOT_FOUND;
-    if (it.function.effort > EFFORT_MAX || it.function.effort > *effort)
+    if (it.function.effort > REGISTRY_EFFORT_MAX || it.function.effort > *effort)
         return true;
     if (!has_room() || share_alloc(it.function.length, &block))
         return false;
@@ -112,7 +119,7 @@ bool tm_on_slot_armed(uint32_t index)
         registry_spoil(under_way);
         under_way = 0;
     }
-    count = popular_now(places);
+    count = popular_now(could_be_ready, places);
     if (!count)
         return false;
     share_ahead();

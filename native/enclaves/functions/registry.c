@@ -422,7 +422,7 @@ int registry_ended(const struct registry_key *key, const struct registry_end *en
         tm_txn_set(&txn, &info->invocations, info->invocations + 1);
         tm_txn_set(&txn, &info->failures, info->failures + (end->status != 0));
         tm_txn_set(&txn, &info->fuel, info->fuel + end->fuel);
-        if (end->starts)
+        if (end->starts && function->effort <= REGISTRY_EFFORT_MAX)
             popular_note(&txn, place_of(key, function));
         if (log) {
             log->head.invocation = info->invocations + 1;

@@ -9,6 +9,9 @@
 #include "functions.h"
 #include "tmsdk.h"
 
+/* Of preparing a module ahead of its first invocation: about as much as for one of so many bytes. */
+#define REGISTRY_EFFORT_MAX 65536u
+
 struct registry_key {
     uint8_t owner[32];
     const uint8_t *name;
