@@ -32,7 +32,7 @@ def test_schemathesis_finds_nothing_between_the_document_and_the_gateway(
     if program is None:
         pytest.skip("needs schemathesis: pip install schemathesis, anywhere on PATH")
     if "--exclude-checks" in options:
-        # A stream whose deadline passes breaks off, as it has to, which is no answer for schemathesis.
+        # A stream that its deadline breaks off is no answer for schemathesis: test_gateway_contract.py asks.
         monkeypatch.setenv("NO_STREAMS", "1")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
