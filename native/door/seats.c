@@ -167,14 +167,18 @@ static int give(struct attendant *attendant, struct seat *seat, struct attendant
     bind_slot(shelf, &seat->client, &slot);
     size = plain_reply(&shelf->text, &counts, id, &slot, attendant->buffer, sizeof(attendant->buffer));
     crypto_wipe(&slot, sizeof(slot));
+    forget_reply(seat);
     seat->reply = size != 0 ? copy_of(attendant->buffer, size) : NULL;
     seat->reply_size = size;
     crypto_wipe(attendant->buffer, size != 0 ? size : sizeof(attendant->buffer));
-    if (seat->reply == NULL || !alive_locked(attendant))
+    if (seat->reply == NULL || !alive_locked(attendant)) {
+        forget_reply(seat);
         return -1;
+    }
     cell->request = id;
     commit(&cell->client, seat->client.number);
     if (!alive_locked(attendant) || !send_reply(seat, shelf)) {
+        forget_reply(seat); /* the next one is given this slot, with this key */
         if (!attendant->dead)
             commit(&cell->client, 0); /* nobody has seen it */
         return -1;

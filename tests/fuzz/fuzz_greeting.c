@@ -196,14 +196,19 @@ static bool was_greeted(struct house *house, struct attendant_note *note, struct
 static void clean_up(struct house *house, int ours, int theirs)
 {
     close(ours);
-    close(theirs);
+    if (theirs >= 0)
+        close(theirs);
     attendant_withdraw(house->attendant, house->shelf);
     attendant_clear(house->attendant, 0);
     attendant_clear_place(house->attendant, 1);
 }
 
+/* Whether the client can be told anything. */
+enum hearing { HEARS, READS_NO_MORE, IS_GONE, HEARINGS };
+
 /* Says it, with or without an attach behind it; returns whether it was greeted. */
-static bool greet_once(struct house *house, uint64_t number, const uint8_t *message, size_t size, bool attached, bool asks)
+static bool greet_once(struct house *house, uint64_t number, const uint8_t *message, size_t size, bool attached,
+                       bool asks, enum hearing hearing)
 {
     static uint8_t came[LONGEST];
     struct attendant_greeting greeting;
@@ -230,10 +235,21 @@ static bool greet_once(struct house *house, uint64_t number, const uint8_t *mess
     }
     if (asks)
         REQUIRE(send(theirs, attach, sizeof(attach) - 1, 0) == (ssize_t)sizeof(attach) - 1);
+    if (hearing == READS_NO_MORE)
+        REQUIRE(shutdown(theirs, SHUT_RD) == 0);
+    if (hearing == IS_GONE) {
+        close(theirs);
+        theirs = -1;
+    }
     while (attendant_step(house->attendant) != 0)
         ;
     greeted = was_greeted(house, &note, &greeting, &ours);
-    if (greeted) {
+    if (greeted && hearing != HEARS) { /* it is told nothing, and what it asked for is left */
+        REQUIRE(!attached && greeting.unsent && note.cell == -1 && house->cells[0].client == 0);
+        REQUIRE(house->places[1].client == number);
+        REQUIRE((receive(ours, came) == (ssize_t)sizeof(attach) - 1) == asks);
+        REQUIRE(receive(ours, came) <= 0);
+    } else if (greeted) {
         REQUIRE(!attached && !greeting.unsent && (note.cell == 0) == asks);
         REQUIRE(greeting.hello_size == size && memcmp(greeting.hello, message, size) == 0);
         REQUIRE(house->places[1].client == number && house->places[1].guest == 8 && house->places[1].pid == 77);
@@ -244,7 +260,7 @@ static bool greet_once(struct house *house, uint64_t number, const uint8_t *mess
         REQUIRE((receive(theirs, came) > 0) == asks);
         REQUIRE(receive(ours, came) < 0);
     } else {
-        REQUIRE(receive(theirs, came) < 0);
+        REQUIRE(receive(theirs, came) <= 0);
         REQUIRE(receive(ours, came) == (ssize_t)size && memcmp(came, message, size) == 0);
         REQUIRE((receive(ours, came) > 0) == asks);
     }
@@ -305,7 +321,8 @@ int main(int argc, char **argv)
         bool was;
 
         lay_ready(&house, i);
-        was = race ? race_once(&house, i) : greet_once(&house, i, message, size, draw() % 16 == 0, draw() % 2);
+        was = race ? race_once(&house, i) : greet_once(&house, i, message, size, draw() % 16 == 0, draw() % 2,
+                                                                draw() % 8 ? HEARS : draw() % HEARINGS);
         if (!race)
             attendant_dismiss(house.attendant, house.guest);
         greeted += was;
