@@ -262,12 +262,12 @@ def troubled(images: Images, tmp_path_factory: pytest.TempPathFactory) -> BuiltI
     return weakened(images, folder, "TM_TEST_READY_TROUBLE", slots=20, heap=16 << 20)
 
 
-GIVES_UP, FAULTS, HANGS, WELL = range(4)
+GIVES_UP, FAULTS, HANGS, HANGS_ONCE, WELL = range(5)
 
 
 def of_length(module: bytes, rest: int = WELL) -> bytes:
-    """A module whose length leaves this rest when it is divided by 4."""
-    return module + wasm.section(0, wasm.name("x" * ((rest - len(module) - 3) % 4)))
+    """A module whose length leaves this rest when it is divided by 5."""
+    return module + wasm.section(0, wasm.name("x" * ((rest - len(module) - 3) % 5)))
 
 
 def test_all_that_is_ready_is_an_eighth_of_the_heap_at_most(troubled: BuiltImage) -> None:
@@ -332,10 +332,27 @@ def repair_warden(gate: Gate, broken: int) -> None:
     assert gate.control(REINIT, broken, tcs=1 - broken).status == OK
 
 
+def warden_ends(gate: Gate, slots: Slots, *, faults: bool = False) -> None:
+    """Have a warden end while it makes something ready in the slot, and its successor arm it."""
+    assert slots.holder is not None
+    gate.release(slots.holder)
+    slots.holder = None
+    slots.generation += 1
+    slots.key = b"k" * 16
+    fields = {"generation": slots.generation, "key": slots.key}
+    raw = ffi.new("uint8_t[]", bytes(gate.request(ARM, slots.slot, **fields)))  # type: ignore[arg-type]
+    left = gate.interrupt(0, gate.key, CONTROL, address(raw))
+    if faults:
+        assert (left.outcome, left.vector) == (LEFT, UNDEFINED)
+    else:
+        assert (left.outcome, left.function) == (PAUSED, ERESUME)
+    repair_warden(gate, 0)
+    assert gate.control(ARM, slots.slot, **fields).status == OK
+    assert slots.ready == 0
+
+
 @pytest.mark.parametrize("trouble", [FAULTS, HANGS], ids=["faults", "is killed"])
-def test_a_warden_that_ends_in_there_leaves_the_slot_sound_and_cold(
-    troubled: BuiltImage, trouble: int
-) -> None:
+def test_wardens_that_end_in_there_leave_the_slot_sound_and_cold(troubled: BuiltImage, trouble: int) -> None:
     with Gate(troubled) as gate:
         slots = Slots(gate)
         deploy(slots, ALICE, "hello", of_length(HELLO, trouble))
@@ -343,24 +360,23 @@ def test_a_warden_that_ends_in_there_leaves_the_slot_sound_and_cold(
         assert slots.holder is not None
         before = slots.carol.usage()
         invoked(slots.next(ALICE), "hello")
-        gate.release(slots.holder)
-        slots.holder = None
-        slots.generation += 1
-        slots.key = b"k" * 16
-        fields = {"generation": slots.generation, "key": slots.key}
-        raw = ffi.new("uint8_t[]", bytes(gate.request(ARM, slots.slot, **fields)))  # type: ignore[arg-type]
-        left = gate.interrupt(0, gate.key, CONTROL, address(raw))
-        if trouble == HANGS:
-            assert (left.outcome, left.function) == (PAUSED, ERESUME)
-        else:
-            assert (left.outcome, left.vector) == (LEFT, UNDEFINED)
-        repair_warden(gate, 0)
-        assert gate.control(ARM, slots.slot, **fields).status == OK
-        assert slots.ready == 0
-        slots.take(ALICE)
+        for _ in range(2):
+            warden_ends(gate, slots, faults=trouble == FAULTS)
+            assert invoked(slots.take(ALICE), "hello") == (b"hello", False)
         assert slots.starts(ALICE, "hello", times=4) == [False] * 4  # nobody tries again
         after = slots.carol.usage()
         assert (after.heap_used, after.blocks_owned) == (before.heap_used, before.blocks_owned)
+
+
+def test_one_warden_that_was_killed_in_there_leaves_nothing_cold_for_good(troubled: BuiltImage) -> None:
+    with Gate(troubled) as gate:
+        slots = Slots(gate)
+        deploy(slots, ALICE, "hello", of_length(HELLO, HANGS_ONCE))
+        slots.starts(ALICE, "hello", times=1)
+        invoked(slots.next(ALICE), "hello")
+        warden_ends(gate, slots)
+        assert invoked(slots.take(ALICE), "hello") == (b"hello", False)
+        assert slots.starts(ALICE, "hello", times=4) == [True] * 4
 
 
 def test_wardens_may_be_killed_anywhere_in_there(gate: Gate) -> None:
@@ -385,6 +401,6 @@ def test_wardens_may_be_killed_anywhere_in_there(gate: Gate) -> None:
             repair_warden(gate, 0)
         assert gate.control(ARM, slots.slot, **fields).status == OK
         assert invoked(slots.take(ALICE), "hello")[0] == b"\0"
-        if deaths:  # who died in there is believed to have died of it: another deployment begins anew
+        if deaths:  # of two that died in there the function is believed to be the cause: another begins anew
             functions_of(slots.holder).deploy("hello", large(20_000), replace=True)
             slots.starts(ALICE, "hello", times=2)

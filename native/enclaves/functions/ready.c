@@ -9,7 +9,8 @@
  * A warden does it (tm_on_slot_armed), so it is short: modules whose preparing takes no more effort than a usual one of
  * REGISTRY_EFFORT_MAX bytes, EFFORT_SLOT in all, about 1 ms for each 64 KiB.  And it is little: READY_BYTES for each, and
  * for all slots together FN_READY_SHARE of the heap, as long as the heap has plenty.  What is more than that, or makes the
- * engine give up, or was being prepared when a warden died, is left for its first invocation from then on.
+ * engine give up, or was being prepared when two wardens died one after the other, is left for its first invocation
+ * from then on.  One death says little: wardens are killed from outside, and end with their broker.
  */
 #include "functions.h"
 #include "popular.h"
@@ -34,12 +35,19 @@ static int prepare(void *argument)
     void *prepared;
 
 #ifdef TM_TEST_READY_TROUBLE
-    /* Test build: the engine gives up or faults, or a warden stays here to be killed, by the length of the module. */
-    if (it->function.length % 4 == 0)
+    /*
+     * Test build: the engine gives up or faults, or a warden stays here to be killed, always or the first time only, by
+     * the length of the module.
+     */
+    static unsigned stayed;
+    uint64_t trouble = it->function.length % 5;
+
+    if (trouble == 0)
         fn_escape(it->text.bytes, 0);
-    tm_assert(it->function.length % 4 != 1);
-    while (it->function.length % 4 == 2)
-        __asm__ volatile("pause");
+    tm_assert(trouble != 1);
+    if (trouble == 2 || (trouble == 3 && !stayed++))
+        for (;;)
+            __asm__ volatile("pause");
 #endif
     prepared = engine_prepare(it->module, it->function.length, it->function.grants, &it->text);
     if (!prepared)
@@ -100,6 +108,8 @@ static bool make_ready(uint64_t place, uint64_t *effort)
         under_way = 0;
         if (status && !(refused & ~ARENA_OVER_BUDGET))
             registry_spoil(place);
+        else if (!status && it.function.suspect)
+            registry_suspect(place, false);
     }
     tm_free(block);
     return !status;
@@ -116,8 +126,10 @@ bool tm_on_slot_armed(uint32_t index)
     return false;
 #endif
     if (under_way) {
-        registry_spoil(under_way);
+        uint64_t place = under_way;
+
         under_way = 0;
+        registry_suspect(place, true);
     }
     count = popular_now(could_be_ready, places);
     if (!count)

@@ -17,6 +17,7 @@ struct function {
     struct fn_info info;
     uint64_t number; /* no other deployment in this enclave has it */
     uint64_t effort; /* of preparing it; UINT64_MAX: not ahead of an invocation */
+    bool suspect;    /* the last warden that did so ahead died */
     struct log *oldest, *newest;
     uint64_t log_count, log_bytes;
     uint8_t *module; /* a kept block: never changed, since code that was validated runs unchecked */
@@ -586,7 +587,8 @@ int registry_find(uint64_t place, struct registry_ahead *ahead)
                                          .grants = function->info.flags,
                                          .module = function->module,
                                          .length = function->info.size,
-                                         .effort = function->effort};
+                                         .effort = function->effort,
+                                         .suspect = function->suspect};
         memcpy(ahead->owner, function->info.owner, sizeof(ahead->owner));
     }
     unlock();
@@ -602,5 +604,20 @@ void registry_spoil(uint64_t place)
     function = at_place(place);
     if (function)
         function->effort = UINT64_MAX;
+    unlock();
+}
+
+void registry_suspect(uint64_t place, bool died)
+{
+    struct function *function;
+
+    if (lock_at_once())
+        return;
+    function = at_place(place);
+    if (function) {
+        if (died && function->suspect)
+            function->effort = UINT64_MAX;
+        function->suspect = died;
+    }
     unlock();
 }

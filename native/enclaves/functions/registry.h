@@ -63,6 +63,7 @@ struct registry_ahead {
     const uint8_t *module; /* the registry's: what lies there is the module as long as the deployment is found */
     uint64_t length;
     uint64_t effort;
+    bool suspect;
 };
 
 /* All return 0, TM_E_* or an enum fn_status. */
@@ -82,6 +83,8 @@ int registry_usage(const uint8_t owner[32], struct fn_usage *usage);
 int registry_find(uint64_t place, struct registry_ahead *ahead);
 /* It cannot be made ready ahead, and is not tried again. */
 void registry_spoil(uint64_t place);
+/* A warden that made it ready ahead died, or did not: it is spoiled when two died with no success between. */
+void registry_suspect(uint64_t place, bool died);
 uint64_t registry_memory_max(void);
 
 #endif
