@@ -20,6 +20,12 @@ def large(text: bytes) -> bytes:
     return wasm.command(wasm.write(1, 0, len(text)), data=text, functions=PADDING)
 
 
+def padded(size: int, text: bytes, *, pages: int) -> bytes:
+    """A module of so many bytes that become nothing by being compiled, with so much memory."""
+    padding = [b"\x01" * (1 << 16)] * (size >> 16)
+    return wasm.command(wasm.write(1, 0, len(text)), data=text, functions=padding, pages=pages)
+
+
 def copying(gate: Gate) -> tuple[Holder, Call]:
     """Alice, who invokes `hers` and stands in the middle of the copy."""
     holder = gate.assign(2, uid=ALICE)
@@ -55,6 +61,20 @@ def test_others_go_on_while_a_module_is_copied_and_what_is_replaced_is_not_run(
         others_go_on(gate)
     with Gate(image) as gate:
         assert replaced_meanwhile(gate) == b"second"
+
+
+def test_what_a_copy_that_came_to_nothing_took_is_its_owners_again(
+    images: Images, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    image = weakened(images, tmp_path_factory.mktemp("small"), STAY, heap=16 << 20)
+    with Gate(image) as gate:  # 8 MiB are Alice's; and both copies and the memory are more
+        holder = gate.assign(2, uid=ALICE)
+        functions_of(holder).deploy("hers", padded(3 << 20, b"first ", pages=1))
+        call = leave_inside(gate, holder, "hers")
+        owner(gate, 3, ALICE).deploy("hers", padded(2 << 20, b"second", pages=56), replace=True)
+        left = gate.enter(holder.slot, bytes(16), function=ERESUME)
+        assert left.status == 0
+        assert wire.stdout(call.output(left.length)) == b"second"
 
 
 def test_a_copy_that_others_wait_for_is_found(

@@ -140,6 +140,12 @@ int share_alloc(size_t size, void **block)
     return status;
 }
 
+void share_free(void *block, size_t size)
+{
+    tm_free(block);
+    own_share()->beside -= size;
+}
+
 void share_ahead(void)
 {
     memset(own_share()->owner, 0, sizeof(own_share()->owner));

@@ -46,6 +46,8 @@ void arena_drop(struct arena *arena);
 
 /* A block of the slot's own that counts in the owner's share until the call ends: TM_E_NOMEM when it is full. */
 int share_alloc(size_t size, void **block);
+/* Earlier than that. */
+void share_free(void *block, size_t size);
 
 /* What is made ready for the slot from now on is nobody's, until share_ready() says that the arena has all of it. */
 void share_ahead(void);

@@ -111,7 +111,7 @@ static bool make_ready(uint64_t place, uint64_t *effort)
         else if (!status && it.function.suspect)
             registry_suspect(place, false);
     }
-    tm_free(block);
+    share_free(block, it.function.length);
     return !status;
 }
 

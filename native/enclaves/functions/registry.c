@@ -377,7 +377,7 @@ int registry_take(const struct registry_key *key, bool (*ready)(uint64_t number)
         status = look_again(key, taken->number);
         if (!status)
             return 0;
-        tm_free(taken->copy);
+        share_free(taken->copy, needed);
         taken->copy = NULL;
         if (status != FN_NOT_FOUND)
             return status;
