@@ -87,6 +87,15 @@ class Admission:
         finally:
             has_asked()
 
+    @contextmanager
+    def accepting(self) -> Generator[None, None, None]:
+        """Have the other workers leave connections to this one."""
+        self._places.accepts(True)
+        try:
+            yield
+        finally:
+            self._places.accepts(False)
+
     def has_asked(self) -> None:
         """Say that the connection that is served has asked for what it wanted."""
         _HAS_ASKED.get()()

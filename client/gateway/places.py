@@ -5,7 +5,8 @@ at all of them: it takes a place first and counts then, so of two that take the 
 have it, but never both, and nobody waits for anybody.  What one that died has held the supervisor clears.
 
 As many as a worker has slots it may have whatever the others hold: what waits for theirs keeps nobody from
-its own.  In each row there is also how many connections have come that have asked for nothing yet: they will.
+its own.  In each row there is also how many connections have come that have asked for nothing yet (they
+will), and whether its worker accepts at all: one that is being started, or ends, has no room for anybody.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Self, final
 __all__ = ["FunctionBusyError", "Places", "QueueFullError"]
 
 _ENTRY = 8
+_HEAD = 2
+"""Words of a row before its places: whether the worker accepts, and how many connections have arrived."""
 
 
 class QueueFullError(Exception):
@@ -40,8 +43,10 @@ class Places:
         self.count = count
         self._own = own
         whole = memoryview(mmap.mmap(fd, workers * _row_size(count))).cast("Q")
-        self._arrived = [whole[at : at + 1] for at in range(0, len(whole), 1 + count)]
-        self._rows = [whole[at + 1 : at + 1 + count] for at in range(0, len(whole), 1 + count)]
+        begins = range(0, len(whole), _HEAD + count)
+        self._accepts = [whole[at : at + 1] for at in begins]
+        self._arrived = [whole[at + 1 : at + _HEAD] for at in begins]
+        self._rows = [whole[at + _HEAD : at + _HEAD + count] for at in begins]
         self._number = number
         self._row = self._rows[number]
         self._free = list(range(count))
@@ -86,6 +91,10 @@ class Places:
         """How many are taken, by all workers."""
         return sum(_taken(row.tolist()) for row in self._rows)
 
+    def accepts(self, accepts: bool) -> None:
+        """Say whether this worker takes connections."""
+        self._accepts[self._number][0] = accepts
+
     def arrived(self, more: int) -> None:
         """Count connections that have come and asked for nothing yet, or have asked now."""
         self._arrived[self._number][0] += more
@@ -96,13 +105,18 @@ class Places:
 
     def others_have_room(self) -> bool:
         """Whether it would get one of another worker's at once."""
-        return any(self._has_room(number) for number in range(len(self._rows)) if number != self._number)
+        return any(
+            self._accepts[number][0] and self._has_room(number)
+            for number in range(len(self._rows))
+            if number != self._number
+        )
 
     def _has_room(self, number: int) -> bool:
         return self._arrived[number][0] + _taken(self._rows[number].tolist()) < self._own
 
     def clear(self, number: int) -> None:
         """Give back what a worker has held that is there no more."""
+        self._accepts[number][0] = 0
         self._arrived[number][0] = 0
         self._rows[number][:] = memoryview(bytes(self.count * _ENTRY)).cast("Q")
 
@@ -115,7 +129,7 @@ def create(workers: int, count: int) -> int:
 
 
 def _row_size(count: int) -> int:
-    return (1 + count) * _ENTRY
+    return (_HEAD + count) * _ENTRY
 
 
 def _taken(row: list[int]) -> int:

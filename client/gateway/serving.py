@@ -84,8 +84,9 @@ async def serve(
                     handler_nursery=connections,
                 )
             )
-            task_status.started()
-            await stop()
+            with gateway.admission.accepting():
+                task_status.started()
+                await stop()
             accepting.cancel_scope.cancel()
         await context.terminated.set()
         connections.cancel_scope.deadline = trio.current_time() + config.graceful_timeout

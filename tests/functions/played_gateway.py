@@ -61,6 +61,8 @@ def _hold(folder: Path) -> None:
 
 @asynccontextmanager
 async def _play(_settings: Settings) -> AsyncGenerator[tuple[Functions, worker.Ping], None]:
+    while os.path.exists(os.environ.get("NOT_READY", "")):  # noqa: ASYNC110, ASYNC240
+        await trio.sleep(0.01)
     yield _Played(), trio.lowlevel.checkpoint
 
 

@@ -30,7 +30,12 @@ WORKERS, COUNT = 3, 5
 @pytest.fixture
 def workers() -> Iterator[list[Places]]:
     fd = create(WORKERS, COUNT)
-    yield [Places(fd, workers=WORKERS, count=COUNT, own=1, number=number) for number in range(WORKERS)]
+    all_of_them = [
+        Places(fd, workers=WORKERS, count=COUNT, own=1, number=number) for number in range(WORKERS)
+    ]
+    for worker in all_of_them:
+        worker.accepts(True)
+    yield all_of_them
     os.close(fd)
 
 
@@ -71,9 +76,19 @@ def test_a_worker_sees_where_there_is_room(workers: list[Places]) -> None:
     assert (one.full(), one.others_have_room()) == (True, True)
     third.arrived(1)
     assert (one.full(), one.others_have_room()) == (True, False)
-    one.clear(2)
+    third.arrived(-1)
     one.arrived(-1)
     assert (one.full(), other.others_have_room()) == (False, True)
+
+
+def test_a_worker_that_accepts_nothing_has_no_room(workers: list[Places]) -> None:
+    one, other, third = workers
+    other.accepts(False)
+    assert one.others_have_room()
+    one.clear(2)  # it has died
+    assert not one.others_have_room()
+    third.accepts(True)
+    assert one.others_have_room()
 
 
 def test_a_function_has_so_many_over_all_workers(workers: list[Places]) -> None:
@@ -267,6 +282,32 @@ def test_as_many_as_there_are_slots_run_at_once_whoever_accepts_them(
         assert sorted(runs_at(tmp_path)) == sorted(2 * gateway.workers())
         with let_go(tmp_path):
             finish(asked)
+
+
+@needs_hypercorn
+def test_who_has_no_slot_free_leaves_nothing_to_a_worker_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    not_ready = tmp_path / "not ready"
+    monkeypatch.setenv("HEAD_START", "6000")
+    monkeypatch.setenv("NOT_READY", str(not_ready))
+    held = tmp_path / "held"
+    held.mkdir()
+    os.mkfifo(held / "fifo")
+    with run_gateway("--workers", "2", "--slots", "1", "--queue", "8", "--timeout", "60") as gateway:
+        full, victim = gateway.workers()
+        asked = hold(gateway, held, full)
+        not_ready.touch()
+        try:
+            os.kill(victim, signal.SIGKILL)
+            wait_until(lambda: gateway.log("worker ended"), "it has died")
+            for _ in range(3):
+                assert gateway.request("GET", "/healthz").json()["running"] == 1
+        finally:
+            not_ready.unlink()
+        gateway.wait_for_workers(2, other_than=victim)
+        with let_go(held):
+            finish([asked])
 
 
 def runs_at(folder: Path) -> list[int]:
