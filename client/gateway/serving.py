@@ -7,6 +7,7 @@ worker that does nothing.
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -29,6 +30,11 @@ HEAD_START = 0.5
 """Seconds that a connection is left to others: who has a slot free takes it at once, unless it is held up."""
 _LOOKS = 25
 """How often a worker looks meanwhile: none tells another that its slots are taken."""
+_OWN_ERRORS = {
+    *(errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM),  # trio makes a pause after these
+    *(errno.EBADF, errno.EINVAL, errno.ENOTSOCK),
+}
+"""What accept(2) fails with for a reason of ours; all else it tells of a connection that is no more."""
 
 
 @final
@@ -51,8 +57,10 @@ class Listener(trio.abc.Listener[trio.SocketStream]):
                 await trio.sleep(HEAD_START / _LOOKS)
             try:
                 connection, _ = self._sock.accept()
-            except (BlockingIOError, ConnectionAbortedError):
-                continue
+            except OSError as error:
+                if error.errno in _OWN_ERRORS:
+                    raise
+                continue  # somebody else has it, or it has failed already, or a filter wants none of it
             return trio.SocketStream(trio.socket.from_stdlib_socket(connection))
 
     async def aclose(self) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import math
+import os
 import socket
-from collections.abc import AsyncGenerator
-from typing import Any
+from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import trio
@@ -221,3 +224,48 @@ async def test_a_client_that_takes_nothing_of_its_stream_keeps_no_slot_beyond_th
         await stream.send_all(streaming("floods", 0, timeout="0.1"))
     assert client.gateway.admission.statistics().running == 0
     assert records(client, "stream broken off")
+
+
+class Failing(socket.socket):
+    """A listening socket whose accept() fails first as often as it is told to."""
+
+    errors: ClassVar[list[int]] = []
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        if self.errors:
+            number = self.errors.pop()
+            raise OSError(number, os.strerror(number))
+        return super().accept()
+
+
+@contextlib.contextmanager
+def listening(path: Path, *errors: int) -> Iterator[Failing]:
+    with Failing(socket.AF_UNIX) as sock, socket.socket(socket.AF_UNIX) as one:
+        sock.bind(str(path))
+        sock.listen()
+        sock.errors = list(errors)
+        one.connect(str(path))
+        yield sock
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EAGAIN, errno.ECONNABORTED, errno.EPERM, errno.EPROTO, errno.ENETDOWN, errno.ECONNRESET]
+)
+async def test_a_connection_that_failed_before_it_was_accepted_ends_nothing(
+    tmp_path: Path, number: int
+) -> None:
+    from teemate.gateway.serving import Listener
+
+    with listening(tmp_path / "socket", number) as sock, trio.fail_after(DEADLINE):
+        stream = await Listener(sock, Client().gateway.admission).accept()
+        await stream.aclose()
+        assert not sock.errors
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EINVAL])
+async def test_want_of_descriptors_or_memory_is_told(tmp_path: Path, number: int) -> None:
+    from teemate.gateway.serving import Listener
+
+    with listening(tmp_path / "socket", number) as sock, trio.fail_after(DEADLINE):
+        with pytest.raises(OSError, match=os.strerror(number)):
+            await Listener(sock, Client().gateway.admission).accept()
