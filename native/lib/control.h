@@ -22,7 +22,7 @@
 struct control_key {
     uint8_t key[16];
     uint8_t mac_key[32];
-    uint64_t sequence; /* the last one used, or seen in a request that the enclave took */
+    uint64_t sequence; /* the last one used, or seen in a request whose MAC the enclave took */
 };
 
 /* The key to sign with, its MAC key, and the first sequence number. */

@@ -216,8 +216,8 @@ static void handle_control(struct warden *warden, const struct tm_control *contr
     reply->status = exit.status;
     reply->entered = exit.entered;
     reply->vector = exit.vector;
-    if (control->sequence > warden->key->sequence &&
-        !(exit.entered && (exit.status == TM_E_MAC || exit.status == TM_E_STATE)))
+    /* Whatever else the enclave says of a request, its number is used up. */
+    if (control->sequence > warden->key->sequence && !(exit.entered && exit.status == TM_E_MAC))
         warden->key->sequence = control->sequence;
     if (exit.entered)
         return;

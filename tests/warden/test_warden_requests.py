@@ -12,12 +12,15 @@ from collections.abc import Callable
 import pytest
 import warden_wire as wire
 from backends import sim_only
+from processes import wait_until
 from warden_harness import Client, Enclave, Warden
 
 from teemate._native import lib
 
 KEY = bytes(range(1, 17))
 SLOT = 2
+STATE = -5
+"""TM_E_STATE"""
 
 
 def arm(warden: Warden, enclave: Enclave, *, generation: int = 1, key: bytes = KEY) -> None:
@@ -231,6 +234,24 @@ def test_the_warden_tells_the_time_while_nobody_asks(
         pass
     # The broker's next number is still larger than the warden's.
     assert warden.control(enclave, wire.CLEAR, slot=SLOT, generation=1).status == 0
+    slot.close()
+    client.close()
+
+
+def test_the_clock_goes_on_when_the_last_request_was_refused(
+    make_enclave: Callable[..., Enclave], make_warden: Callable[[], Warden]
+) -> None:
+    enclave = make_enclave(time=True)
+    warden = make_warden()
+    assert warden.start(enclave).status == 0
+    arm(warden, enclave)
+    client = Client(enclave)
+    slot = client.slot(index=SLOT, generation=1, key=KEY)
+    # Its number is used up, and those that the warden tells the time with have to be larger.
+    refused = warden.control(enclave, wire.CLEAR, slot=SLOT, generation=7)
+    assert (refused.entered, refused.status) == (1, STATE)
+    stood = slot.call("clock").out
+    wait_until(lambda: slot.call("clock").out != stood, "the clock has gone on")
     slot.close()
     client.close()
 
