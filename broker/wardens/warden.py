@@ -286,9 +286,8 @@ class Warden:
                 return reply
             self._failed += 1
             if attempt == 2:
-                raise WardenError(
-                    f"{reply.step.name} of slot {slot}: {reply.text or os.strerror(-reply.status)}"
-                )
+                step = "RENEW" if reply.step is RenewStep.NONE else reply.step.name
+                raise WardenError(f"{step} of slot {slot}: {reply.text or os.strerror(-reply.status)}")
         raise AssertionError("the second attempt returns or raises")
 
     async def close(self) -> None:

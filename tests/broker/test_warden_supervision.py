@@ -237,6 +237,12 @@ async def test_what_a_renewal_has_to_tell_is_told_at_once(fake: Fake, answer: li
     assert warden.statistics().requests == 2
 
 
+async def test_a_renewal_that_came_to_no_step_is_told_by_its_own_name(fake: Fake) -> None:
+    warden = fake([["ok", [-14, 0, 0], [-14, 0, 0]]])
+    with pytest.raises(WardenError, match="RENEW of slot 2: told by the fake"):
+        await warden.renew(2, 1, KEY, holder_dead=False)
+
+
 @pytest.mark.parametrize("step", [0, 9])
 async def test_a_renewal_that_ends_with_no_step_of_its_own_is_nonsense(fake: Fake, step: int) -> None:
     warden = fake([["ok", [0, 1, step]], ["ok", [0, 1, step]]])
