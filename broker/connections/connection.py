@@ -123,6 +123,7 @@ class Connection:
         With cold caches the nursery takes as long as the attach.  Returns the breach of the protocol
         or the failure of the socket that ends the connection.
         """
+        newcomer = self.client
         try:
             for _ in range(_MESSAGES_AT_FIRST):
                 if self.closing or self.client.account.bucket.take():
@@ -137,7 +138,7 @@ class Connection:
         except (errors.ProtocolError, errors.LimitReached, OSError) as error:
             return error
         self.brief = bool(self.client.grants)
-        if self.greeted:
+        if self.greeted and self.client is newcomer:
             self.client.service.attendant.guests.came(self)
         return None
 

@@ -30,7 +30,15 @@ import trio
 from teemate import wire
 from teemate.broker._door import ffi, lib
 from teemate.broker.connections.door import CONNECTION_COST, Door
-from teemate.broker.connections.identity import Identity, Peer, cgroup_of, peer_bytes, principal
+from teemate.broker.connections.identity import (
+    Identity,
+    Peer,
+    cgroup_of,
+    groups_in,
+    label_in,
+    peer_bytes,
+    principal,
+)
 from teemate.broker.connections.operations import HELLO_OK
 from teemate.broker.policy.limits import GIVEN_AHEAD, Resource
 from teemate.broker.restart.cells import PLACES
@@ -140,7 +148,7 @@ class Guests:
     # -- who is expected ---------------------------------------------------------
 
     def came(self, connection: Connection) -> None:
-        """Somebody came who was greeted here."""
+        """Somebody came who was greeted here, and did not resume: its identity is that of its connection."""
         if self._door is None or not self._service.policy.broker.ahead:
             return
         identity = connection.client.identity
@@ -161,16 +169,18 @@ class Guests:
             trio.lowlevel.current_trio_token().run_sync_soon(self.restock, idempotent=True)
 
     def _make(self, key: _Key, connection: Connection) -> _Guest | None:
-        known = peer_bytes(connection.socket)
+        client, known = connection.client, peer_bytes(connection.socket)
         if known is None:
             return None
-        client = connection.client
+        groups, label = known
+        if (groups_in(groups), label_in(label)) != (client.identity.groups, client.identity.label):
+            return None  # else others like its process now would have the rights that it had once
         mine = [guest for guest in self._guests.values() if guest.account is client.account]
         if len(mine) >= _OF_ONE_USER:
             self._dismiss(mine[0])
         elif len(self._guests) >= _GUESTS:
             self._dismiss(next(iter(self._guests.values())))
-        guest = self._guests[key] = _Guest(client.identity, client.account, *known)
+        guest = self._guests[key] = _Guest(client.identity, client.account, groups, label)
         return guest
 
     # -- places --------------------------------------------------------------------

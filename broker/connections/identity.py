@@ -32,7 +32,9 @@ __all__ = [
     "Peer",
     "cgroup_of",
     "command_of",
+    "groups_in",
     "identify",
+    "label_in",
     "peer_bytes",
     "peer_uid",
     "process_ended",
@@ -107,7 +109,17 @@ def _groups(sock: socket.socket) -> frozenset[int]:
         raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_GUESS)
     except OSError:  # ERANGE: more groups than expected; NGROUPS_MAX is 65536
         raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 1 << 18)
-    return frozenset(struct.unpack(f"{len(raw) // 4}I", raw))
+    return groups_in(raw)
+
+
+def groups_in(told: bytes) -> frozenset[int]:
+    """Return the groups that the kernel tells so (SO_PEERGROUPS)."""
+    return frozenset(struct.unpack(f"{len(told) // 4}I", told))
+
+
+def label_in(told: bytes) -> str:
+    """Return the label that the kernel tells so (SO_PEERSEC)."""
+    return told.rstrip(b"\0").decode("utf-8", "replace")
 
 
 def _label(sock: socket.socket) -> str:
@@ -115,7 +127,7 @@ def _label(sock: socket.socket) -> str:
         raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERSEC, 1024)
     except OSError:  # no security module gives labels
         return ""
-    return raw.rstrip(b"\0").decode("utf-8", "replace")
+    return label_in(raw)
 
 
 def _read(path: str) -> bytes:

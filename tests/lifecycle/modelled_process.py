@@ -60,6 +60,8 @@ class ModelledProcess:
     lost: bool = False
     groups: bytes = b""
     """As the kernel tells them (SO_PEERGROUPS)."""
+    label: bytes = b""
+    """The same (SO_PEERSEC)."""
 
     def __repr__(self) -> str:
         return f"<process {self.number}>"

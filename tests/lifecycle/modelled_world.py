@@ -12,7 +12,6 @@ import contextlib
 import os
 import signal
 import socket
-import struct
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -28,7 +27,7 @@ from teemate import wire
 from teemate.broker._door import ffi, lib
 from teemate.broker.connections.attendant import Attendant
 from teemate.broker.connections.door import Caller, Door
-from teemate.broker.connections.identity import Identity, Peer
+from teemate.broker.connections.identity import Identity, Peer, groups_in, label_in
 from teemate.broker.enclaves.enclave import Enclave, EnclaveState
 from teemate.broker.policy.limits import Charge
 from teemate.broker.policy.rules import Administrators, BrokerSettings, EnclavePolicy, Policy, Rule
@@ -110,7 +109,7 @@ class World:
     def _model_the_host(self, enter: Callable[[Any], object]) -> None:
         """Put what is modelled in the place of what the kernel would do, until :meth:`close`."""
         enter(mock.patch("teemate.broker.server.identify", self._identify))
-        enter(mock.patch("teemate.broker.connections.guests.peer_bytes", return_value=(b"", b"")))
+        enter(mock.patch("teemate.broker.connections.guests.peer_bytes", self._peer_bytes))
         enter(mock.patch("teemate.broker.connections.guests.cgroup_of", return_value="/"))
         enter(mock.patch.object(Attendant, "threaded", False))
         take = Door.take
@@ -248,8 +247,8 @@ class World:
             pid=self.pid(process),
             uid=process.uid,
             gid=process.uid,
-            groups=frozenset(struct.unpack(f"{len(process.groups) // 4}I", process.groups)),
-            label="",
+            groups=groups_in(process.groups),
+            label=label_in(process.label),
             cgroup="/",
         )
         return Peer(identity=identity, pidfd=os.dup(process.pidfd))
@@ -264,7 +263,13 @@ class World:
         peer.pidfd, peer.started = os.dup(process.pidfd), process.number
         peer.groups_size = len(process.groups)
         ffi.memmove(peer.groups, process.groups, len(process.groups))
+        peer.label_size = len(process.label)
+        ffi.memmove(peer.label, process.label, len(process.label))
         return 0
+
+    def _peer_bytes(self, sock: socket.socket) -> tuple[bytes, bytes]:
+        process = self.process_at(sock)
+        return process.groups, process.label
 
     def _send_signal(self, pidfd: int, number: int, *_: object) -> None:
         assert number == signal.SIGKILL

@@ -12,6 +12,7 @@ from modelled_restart import MortalWorld, ResumingProcess
 from modelled_world import ENCLAVE
 
 from teemate.broker._door import lib
+from teemate.broker.connections.identity import groups_in, label_in
 from teemate.broker.policy.limits import Resource
 from teemate.broker.restart.cells import Cells
 from teemate.broker.slots.table import SlotState
@@ -41,11 +42,22 @@ def greeted(world: MortalWorld) -> int:
     return world.service.attendant.statistics().greeted
 
 
-def new_process(world: MortalWorld, uid: int = 1000, groups: bytes = b"") -> ResumingProcess:
+def new_process(
+    world: MortalWorld, uid: int = 1000, groups: bytes = b"", label: bytes = b""
+) -> ResumingProcess:
     process = world.new_process(uid)
     assert isinstance(process, ResumingProcess)
-    process.groups = groups
+    process.groups, process.label = groups, label
     return process
+
+
+def expect(world: MortalWorld, groups: bytes, label: bytes) -> None:
+    """Have such processes of the user expected."""
+    for _ in range(2):
+        guest = new_process(world, 1000, groups, label)
+        world.reconnect(guest)
+        guest.hear()
+        world.step(guest.end)
 
 
 def come(world: MortalWorld, process: ResumingProcess) -> Reply:
@@ -162,6 +174,74 @@ def test_another_user_and_a_process_in_other_groups_are_not_taken_for_who_is_exp
     (client,) = (c for c in world.service.clients.values() if c.identity.pid == world.pid(process))
     assert (client.identity.uid, len(client.identity.groups)) == (uid, len(groups) // 4)
     end(world, process, grant)
+
+
+SEVEN, EIGHT = struct.pack("I", 7), struct.pack("I", 8)
+
+
+@pytest.mark.parametrize(
+    ("was", "groups", "label"),
+    [
+        ((SEVEN, b""), b"", b""),
+        ((SEVEN, b""), EIGHT, b""),
+        ((SEVEN, b""), SEVEN + EIGHT, b""),
+        ((b"", b"one"), b"", b""),
+        ((b"", b"one"), b"", b"two"),
+        ((b"", b"one"), b"", b"ones"),
+        ((SEVEN, b"ones"), b"ones", SEVEN),
+    ],
+)
+def test_who_is_expected_in_a_group_or_with_a_label_is_nobody_without(
+    world: MortalWorld, was: tuple[bytes, bytes], groups: bytes, label: bytes
+) -> None:
+    world.service.attendant.guests.dismiss_all()
+    expect(world, *was)
+    process = new_process(world, 1000, groups, label)
+    grant, _index, _key = granted(come(world, process))
+    assert greeted(world) == 0
+    (client,) = (c for c in world.service.clients.values() if c.identity.pid == world.pid(process))
+    assert (client.identity.groups, client.identity.label) == (groups_in(groups), label_in(label))
+    end(world, process, grant)
+    like_them = new_process(world, 1000, *was)
+    grant, _index, _key = granted(come(world, like_them))
+    assert greeted(world) == 1
+    (client,) = (c for c in world.service.clients.values() if c.identity.pid == world.pid(like_them))
+    assert (client.identity.groups, client.identity.label) == (groups_in(was[0]), label_in(was[1]))
+    end(world, like_them, grant)
+
+
+def test_who_left_its_group_and_resumed_gives_nobody_the_rights_it_had(world: MortalWorld) -> None:
+    """It keeps them itself, with what it held: its identity is that of its first connection."""
+    processes = [new_process(world, 1000, SEVEN) for _ in range(3)]
+    for process in processes:
+        world.reconnect(process)
+        process.hear()
+    world.restart()
+    for process in processes:
+        process.hear()
+        process.groups = b""
+        world.come_back(process)
+    resumed = [c for c in world.service.clients.values() if c.identity.groups == groups_in(SEVEN)]
+    assert len(resumed) == len(processes), "the guard of this test: they are"
+    assert not world.service.attendant.statistics().places
+    process = new_process(world)
+    granted(come(world, process))
+    (client,) = (c for c in world.service.clients.values() if c.identity.pid == world.pid(process))
+    assert not client.identity.groups
+
+
+def test_who_is_not_in_the_groups_of_its_identity_any_more_is_not_expected(
+    world: MortalWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever lets one be another than its connection's: the control lets everybody be SEVEN's."""
+    guests = world.service.attendant.guests
+    guests.dismiss_all()
+    expect(world, SEVEN, b"")
+    assert world.service.attendant.statistics().places
+    guests.dismiss_all()
+    monkeypatch.setattr("teemate.broker.connections.guests.peer_bytes", lambda _: (b"", b""))
+    expect(world, SEVEN, b"")
+    assert not world.service.attendant.statistics().places
 
 
 def test_who_resumes_is_not_greeted_as_a_new_client(world: MortalWorld) -> None:
