@@ -63,7 +63,8 @@ class Forked:
     def send_signal(self, number: int) -> None:
         """Send a signal, unless it has ended."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # its status is on the way from who forked it
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Send SIGKILL."""
