@@ -248,10 +248,10 @@ class Reclaimer:
         key = enclave.slot_keys[index]
         if enclave.warden is not None:
             key = self._next_key(enclave, index)
-            hurry = enclave.slots.somebody_waits
             reply = await enclave.warden.control(
-                ControlOp.ARM, index, generation=key.generation, argument=hurry, key=key.key
-            )
+                ControlOp.ARM, index, generation=key.generation, key=key.key,
+                argument=lambda: enclave.slots.is_wanted(index),
+            )  # fmt: skip
             require_done(reply, RenewStep.ARM)
         self._armed(enclave, index, key)
 

@@ -73,7 +73,7 @@ async def renew_slot(
     warden = _warden(enclave)
     generation = enclave.slot_keys[index].generation
     reply = await warden.renew(
-        index, generation, key, holder_dead=holder_dead, hurry=enclave.slots.somebody_waits
+        index, generation, key, holder_dead=holder_dead, hurry=lambda: enclave.slots.is_wanted(index)
     )
     if reply.step is RenewStep.REPAIR:
         return await _scrub(warden, enclave, index, reply, log)

@@ -145,11 +145,6 @@ class SlotTable:
         """Slots that the warden works on."""
         return self._counts[SlotState.ARMING]
 
-    @property
-    def somebody_waits(self) -> bool:
-        """Whether a slot that comes free goes to somebody at once."""
-        return bool(self._queues)
-
     # -- asking ----------------------------------------------------------------
 
     def request(self, uid: int, grant: int, count: int) -> Ticket:
@@ -335,7 +330,7 @@ class SlotTable:
     def serve_waiting(self) -> list[Ticket]:
         """Serve whoever can be served now; returns their tickets."""
         served = []
-        while (uid := self._next()) is not None:
+        while (uid := self._next(len(self._free))) is not None:
             queue = self._queues[uid]
             ticket = queue.popleft()
             self._serve(ticket)
@@ -347,15 +342,26 @@ class SlotTable:
                 del self._queues[uid]
         return served
 
-    def _next(self) -> int | None:
-        """Return the uid whose oldest request is served next, None when there is none that can be."""
+    def is_wanted(self, index: int) -> bool:
+        """Whether somebody would be served at once if this slot, and all that are armed now, came free."""
+        if not self._turn:
+            return False
+        slot = self.slots[index]
+        former = slot.uid
+        self._count_for(slot, None)
+        uid = self._next(len(self._free) + self.arming)
+        self._count_for(slot, former)
+        return uid is not None
+
+    def _next(self, free: int) -> int | None:
+        """Return the uid whose oldest request is served next with so many slots, None when there is none."""
         if not self._turn:
             return None
         share = self.share()
         heads = [self._queues[uid][0] for uid in self._turn]
         due = [ticket for ticket in heads if self._due(ticket, share)]
         for ticket in due or heads:
-            if ticket.count <= len(self._free):
+            if ticket.count <= free:
                 return ticket.uid
         return None
 

@@ -217,15 +217,19 @@ class Warden:
         slot: int = 0,
         *,
         generation: int = 0,
-        argument: int = 0,
+        argument: int | Callable[[], int] = 0,
         key: bytes = bytes(16),
         data: bytes = b"",
         deadline: float | None = None,
     ) -> WardenReply:
-        """A control ECALL; the reply's status is the enclave's own, whatever it is."""
+        """A control ECALL; the reply's status is the enclave's own, whatever it is.
+
+        An `argument` that is a function is asked when it is the request's turn.
+        """
 
         def body() -> bytes:
-            return self._key.control(op, slot, generation=generation, argument=argument, key=key, data=data)
+            value = argument() if callable(argument) else argument
+            return self._key.control(op, slot, generation=generation, argument=value, key=key, data=data)
 
         for attempt in (1, 2):
             reply = await self._request(WardenOp.CONTROL, body, deadline)
@@ -260,11 +264,17 @@ class Warden:
         return await self._request(WardenOp.REPAIR, body)
 
     async def renew(
-        self, slot: int, generation: int, key: SlotKey, *, holder_dead: bool, hurry: bool = False
+        self,
+        slot: int,
+        generation: int,
+        key: SlotKey,
+        *,
+        holder_dead: bool,
+        hurry: Callable[[], bool] = lambda: False,
     ) -> WardenReply:
         """CLEAR, REPAIR, RESET and ARM in one request, until one of them fails or has something to tell.
 
-        In a `hurry` the image makes nothing ready in the slot.
+        In a `hurry`, asked when it is the request's turn, the image makes nothing ready in the slot.
 
         The reply is that of the last `step`: of ARM when the slot has `key` now; of REPAIR, with status 0,
         when something was undone, and RESET and ARM are still to be asked for.  A step that fails does so as
@@ -276,7 +286,7 @@ class Warden:
             return renew_body(
                 control(ControlOp.CLEAR, slot, generation=generation),
                 control(ControlOp.RESET, slot),
-                control(ControlOp.ARM, slot, generation=key.generation, argument=hurry, key=key.key),
+                control(ControlOp.ARM, slot, generation=key.generation, argument=hurry(), key=key.key),
                 holder_dead=holder_dead,
             )
 

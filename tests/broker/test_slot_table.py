@@ -119,7 +119,10 @@ class Model(RuleBasedStateMachine):
         self.arming.discard(index)
         self.counted.pop(index, None)
         self.free.add(index)
-        self.expect_served(self.table.armed(index))
+        wanted = self.table.is_wanted(index)
+        served = self.table.armed(index)
+        assert wanted == bool(served) or (wanted and self.arming)
+        self.expect_served(served)
 
     @precondition(lambda self: self.owner)
     @rule(data=st.data())
@@ -273,6 +276,20 @@ def give_back(table: SlotTable, index: int) -> list[Ticket]:
     """The slot goes the whole way; returns who is served with it."""
     table.returned(index)
     return table.armed(index)
+
+
+def test_a_slot_is_wanted_when_somebody_who_waits_gets_it_or_its_like() -> None:
+    table = table_of(3)
+    assert table.request(1, 1, 3).slots is not None
+    ticket = table.request(2, 2, 2)
+    table.returned(0)
+    assert not table.is_wanted(0)
+    table.returned(1)
+    assert table.is_wanted(0), "with the other one it is"
+    assert table.armed(0) == []
+    assert table.is_wanted(1)
+    assert table.held(1) == 2, "asking changes nothing"
+    assert table.armed(1) == [ticket]
 
 
 def test_what_came_back_last_is_given_first_and_what_nobody_has_had_last() -> None:

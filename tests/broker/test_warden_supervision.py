@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from backends import BACKEND, NUMBER
 from elftools.elf.elffile import ELFFile
 from images import BuiltImage, Images
@@ -241,6 +242,29 @@ async def test_a_renewal_that_came_to_no_step_is_told_by_its_own_name(fake: Fake
     warden = fake([["ok", [-14, 0, 0], [-14, 0, 0]]])
     with pytest.raises(WardenError, match="RENEW of slot 2: told by the fake"):
         await warden.renew(2, 1, KEY, holder_dead=False)
+
+
+async def test_whether_there_is_a_hurry_is_asked_for_each_attempt_when_it_is_its_turn(fake: Fake) -> None:
+    warden = fake([["ok", "crash"], ["ok"] * 5])
+    await warden.start()
+    asked = 0
+
+    def hurry() -> bool:
+        nonlocal asked
+        asked += 1
+        return False
+
+    async def renew() -> None:
+        await warden.renew(2, 1, KEY, holder_dead=False, hurry=hurry)
+
+    async with trio.open_nursery() as nursery:
+        async with warden._lock:
+            nursery.start_soon(renew)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not asked
+    assert asked == 2
+    await warden.control(ControlOp.ARM, 2, generation=2, key=KEY.key, argument=hurry)
+    assert asked == 3
 
 
 @pytest.mark.parametrize("step", [0, 9])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -218,7 +218,7 @@ class ModelledWarden:
         slot: int = 0,
         *,
         generation: int = 0,
-        argument: int = 0,
+        argument: int | Callable[[], int] = 0,
         key: bytes = bytes(16),
         data: bytes = b"",
         deadline: float | None = None,
@@ -242,10 +242,15 @@ class ModelledWarden:
         return _reply(target, status, entered=status != EBUSY, found=found)
 
     async def renew(
-        self, slot: int, generation: int, key: SlotKey, *, holder_dead: bool, hurry: bool = False
+        self,
+        slot: int,
+        generation: int,
+        key: SlotKey,
+        *,
+        holder_dead: bool,
+        hurry: Callable[[], bool] = lambda: False,
     ) -> WardenReply:
         """CLEAR, REPAIR, RESET and ARM, one after the other."""
-        self.hurried.append(hurry)
         try:
             target = await self._turn(slot)
         except EnclaveGoneError:
@@ -255,6 +260,7 @@ class ModelledWarden:
             for _ in itertools.islice(steps, self.steps_done):
                 pass
             raise
+        self.hurried.append(hurry())
         replies = []
         for reply in self._renewal(target, generation, key, holder_dead):
             replies.append(reply)

@@ -76,6 +76,35 @@ def test_a_slot_that_somebody_waits_for_is_renewed_in_a_hurry(world: World, hold
     assert waits.ok is not None
 
 
+def test_a_slot_is_not_renewed_in_a_hurry_for_a_request_that_it_cannot_serve(
+    world: World, holder: ModelledProcess
+) -> None:
+    other = world.start_process(1001)
+    other.hear()
+    attach(world, other)
+    grant, index, _ = attach(world, holder)
+    world.step(lambda: holder.post("attach", enclave=ENCLAVE, slots=2, wait=30))
+    waits = holder.waiting[max(holder.waiting)]
+    give_back(world, holder, grant, index)
+    assert world.warden.hurried == [False]
+    world.step(other.end)
+    assert world.warden.hurried == [False, True]
+    holder.hear()
+    assert waits.ok is not None
+
+
+def test_whether_a_slot_is_wanted_is_asked_when_it_is_its_turn(world: World, holder: ModelledProcess) -> None:
+    (grant, index, _), _ = attach(world, holder), attach(world, holder)
+    world.warden.hang = 1.0  # with somebody else's request, as it were
+    give_back(world, holder, grant, index)
+    world.step(lambda: holder.post("attach", enclave=ENCLAVE, slots=1, wait=30))
+    waits = holder.waiting[max(holder.waiting)]
+    world.pass_time(2)
+    assert world.warden.hurried == [True]
+    holder.hear()
+    assert waits.ok is not None
+
+
 def test_a_slot_that_comes_back_with_a_call_in_it_is_undone_step_by_step_and_told(
     world: World, holder: ModelledProcess
 ) -> None:
