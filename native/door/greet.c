@@ -12,7 +12,7 @@
 #include "crypto.h"
 
 /* For hello; whoever takes longer waits for it in Python, where those of each user are counted. */
-#define PATIENCE_NS 10000000u
+#define PATIENCE_NS 100000000u
 /* Connections in a row for which there is no place, after which another thread need not look at them first. */
 #define MISSES 8
 

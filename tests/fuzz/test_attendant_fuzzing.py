@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,24 +17,31 @@ DOOR_PARTS = ("attendant", "door", "greet", "guests", "peer", "plain", "prompt")
 DOOR_PARTS += ("seats", "shelves", "turn_away")
 
 
-def build(folder: Path, name: str) -> Path:
-    """Compile a program of that name with the attendant."""
-    program = folder / name
-    sources = [Path(__file__).with_name(f"{name}.c")]
-    sources += [DOOR / f"{part}.c" for part in DOOR_PARTS]
-    sources += [LIB / f"{part}.c" for part in ("hmac", "sha256")]
-    compile_with_sanitizers([f"-I{DOOR}", *map(str, sources), "-lpthread", "-lm", "-o", str(program)])
-    return program
-
-
 @pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("attendant"), "fuzz_attendant")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Both programs, with the attendant compiled once."""
+    folder = tmp_path_factory.mktemp("attendant")
+    parts = [DOOR / f"{part}.c" for part in DOOR_PARTS] + [LIB / f"{part}.c" for part in ("hmac", "sha256")]
+    mains = [Path(__file__).with_name(f"{name}.c") for name in ("fuzz_attendant", "fuzz_greeting")]
+    compiled = {source.stem: folder / f"{source.stem}.o" for source in (*parts, *mains)}
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        lines = ([f"-I{DOOR}", "-c", str(s), "-o", str(compiled[s.stem])] for s in (*parts, *mains))
+        list(pool.map(compile_with_sanitizers, lines))
+    programs = {main.stem: folder / main.stem for main in mains}
+    for name, program in programs.items():
+        objects = [str(compiled[source.stem]) for source in parts]
+        compile_with_sanitizers([str(compiled[name]), *objects, "-lpthread", "-lm", "-o", str(program)])
+    return programs
 
 
-@pytest.fixture(scope="module")
-def greeter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("greeting"), "fuzz_greeting")
+@pytest.fixture
+def target(programs: dict[str, Path]) -> Path:
+    return programs["fuzz_attendant"]
+
+
+@pytest.fixture
+def greeter(programs: dict[str, Path]) -> Path:
+    return programs["fuzz_greeting"]
 
 
 def test_what_is_answered_is_what_the_broker_would_take_and_the_rest_is_left_to_it(
