@@ -328,12 +328,12 @@ class Guests:
             client.first_token = bytes(told.session)
         if service.monitoring.viewers:
             service.monitoring.received(connection, bytes(greeting.hello[0 : greeting.hello_size]), ())
-            service.monitoring.sent(connection, bytes(greeting.reply[0 : greeting.reply_size]), ())
+            if not greeting.unsent:
+                service.monitoring.sent(connection, bytes(greeting.reply[0 : greeting.reply_size]), ())
         unsent = greeting.unsent
         ffi.buffer(greeting)[:] = bytes(ffi.sizeof(greeting[0]))  # there was a token in it
         if unsent:
-            service.log.warning("cannot send", client=client.number, reason="the socket does not take it")
-            connection.close()
+            connection.outbox.unsent(unsent)
         return connection
 
     def written(self, connection: Connection | None, place: int) -> None:

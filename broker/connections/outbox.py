@@ -152,6 +152,17 @@ class Outbox:
         self.settle_descriptors()
         self._unread.append(self._client.account.owe(Resource.DESCRIPTORS_SENT, descriptors))
 
+    def unsent(self, number: int) -> None:
+        """A message could not be sent, for this reason (errno): the client would wait for it for ever."""
+        # Gone: the reader finds out by itself, after what the client sent before it left.
+        if number in _GONE:
+            return
+        client = self._client
+        client.service.complaints.warning(
+            "cannot send", client.identity.uid, client=client.number, reason=os.strerror(number)
+        )
+        self._give_up()
+
     def everything_was_read(self) -> bool:
         """Whether the client has received all that was sent to it."""
         return not self._queue and not self.closed and not self._unread_bytes()
@@ -192,9 +203,7 @@ class Outbox:
         except OSError as error:
             if error.errno == errno.ETOOMANYREFS:
                 raise _no_descriptors("too many descriptors are on their way to clients", error) from error
-            # Gone: the reader finds out by itself, after what the client sent before it left.
-            if error.errno not in _GONE:
-                self._cannot_send(error)
+            self.unsent(error.errno or 0)
 
     def _charge_descriptors(self, count: int) -> Charge:
         """Charge descriptors on their way; who does not read holds them open, and the kernel counts them."""
@@ -230,11 +239,6 @@ class Outbox:
         if first:
             self._drained = trio.Event()
             self._start_soon(self._write_queue)
-
-    def _cannot_send(self, error: OSError) -> None:
-        """End the connection, else the client would wait for ever for what could not be sent."""
-        self._client.service.log.warning("cannot send", client=self._client.number, reason=error.strerror)
-        self._give_up()
 
     async def _write_queue(self) -> None:
         while self._queue:

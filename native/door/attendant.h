@@ -92,7 +92,7 @@ struct attendant_host {
 /* A client that was greeted. */
 struct attendant_greeting {
     int fd, pidfd; /* the caller's */
-    bool unsent;   /* it could not be told: its connection has to end */
+    int32_t unsent; /* the errno for which it could not be told; 0: it was */
     struct attendant_greeted told;
     uint8_t hello[256], reply[512];
     size_t hello_size, reply_size;

@@ -165,14 +165,15 @@ bool greet(struct attendant *attendant, struct seat *seat)
     take_request(seat->fd);
     asked = attendant_now();
     cell = serve(attendant, seat, &request); /* mostly it came along */
-    if (!caller->welcomed && alive_locked(attendant))
-        greeting->unsent = send(seat->fd, greeting->reply, greeting->reply_size, MSG_NOSIGNAL | MSG_DONTWAIT) < 0;
+    if (!caller->welcomed && alive_locked(attendant) &&
+        send(seat->fd, greeting->reply, greeting->reply_size, MSG_NOSIGNAL | MSG_DONTWAIT) < 0)
+        greeting->unsent = errno;
     caller->welcomed = true;
     note_locked(attendant, seat, cell, request, asked);
     if (cell < 0)
         seat->state = SEAT_GREETED; /* also when something else is there: it is found out at once */
     hear_again(attendant, seat);
-    return greeting->unsent;
+    return greeting->unsent != 0;
 }
 
 static struct attendant_guest *guest_of(const struct attendant *attendant, const struct attendant_peer *peer)

@@ -106,8 +106,10 @@ static bool send_reply(struct seat *seat, const struct attendant_shelf *shelf)
     if (first == 0)
         parts[0] = (struct iovec){caller->greeting.reply, caller->greeting.reply_size};
     sent = sendmmsg(seat->fd, &messages[first], 2 - (unsigned)first, MSG_NOSIGNAL | MSG_DONTWAIT);
-    if (first == 0 && sent > 0)
+    if (first == 0 && sent > 0) {
         caller->welcomed = true;
+        caller->greeting.unsent = 0;
+    }
     return sent == 2 - first;
 }
 

@@ -245,7 +245,7 @@ static bool greet_once(struct house *house, uint64_t number, const uint8_t *mess
         ;
     greeted = was_greeted(house, &note, &greeting, &ours);
     if (greeted && hearing != HEARS) { /* it is told nothing, and what it asked for is left */
-        REQUIRE(!attached && greeting.unsent && note.cell == -1 && house->cells[0].client == 0);
+        REQUIRE(!attached && greeting.unsent == EPIPE && note.cell == -1 && house->cells[0].client == 0);
         REQUIRE(house->places[1].client == number);
         REQUIRE((receive(ours, came) == (ssize_t)sizeof(attach) - 1) == asks);
         REQUIRE(receive(ours, came) <= 0);

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from charged_slots import charged_slots, owned_slots
@@ -11,6 +15,7 @@ from modelled_process import ModelledProcess, Reply
 from modelled_restart import MortalWorld, ResumingProcess
 from modelled_world import ENCLAVE
 
+from teemate import wire
 from teemate.broker._door import lib
 from teemate.broker.connections.identity import groups_in, label_in
 from teemate.broker.policy.limits import Resource
@@ -242,6 +247,52 @@ def test_who_is_not_in_the_groups_of_its_identity_any_more_is_not_expected(
     monkeypatch.setattr("teemate.broker.connections.guests.peer_bytes", lambda _: (b"", b""))
     expect(world, SEVEN, b"")
     assert not world.service.attendant.statistics().places
+
+
+class _Unsent:
+    """The attendant, with a hello of which it says that it could not be answered."""
+
+    def attendant_take(self, native: object, seat: int, greeting: Any) -> None:
+        lib.attendant_take(native, seat, greeting)
+        greeting.unsent = errno.ENOBUFS
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(lib, name)
+
+
+def test_who_reads_no_more_is_no_reason_to_complain_and_who_cannot_be_told_is(
+    world: MortalWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def complaints() -> list[dict[str, object]]:
+        return [record for record in world.records if record["event"] == "cannot send"]
+
+    shown: list[object] = []
+    monitoring = world.service.monitoring
+    monkeypatch.setattr(monitoring, "sent", lambda _, data, __: shown.append(wire.decode(data)["id"]))
+    monkeypatch.setattr("teemate.broker.telemetry.audit._COMPLAINTS_AT_ONCE", 3)
+    world.step(lambda: world.administrator.post("monitor"))
+    shown.clear()
+    for _ in range(20):
+        process = new_process(world)
+
+        def come_and_read_nothing(process: ResumingProcess = process) -> None:
+            world.come(process)
+            assert process.sock is not None
+            process.sock.shutdown(socket.SHUT_RD)
+
+        world.step(come_and_read_nothing)
+        world.step(process.end)
+    assert greeted(world) > 3
+    assert shown.count(0) == 20 - greeted(world), "what was not sent is not shown as sent"
+    assert not complaints()
+    monkeypatch.setattr("teemate.broker.connections.guests.lib", _Unsent())
+    count = 10
+    for _ in range(count):
+        world.step(lambda: world.come(new_process(world)))
+    told = complaints()
+    assert 0 < len(told) < count
+    assert all(record["uid"] == 1000 and record["reason"] == os.strerror(errno.ENOBUFS) for record in told)
+    assert [client.identity.uid for client in world.service.clients.values()] == [0]
 
 
 def test_who_resumes_is_not_greeted_as_a_new_client(world: MortalWorld) -> None:
