@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import struct
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import modules as wasm
 import pytest
+from backends import sim_only
 from function_enclaves import (
     ERESUME,
     OK,
@@ -20,79 +23,23 @@ from function_enclaves import (
     owner,
     weakened,
 )
-from gate import ARM, CONTROL, LANDED, LEFT, PAUSED, PROBE, REINIT, REWRITE, TIME, address
+from gate import ARM, CONTROL, LEFT, PAUSED, TIME, address
+from handed_out import ALICE, BOB, HELLO, Slots, deploy, invoked, large, repair_warden
 from images import BuiltImage, Images
 
 import teemate
 from teemate._native import ffi
-from teemate.functions import FunctionLimits, Functions
-from teemate.functions import _wire as wire
+from teemate.functions import FunctionLimits
 
-ALICE, BOB, CAROL = 1001, 1002, 1003
 SECOND = 1_000_000_000
 UNDEFINED = 6
 """UD2: the SDK's tm_panic()."""
-HELLO = wasm.printing(b"hello")
 
 
 @pytest.fixture
 def gate() -> Iterator[Gate]:
     with Gate(installed()) as gate:
         yield gate
-
-
-def invoked(holder: Holder, name: str) -> tuple[bytes, bool]:
-    """What a function wrote, and whether its module was ready."""
-    status, reply = holder.call(b"invoke", wire.invoke(name, b"", (), None, None), wire.room_for(1 << 20))
-    assert status == OK
-    text, length, warm = struct.unpack_from("<3I", reply, 32)
-    return reply[48 + text : 48 + text + length], bool(warm)
-
-
-class Slots:
-    """Hands one slot out again and again, as a broker does; CAROL, who has nothing there, looks on."""
-
-    def __init__(self, gate: Gate, slot: int = 2, onlooker: int = 5) -> None:
-        self.gate = gate
-        self.slot = slot
-        self.generation = 0
-        self.holder: Holder | None = None
-        self.carol = owner(gate, onlooker, CAROL)
-
-    def free(self, *, waited_for: bool = False) -> None:
-        """Take it back from whoever has it, and arm it again."""
-        if self.holder is not None:
-            self.gate.release(self.holder)
-        self.generation += 1
-        self.key = bytes([self.generation % 255 + 1]) * 16
-        fields = {"generation": self.generation, "argument": int(waited_for), "key": self.key}
-        assert self.gate.control(ARM, self.slot, **fields).status == OK
-
-    def take(self, uid: int) -> Holder:
-        """Its next holder."""
-        self.holder = Holder(self.gate, self.slot, self.key, self.generation, uid)
-        assert self.holder.bind().status == OK
-        return self.holder
-
-    def next(self, uid: int) -> Holder:
-        """Both."""
-        self.free()
-        return self.take(uid)
-
-    def starts(self, uid: int, *functions: str, times: int = 2) -> list[bool]:
-        """Each function so often, by a new holder each time; whether it was ready."""
-        return [invoked(self.next(uid), name)[1] for _ in range(times) for name in functions]
-
-    @property
-    def ready(self) -> int:
-        """Bytes that are ready in free slots."""
-        return self.carol.usage().heap_ready
-
-
-def deploy(slots: Slots, uid: int, name: str, module: bytes = HELLO, **options: object) -> Functions:
-    functions = functions_of(slots.next(uid))
-    functions.deploy(name, module, **options)  # type: ignore[arg-type]
-    return functions
 
 
 def is_ready_the_third_time(image: BuiltImage) -> bool:
@@ -198,13 +145,6 @@ def test_a_function_that_was_removed_or_replaced_meanwhile_does_not_run(gate: Ga
         functions_of(holder).invoke("hello")
     slots.free()
     assert slots.ready == 0
-
-
-def large(size: int, functions: int = 100) -> bytes:
-    """A module of about so many bytes, which does not become smaller by being compiled."""
-    step = wasm.i32(8) + wasm.i32(1) + wasm.I32_STORE
-    code = step * (size // functions // len(step))
-    return wasm.command(wasm.write(1, 0, 1), functions=[code] * functions)
 
 
 def with_parameters(count: int) -> bytes:
@@ -323,15 +263,6 @@ def test_a_module_that_cannot_be_made_ready_leaves_the_slot_sound_and_cold(troub
         assert slots.starts(ALICE, "well", "gives-up") == [True, False] * 2
 
 
-def repair_warden(gate: Gate, broken: int) -> None:
-    """As its successor does, through the other TCS."""
-    frames = gate.control(PROBE, tcs=broken).cssa
-    assert gate.control(REWRITE, broken, argument=frames, tcs=1 - broken).status == OK
-    for _ in range(frames):
-        assert gate.enter(broken, bytes(16), function=ERESUME).outcome == LANDED
-    assert gate.control(REINIT, broken, tcs=1 - broken).status == OK
-
-
 def warden_ends(gate: Gate, slots: Slots, *, faults: bool = False) -> None:
     """Have a warden end while it makes something ready in the slot, and its successor arm it."""
     assert slots.holder is not None
@@ -379,28 +310,19 @@ def test_one_warden_that_was_killed_in_there_leaves_nothing_cold_for_good(troubl
         assert slots.starts(ALICE, "hello", times=4) == [True] * 4
 
 
-def test_wardens_may_be_killed_anywhere_in_there(gate: Gate) -> None:
-    slots = Slots(gate)
-    deploy(slots, ALICE, "hello", large(20_000))
-    slots.starts(ALICE, "hello", times=3)
-    before, deaths = None, 0
-    for round_ in range(60):
-        assert slots.holder is not None
-        gate.release(slots.holder)
-        after = slots.carol.usage()
-        before = before or after
-        assert (after.heap_used, after.blocks_owned) == (before.heap_used, before.blocks_owned)
-        slots.generation += 1
-        slots.key = bytes([round_ + 1]) * 16
-        fields = {"generation": slots.generation, "key": slots.key}
-        raw = ffi.new("uint8_t[]", bytes(gate.request(ARM, slots.slot, **fields)))  # type: ignore[arg-type]
-        pause = (round_ + 1) * 20_000
-        left = gate.enter(0, gate.key, CONTROL, address(raw), pause_after_ns=pause, finish=False)
-        if left.outcome == PAUSED and left.function == ERESUME:
-            deaths += 1
-            repair_warden(gate, 0)
-        assert gate.control(ARM, slots.slot, **fields).status == OK
-        assert invoked(slots.take(ALICE), "hello")[0] == b"\0"
-        if deaths:  # of two that died in there the function is believed to be the cause: another begins anew
-            functions_of(slots.holder).deploy("hello", large(20_000), replace=True)
-            slots.starts(ALICE, "hello", times=2)
+@sim_only("nobody can say where hardware interrupts a thread")
+def test_wardens_may_be_killed_anywhere_in_there() -> None:
+    image = installed()
+    path = str(Path(__file__).resolve().parents[1])
+    done = subprocess.run(
+        [
+            *(sys.executable, str(Path(__file__).with_name("dying_ahead.py"))),
+            *(str(image.sgxs), str(image.sigstruct), str(image.slots), "10"),
+        ],
+        env=os.environ | {"TEEMATE_TICK": "20us-400us", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 10
