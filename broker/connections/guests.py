@@ -40,9 +40,11 @@ from teemate.broker.connections.identity import (
     principal,
 )
 from teemate.broker.connections.operations import HELLO_OK
+from teemate.broker.connections.outbox import no_descriptors
 from teemate.broker.policy.limits import GIVEN_AHEAD, Resource
 from teemate.broker.restart.cells import PLACES
 from teemate.broker.restart.records import GUEST
+from teemate.errors import ConnectionLost, Error
 
 if TYPE_CHECKING:
     from teemate.broker.connections.attendant import Attendant
@@ -310,9 +312,8 @@ class Guests:
         told, fd, pidfd = greeting.told, greeting.fd, greeting.pidfd
         with contextlib.ExitStack() as failed:
             failed.callback(wire.close_all, [fd, pidfd])
-            identity = replace(
-                guest.identity, pid=told.pid, cgroup=cgroup_of(told.pid, pidfd, service.cgroup_tree)
-            )
+            cgroup, failure = self._cgroup(told.pid, pidfd, guest.account.uid)
+            identity = replace(guest.identity, pid=told.pid, cgroup=cgroup)
             assert self._receive is not None  # since end() settles
             connection = self._receive(fd, Peer(identity=identity, pidfd=pidfd), told.client, guest.account)
             failed.pop_all()
@@ -334,7 +335,22 @@ class Guests:
         ffi.buffer(greeting)[:] = bytes(ffi.sizeof(greeting[0]))  # there was a token in it
         if unsent:
             connection.outbox.unsent(unsent)
+        if failure is not None:
+            connection.dismiss(failure)
         return connection
+
+    def _cgroup(self, pid: int, pidfd: int, uid: int) -> tuple[str, Error | None]:
+        """Find out its cgroup; with the reason why it is refused, as at its connection, if that cannot be."""
+        service = self._service
+        try:
+            return cgroup_of(pid, pidfd, service.cgroup_tree), None
+        except ConnectionLost as lost:
+            service.complaints.warning("client was gone before it was identified", uid, reason=lost.message)
+            return "", lost
+        except OSError as error:
+            refused = no_descriptors("the broker has none left to find out who connected", error)
+            service.complaints.warning("connection refused", uid, reason=refused.message)
+            return "", refused
 
     def written(self, connection: Connection | None, place: int) -> None:
         """Its record says what the cell does, or the connection ends."""

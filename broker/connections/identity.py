@@ -199,12 +199,25 @@ def peer_bytes(sock: socket.socket) -> tuple[bytes, bytes] | None:
 
 
 def cgroup_of(pid: int, pidfd: int, tree: CgroupTree) -> str:
-    """Return the cgroup of the process behind `pidfd`; empty when that cannot be told for certain."""
+    """Return the cgroup of the process behind `pidfd`.
+
+    Raises
+    ------
+    ConnectionLost
+        The process ended before that was known.
+    OSError
+        EMFILE or ENFILE: there are no descriptors for it.
+
+    """
     try:
         membership = _read(f"/proc/{pid}/cgroup")
-    except OSError:
-        return ""
-    return "" if process_ended(pidfd) else tree.path_of(membership)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise ConnectionLost(f"process {pid} ended before it was identified") from error
+    if process_ended(pidfd):
+        raise ConnectionLost(f"process {pid} ended before it was identified")
+    return tree.path_of(membership)
 
 
 def peer_uid(sock: socket.socket) -> int:
@@ -233,21 +246,14 @@ def identify(sock: socket.socket, tree: CgroupTree, *, trust_pid: bool = False) 
         raise ConnectionLost(f"process {pid} ended before it was identified") from error
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(os.close, pidfd)
-        try:
-            membership = _read(f"/proc/{pid}/cgroup")
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise
-            raise ConnectionLost(f"process {pid} ended before it was identified") from error
-        if process_ended(pidfd):
-            raise ConnectionLost(f"process {pid} ended before it was identified")
+        cgroup = cgroup_of(pid, pidfd, tree)
         identity = Identity(
             pid=pid,
             uid=uid,
             gid=gid,
             groups=_groups(sock),
             label=_label(sock),
-            cgroup=tree.path_of(membership) if certain or trust_pid else "",
+            cgroup=cgroup if certain or trust_pid else "",
         )
         cleanup.pop_all()
     return Peer(identity=identity, pidfd=pidfd)

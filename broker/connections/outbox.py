@@ -27,7 +27,7 @@ from teemate.broker.policy.limits import Charge, Resource
 if TYPE_CHECKING:
     from teemate.broker.connections.clients import Client
 
-__all__ = ["Outbox"]
+__all__ = ["Outbox", "no_descriptors"]
 
 _GONE = {errno.EPIPE, errno.ECONNRESET}
 _SMALLEST_SKB = 768
@@ -40,7 +40,8 @@ class _Queued(NamedTuple):
     charge: Charge
 
 
-def _no_descriptors(what: str, error: OSError) -> errors.LimitReached:
+def no_descriptors(what: str, error: OSError) -> errors.LimitReached:
+    """Return what a client is told that the broker has no descriptors left for."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return errors.LimitReached(
         f"{what} ({error.strerror}): RLIMIT_NOFILE (LimitNOFILE= in its unit) sets how many it may have, now"
@@ -202,7 +203,7 @@ class Outbox:
             self._enqueue(data, fds)
         except OSError as error:
             if error.errno == errno.ETOOMANYREFS:
-                raise _no_descriptors("too many descriptors are on their way to clients", error) from error
+                raise no_descriptors("too many descriptors are on their way to clients", error) from error
             self.unsent(error.errno or 0)
 
     def _charge_descriptors(self, count: int) -> Charge:
@@ -233,7 +234,7 @@ class Outbox:
         except OSError as error:
             wire.close_all(copies)
             charge.release()
-            raise _no_descriptors("the broker has none left to keep for who does not read", error) from error
+            raise no_descriptors("the broker has none left to keep for who does not read", error) from error
         self._queue.append(_Queued(data, tuple(copies), charge))
         self.queued_bytes += len(data)
         if first:

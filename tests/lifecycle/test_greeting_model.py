@@ -8,6 +8,7 @@ import socket
 import struct
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 from charged_slots import charged_slots, owned_slots
@@ -21,6 +22,7 @@ from teemate.broker.connections.identity import groups_in, label_in
 from teemate.broker.policy.limits import Resource
 from teemate.broker.restart.cells import Cells
 from teemate.broker.slots.table import SlotState
+from teemate.errors import ConnectionLost
 
 SLOTS = 3
 POINTS = 7
@@ -293,6 +295,38 @@ def test_who_reads_no_more_is_no_reason_to_complain_and_who_cannot_be_told_is(
     assert 0 < len(told) < count
     assert all(record["uid"] == 1000 and record["reason"] == os.strerror(errno.ENOBUFS) for record in told)
     assert [client.identity.uid for client in world.service.clients.values()] == [0]
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_who_cannot_be_identified_any_more_is_refused_although_it_was_greeted(
+    world: MortalWorld, monkeypatch: pytest.MonkeyPatch, ended: bool
+) -> None:
+    """Without a cgroup it would be another to enclaves whose principals have one."""
+    process = new_process(world)
+    cgroup_of = mock.Mock(side_effect=ConnectionLost(f"process {world.pid(process)} ended"))
+    if not ended:
+        cgroup_of.side_effect = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    monkeypatch.setattr("teemate.broker.connections.guests.cgroup_of", cgroup_of)
+    world.step(lambda: world.come(process))
+    assert greeted(world) == 1
+    assert [client.identity.uid for client in world.service.clients.values()] == [0]
+    assert not world.service.grants
+    told = "client was gone before it was identified" if ended else "connection refused"
+    (record,) = [record for record in world.records if record["event"] == told]
+    assert record["uid"] == 1000
+    assert charged_slots(world.service) == owned_slots(world.service)
+    assert process.sock is not None
+    (message,) = said_last(process.sock)
+    assert message["error"]["code"] == ("connection-lost" if ended else "limit-reached")
+
+
+def said_last(sock: socket.socket) -> list[dict[str, Any]]:
+    """What was sent that answers nothing."""
+    found: list[dict[str, Any]] = []
+    while (packet := wire.receive(sock)).data:
+        wire.close_all(packet.fds)
+        found.append(wire.decode(packet.data))
+    return [message for message in found if message["id"] is None]
 
 
 def test_who_resumes_is_not_greeted_as_a_new_client(world: MortalWorld) -> None:
