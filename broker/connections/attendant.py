@@ -43,6 +43,7 @@ from teemate.broker.connections.identity import Identity, principal
 from teemate.broker.enclaves.enclave import EnclaveState
 from teemate.broker.policy.limits import GIVEN_AHEAD, Resource
 from teemate.broker.restart.cells import CELLS, PLACES
+from teemate.broker.slots.table import SlotState
 
 if TYPE_CHECKING:
     from teemate.broker.connections.clients import Client
@@ -464,8 +465,8 @@ class Attendant:
                 self._given(connection, number, cell, request, seconds)
                 connection.brief = True
         except BaseException:
-            if connection is None and cell >= 0:  # its slot stays out of use: somebody has the key
-                self._take(cell)
+            if connection is None and cell >= 0:
+                self._put_away(self._take(cell))
                 self._clear(cell)
             raise
         finally:
@@ -480,6 +481,8 @@ class Attendant:
             self._service.granting.given(client, enclave, ready.grant, ready.slot, request, seconds)
         except BaseException:
             connection.close()  # what it was given ends with it
+            if enclave.slots.slots[ready.slot].state is SlotState.AHEAD:  # nothing was
+                self._put_away(ready)
             raise
         finally:
             self._clear(cell)  # not before: the client's record says it now
@@ -489,6 +492,13 @@ class Attendant:
             asked, told = self._messages(number)
             monitoring.received(connection, asked, ())
             monitoring.sent(connection, told, (enclave.built.fd, enclave.built.arena))
+
+    def _put_away(self, ready: _Ready) -> None:
+        """Somebody has the key of the slot, who has no grant: take it away, and let nobody have the slot."""
+        enclave, slot, reclaimer = ready.shelf.enclave, ready.slot, self._service.reclaimer
+        enclave.slots.put_back(slot)
+        reclaimer.quarantine(enclave, slot, "the broker failed when it was given")
+        reclaimer.spawn(reclaimer.clear, enclave, slot, enclave.slot_keys[slot].generation)
 
     def _messages(self, number: int) -> tuple[bytes, bytes]:
         """What was asked, and what was answered."""

@@ -307,8 +307,15 @@ class Guests:
         guest.until = trio.current_time() + _EXPECTED
         self._short.add(guest)
         self.greeted_count += 1
+        lib.attendant_take(self._attendant.native, seat, self._greeting)
+        try:
+            return self._take_over(guest)
+        finally:
+            ffi.buffer(self._greeting)[:] = bytes(ffi.sizeof(self._greeting[0]))  # there was a token in it
+
+    def _take_over(self, guest: _Guest) -> Connection:
+        """Have as a client of whom the greeting tells; if that fails its connection ends."""
         greeting, service = self._greeting, self._service
-        lib.attendant_take(self._attendant.native, seat, greeting)
         told, fd, pidfd = greeting.told, greeting.fd, greeting.pidfd
         with contextlib.ExitStack() as failed:
             failed.callback(wire.close_all, [fd, pidfd])
@@ -317,27 +324,34 @@ class Guests:
             assert self._receive is not None  # since end() settles
             connection = self._receive(fd, Peer(identity=identity, pidfd=pidfd), told.client, guest.account)
             failed.pop_all()
-        client = connection.client
-        connection.greeted = True
-        client.name = bytes(told.name[0 : told.name_size]).decode("ascii")
-        client.counts = bool(told.flags & lib.ATTENDANT_COUNTS)
-        client.requests = 1
-        if told.flags & lib.ATTENDANT_TOKEN:
-            client.tokens = (bytes(told.token),)
-            client.started = told.started
-        if told.flags & lib.ATTENDANT_SESSION:
-            client.first_token = bytes(told.session)
-        if service.monitoring.viewers:
-            service.monitoring.received(connection, bytes(greeting.hello[0 : greeting.hello_size]), ())
-            if not greeting.unsent:
-                service.monitoring.sent(connection, bytes(greeting.reply[0 : greeting.reply_size]), ())
-        unsent = greeting.unsent
-        ffi.buffer(greeting)[:] = bytes(ffi.sizeof(greeting[0]))  # there was a token in it
-        if unsent:
-            connection.outbox.unsent(unsent)
-        if failure is not None:
-            connection.dismiss(failure)
+            failed.callback(connection.close)
+            client = connection.client
+            connection.greeted = True
+            client.name = bytes(told.name[0 : told.name_size]).decode("ascii")
+            client.counts = bool(told.flags & lib.ATTENDANT_COUNTS)
+            client.requests = 1
+            if told.flags & lib.ATTENDANT_TOKEN:
+                client.tokens = (bytes(told.token),)
+                client.started = told.started
+            if told.flags & lib.ATTENDANT_SESSION:
+                client.first_token = bytes(told.session)
+            if service.monitoring.viewers:
+                self._show(connection)
+            if greeting.unsent:
+                connection.outbox.unsent(greeting.unsent)
+            if failure is not None:
+                connection.dismiss(failure)
+            failed.pop_all()
         return connection
+
+    def _show(self, connection: Connection) -> None:
+        greeting, monitoring = self._greeting, self._service.monitoring
+        try:
+            monitoring.received(connection, bytes(greeting.hello[0 : greeting.hello_size]), ())
+            if not greeting.unsent:
+                monitoring.sent(connection, bytes(greeting.reply[0 : greeting.reply_size]), ())
+        except Exception as error:  # the client has nothing to do with it
+            self._service.log.exception("internal error", task="guests", exc_info=error)
 
     def _cgroup(self, pid: int, pidfd: int, uid: int) -> tuple[str, Error | None]:
         """Find out its cgroup; with the reason why it is refused, as at its connection, if that cannot be."""

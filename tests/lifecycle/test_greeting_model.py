@@ -329,6 +329,53 @@ def said_last(sock: socket.socket) -> list[dict[str, Any]]:
     return [message for message in found if message["id"] is None]
 
 
+class _Misread:
+    """The attendant, of whose greetings the broker fails to make a client."""
+
+    def attendant_take(self, native: object, seat: int, greeting: Any) -> None:
+        lib.attendant_take(native, seat, greeting)
+        greeting.told.name[0], greeting.told.name_size = 0xFF, 1
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(lib, name)
+
+
+@pytest.mark.parametrize("at", ["the greeting", "the grant"])
+def test_a_slot_that_was_given_while_the_broker_failed_is_nobodys(
+    world: MortalWorld, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    process = new_process(world)
+    if at == "the greeting":
+        monkeypatch.setattr("teemate.broker.connections.guests.lib", _Misread())
+    else:
+        monkeypatch.setattr(world.service.granting, "given", mock.Mock(side_effect=MemoryError))
+    _grant, index, key = granted(come(world, process))
+    assert greeted(world) == 1
+    assert [record["event"] for record in world.errors()] == ["internal error"]
+    world.records.clear()
+    process.hear()
+    assert process.sock is None, "its connection has ended"
+    assert not world.service.grants
+    assert [client.identity.uid for client in world.service.clients.values()] == [0]
+    assert world.broker_enclave.slots.slots[index].state is SlotState.QUARANTINED
+    assert not world.enclave.slots[index].opens(key)
+    assert charged_slots(world.service) == owned_slots(world.service)
+
+
+def test_a_client_is_served_whether_or_not_viewers_can_be_shown_that_it_came(
+    world: MortalWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.step(lambda: world.administrator.post("monitor"))
+    with monkeypatch.context() as failing:
+        failing.setattr(world.service.monitoring, "received", mock.Mock(side_effect=MemoryError))
+        process = new_process(world)
+        grant, _index, _key = granted(come(world, process))
+    assert greeted(world) == 1
+    assert {record["event"] for record in world.errors()} == {"internal error"}
+    world.records.clear()
+    end(world, process, grant)
+
+
 def test_who_resumes_is_not_greeted_as_a_new_client(world: MortalWorld) -> None:
     process = new_process(world)
     grant, _index, _key = granted(come(world, process))
