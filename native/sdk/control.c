@@ -129,7 +129,11 @@ static int64_t arm(struct thread *thread, const struct tm_control *request)
     return swap_word(thread, &word, TM_WORD(request->generation, TM_SLOT_ARMED)) ? 0 : TM_E_STATE;
 }
 
-/* What was begun for the slot is forgotten; its blocks are in the slot's list, and freed with the others. */
+/*
+ * What was begun for the slot is forgotten; its blocks are in the slot's list, and freed with the others when the slot is
+ * next scrubbed.  Until then they are in no account of the image's: whoever gets the slot has so much more of the heap
+ * than it knows of.
+ */
 static void forget_half(struct thread *thread)
 {
     memset(thread->user, 0, sizeof(thread->user));

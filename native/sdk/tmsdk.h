@@ -101,7 +101,7 @@ void tm_on_slot_reset(uint32_t slot);
  * perhaps for the warden, so it must not take long (milliseconds), and must wait for no lock that others keep.  What it allocates and
  * tm_slot_data() are the slot's, and tm_caller() says which; there is no identity yet.  No OCALLs.  It may be killed
  * at any instruction: then tm_slot_data() is zeroes again, tm_on_slot_reset() is called, and what it allocated is
- * freed when the slot is next scrubbed.
+ * freed when the slot is next scrubbed: the slot's next holder has it beside what the image counts, so bound it.
  */
 bool tm_on_slot_armed(uint32_t slot);
 
