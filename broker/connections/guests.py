@@ -279,6 +279,7 @@ class Guests:
             del self._places[cell]
             self._unused.append(cell)
         guest.account.places -= len(guest.cells)
+        guest.account.bucket.take(-_COST * len(guest.cells))  # nobody used what they were paid with
         guest.cells.clear()
         self._service.state.erase(GUEST, guest.number)
 

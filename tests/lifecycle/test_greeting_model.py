@@ -461,6 +461,26 @@ def test_a_policy_that_is_read_again_ends_the_places(world: MortalWorld) -> None
     end(world, process, grant)
 
 
+def test_places_that_nobody_used_are_not_paid_for(world: MortalWorld) -> None:
+    """Others decide how often they are taken away and kept anew: whenever an enclave comes or goes."""
+    guests, attendant = world.service.attendant.guests, world.service.attendant
+    bucket = world.service.ledger.account(1000).bucket
+
+    def keep_anew() -> None:
+        attendant.epoch += 1
+        guests._short.update(guests._guests.values())
+        guests.restock()
+
+    places = attendant.statistics().places
+    assert places
+    bucket.take(1000.0)  # else there is no room for what comes back
+    before, bucket.rate = bucket._tokens, 1e-9
+    for _ in range(50):
+        world.step(keep_anew)
+        assert attendant.statistics().places == places
+    assert before - 1.0 < bucket._tokens <= bucket.burst
+
+
 def test_who_does_not_come_again_is_expected_no_more(world: MortalWorld) -> None:
     assert world.service.attendant.statistics().places
     world.pass_time(125)
