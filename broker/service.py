@@ -148,6 +148,7 @@ class Service:
         """Tell every client that has a resume token that there will be nothing to resume."""
         if not self.state.kept:
             return
+        self.attendant.guests.end()  # who was just greeted is a client too
         error = errors.ConnectionLost(f"{why}: what this client holds is gone, connect and attach again")
         for client in self.clients.values():
             client.send({"id": None, "error": {"code": error.code, "message": error.message}})

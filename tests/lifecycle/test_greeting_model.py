@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -323,9 +324,10 @@ def test_who_cannot_be_identified_any_more_is_refused_although_it_was_greeted(
 def said_last(sock: socket.socket) -> list[dict[str, Any]]:
     """What was sent that answers nothing."""
     found: list[dict[str, Any]] = []
-    while (packet := wire.receive(sock)).data:
-        wire.close_all(packet.fds)
-        found.append(wire.decode(packet.data))
+    with contextlib.suppress(BlockingIOError):
+        while (packet := wire.receive(sock)).data:
+            wire.close_all(packet.fds)
+            found.append(wire.decode(packet.data))
     return [message for message in found if message["id"] is None]
 
 
@@ -448,6 +450,25 @@ def test_a_client_that_was_just_greeted_is_listed_and_revoked_with_all_others(wo
     assert revoked.ok is not None
     assert revoked.ok["grants"] == 1
     assert not world.enclave.slots[index].opens(key)
+
+
+def test_who_was_just_greeted_hears_with_all_others_that_there_will_be_nothing_to_resume(
+    world: MortalWorld,
+) -> None:
+    process = new_process(world)
+
+    def come_last() -> None:
+        world.come(process)
+        while world.service.attendant.step():
+            pass
+        assert len(world.service.clients) == 1, "the guard of this test: the broker does not know of it"
+        world.service.say_farewell("the broker ends")
+
+    world.step(come_last)
+    assert greeted(world) == 1
+    assert process.sock is not None
+    (message,) = said_last(process.sock)
+    assert "the broker ends" in message["error"]["message"]
 
 
 def test_a_policy_that_is_read_again_ends_the_places(world: MortalWorld) -> None:
