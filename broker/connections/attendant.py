@@ -412,6 +412,10 @@ class Attendant:
         self._recall(list(account.seats))
         self.guests.call_in(account)
 
+    def call_in_process(self, pid: int) -> None:
+        """Let nothing more be given to this process: what was is known afterwards."""
+        self._recall([seat for seat in self._seats.values() if seat.connection.client.identity.pid == pid])
+
     def _recall(self, seats: list[Seat]) -> None:
         if self.native == ffi.NULL:
             return

@@ -64,8 +64,6 @@ _EXPECTED = 60.0
 _COST = CONNECTION_COST + 2
 """Tokens: the connection, its hello, and what it asks for."""
 _REMEMBERED = 256
-_BARRED = 64
-"""Processes that can be told apart (BARRED_MAX)."""
 _Key = tuple[int, int, frozenset[int], str]
 Receive = Callable[[int, Peer, int, "Account"], "Connection"]
 
@@ -104,6 +102,8 @@ class Guests:
         self._unused = list(range(PLACES))
         self._seen: OrderedDict[_Key, float] = OrderedDict()
         """Who came once, and when."""
+        self._unbarred: set[int] = set()
+        """Those to bar for which there was no room (BARRED_MAX): while there are any nobody is expected."""
         self._short: set[_Guest] = set()
         self._greeting = ffi.new("struct attendant_greeting *")
         self.greeted_count = 0
@@ -144,7 +144,12 @@ class Guests:
             return
         if pid not in self._service.reclaimer.left_behind:
             lib.attendant_unbar(native, pid)
-        elif lib.attendant_bar(native, pid):
+            self._unbarred.discard(pid)
+            self._unbarred = {other for other in self._unbarred if lib.attendant_bar(native, other)}
+            return
+        self._attendant.call_in_process(pid)
+        if lib.attendant_bar(native, pid):
+            self._unbarred.add(pid)
             self.dismiss_all()  # there are too many of them
 
     # -- who is expected ---------------------------------------------------------
@@ -243,7 +248,7 @@ class Guests:
             and bool(service.policy.broker.ahead)
             and not service.leaving
             and service.disposal.is_caught_up
-            and len(service.reclaimer.left_behind) <= _BARRED
+            and not self._unbarred
         )
 
     def _invite(self, guest: _Guest, shelves: list[Any]) -> None:

@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -521,6 +522,68 @@ def test_a_process_that_left_slots_behind_is_not_greeted_without_python(world: M
     grant, _index, _key = granted(come(world, new_process(world)))
     assert greeted(world) == 2, "another one is"
     assert grant in world.service.grants
+
+
+def test_a_process_that_was_one_too_many_to_be_told_apart_is_when_another_has_ended(
+    world: MortalWorld,
+) -> None:
+    guests, left_behind = world.service.attendant.guests, world.service.reclaimer.left_behind
+    process = new_process(world)
+
+    def leave(pid: int) -> None:
+        left_behind[pid] = []
+        guests.bar(pid)
+
+    def end_of(pid: int) -> None:
+        del left_behind[pid]
+        guests.bar(pid)
+
+    for pid in range(1, 65):
+        leave(pid)
+    assert world.service.attendant.statistics().places
+    leave(world.pid(process))
+    assert not world.service.attendant.statistics().places
+    expect(world, b"", b"")
+    assert not world.service.attendant.statistics().places, "it cannot be told from others"
+    end_of(1)
+    expect(world, b"", b"")
+    assert world.service.attendant.statistics().places
+    before = greeted(world)
+    grant, _index, _key = granted(come(world, process))
+    assert greeted(world) == before
+    end(world, process, grant)
+    for pid in [*range(2, 65), world.pid(process)]:
+        end_of(pid)
+    granted(come(world, new_process(world)))
+    assert greeted(world) == before + 1
+
+
+def test_a_process_that_leaves_slots_behind_is_given_none_by_its_other_connection(
+    world: MortalWorld,
+) -> None:
+    """Which has a seat from before: slots_per_client is of the process, whatever connections it has."""
+    world.broker_enclave.policy = replace(world.broker_enclave.policy, slots_per_client=1)
+    process = new_process(world)
+    world.reconnect(process)
+    process.hear()
+    assert world.service.attendant.statistics().seats, "the guard of this test: it has one"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as other:
+        other.bind(f"{world._address}-again-{process.number}")
+
+        def attach_and_leave() -> None:
+            other.connect(world._address)
+            wire.send(other, wire.encode({"id": 1, "op": "hello", "args": {"version": 1}}))
+            args = {"enclave": ENCLAVE, "slots": 1}
+            wire.send(other, wire.encode({"id": 2, "op": "attach", "args": args}))
+
+        world.step(attach_and_leave)
+        assert len(world.service.grants) == 1
+    world.step(lambda: None)
+    assert world.pid(process) in world.service.reclaimer.left_behind
+    world.step(lambda: process.post("attach", enclave=ENCLAVE, slots=1))
+    (reply,) = process.hear()
+    assert reply.error is not None
+    assert reply.error["detail"]["limit"] == "slots_per_client"
 
 
 def test_a_user_in_many_groups_takes_no_place_from_others(
