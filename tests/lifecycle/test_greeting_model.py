@@ -395,7 +395,7 @@ def test_who_resumes_is_not_greeted_as_a_new_client(world: MortalWorld) -> None:
     end(world, process, grant)
 
 
-def test_places_count_as_connections_and_grants_of_their_user(world: MortalWorld) -> None:
+def test_places_count_as_grants_of_their_user(world: MortalWorld) -> None:
     """Who has places and asks for the last ones of a limit gets them; nobody gets more than the limit."""
     ledger = world.service.ledger
     world.step(lambda: (ledger.bounds.update({Resource.GRANTS: 2}), world.service.attendant.start_anew()))
@@ -414,6 +414,28 @@ def test_places_count_as_connections_and_grants_of_their_user(world: MortalWorld
     assert len(replies) == 5
     assert sum(reply.ok is not None for reply in replies) == 2
     assert {reply.error["code"] for reply in replies if reply.error} == {"limit-reached"}
+
+
+def test_places_count_as_connections_of_their_user(world: MortalWorld) -> None:
+    """The same for who may have so many connections: whoever is let in by whom, there are no more."""
+    limit, ledger, attendant = 3, world.service.ledger, world.service.attendant
+    account = ledger.account(1000)
+    world.step(lambda: (ledger.bounds.update({Resource.CONNECTIONS: limit}), attendant.start_anew()))
+    expect(world, b"", b"")
+    assert 0 < attendant.statistics().places <= limit
+    before, processes = greeted(world), [new_process(world) for _ in range(5)]
+
+    def all_at_once() -> None:
+        for process in processes:
+            world.come(process)
+
+    world.step(all_at_once)
+    assert account.used[Resource.CONNECTIONS] + account.places <= limit
+    assert before < greeted(world) <= before + limit
+    told = [said_last(process.sock) for process in processes if process.sock is not None]
+    refused = [message["error"]["code"] for messages in told for message in messages]
+    assert refused == ["limit-reached"] * (len(processes) - limit)
+    assert len(world.service.grants) == limit, "and everybody else gets what it came for"
 
 
 def test_connections_beyond_the_places_are_let_in_as_ever(world: MortalWorld) -> None:
