@@ -8,7 +8,9 @@
  * back with a note, and is Python's again.  So each connection has one reader at any time.
  *
  * Whose a ready grant is stands in its *cell*, in memory that outlives the broker, before the reply goes
- * out.  One lock guards everything; no system call under it waits.
+ * out.  One lock guards everything.  No system call under it waits for anybody, but some come together: for
+ * who connects /proc/PID/stat is read (peer.c), and of whom the door turns away what was sent is
+ * thrown away, up to 256 messages (turn_away.c).
  *
  * A *guest* is who is expected to connect: processes that are the same to the policy.  For each there are a
  * few *places*: a client's number, and a cell.  While it listens (attendant_listen()) it accepts who

@@ -177,7 +177,7 @@ void send_away(struct attendant *attendant, uint64_t now);
 uint64_t first_caller_due(const struct attendant *attendant); /* 0: there is none */
 void free_caller(struct attendant *attendant, struct seat *seat);
 
-/* ---- peer.c; no lock */
+/* ---- peer.c; needs no lock, but runs under it */
 
 bool peer_credentials(int fd, struct attendant_peer *peer);
 /* The rest; false: what is known is not enough, and no pidfd is left open. */
