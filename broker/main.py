@@ -35,6 +35,7 @@ from teemate.broker.restart.service_manager import (
     inherited_descriptors,
     notify,
     notify_address,
+    notify_soon,
 )
 from teemate.broker.restart.snapshot import SnapshotError
 from teemate.broker.server import Server, bind, listens
@@ -154,8 +155,8 @@ async def run(start: _Start) -> None:
                 serving.start_soon(beat, service)
                 serving.start_soon(serve_metrics, service)
             # Only now: clients that leave give their slots back to what is kept.
-            with contextlib.suppress(OSError):  # the keeper may be what ended
-                notify("STOPPING=1")
+            # Who should hear it may have ended, or read nothing, which keeps nobody from ending.
+            notify_soon("STOPPING=1")
             keeping.cancel_scope.cancel()
 
 

@@ -50,13 +50,13 @@ class Forked:
             self.wait(0.0)
         return self.returncode
 
-    def wait(self, timeout: float) -> int:
+    def wait(self, timeout: float | None = None) -> int:
         """Return the exit status; raises subprocess.TimeoutExpired."""
         if self.returncode is None:
             poll = select.poll()
             poll.register(self._status, select.POLLIN)
-            if not poll.poll(timeout * 1000):
-                raise subprocess.TimeoutExpired("teemate-broker", timeout)
+            if not poll.poll(None if timeout is None else timeout * 1000):
+                raise subprocess.TimeoutExpired("teemate-broker", timeout or 0.0)
             self.returncode = _NUMBER.unpack(os.read(self._status, _NUMBER.size))[0]
         return self.returncode
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from backends import BACKEND, PATIENCE
 from images import Images
+from processes import wait_for_end
 from running_broker import RunningBroker
 
 import teemate
@@ -152,6 +154,25 @@ def test_the_service_manager_hears_of_start_reload_and_end(
     finally:
         os.kill(started, signal.SIGKILL)  # our child: its number is its own until the next line
         os.waitpid(started, 0)
+
+
+def test_a_manager_that_reads_nothing_keeps_no_broker_from_ending(
+    images: Images, manager: Manager, tmp_path: Path
+) -> None:
+    started = _start(tmp_path, policy(images, MAY))
+    try:
+        manager.until("READY=1")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as talker:
+            talker.connect(manager.sock.getsockname())
+            talker.setblocking(False)
+            with contextlib.suppress(BlockingIOError):  # no more fits
+                while True:
+                    talker.send(b"STATUS=of somebody who talks on and on")
+            os.kill(started, signal.SIGTERM)
+            wait_for_end([started])
+    finally:
+        os.kill(started, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(started, 0)[1]) == 0
 
 
 def test_a_loop_that_goes_round_feeds_the_watchdog_and_a_stopped_one_does_not(
