@@ -14,13 +14,15 @@ from teemate import wire
 from teemate.broker.connections.clients import Client
 from teemate.broker.connections.connection import Connection
 from teemate.broker.policy.limits import Ledger, Limits
+from teemate.broker.telemetry.audit import Complaints
 from teemate.broker.telemetry.monitoring import Monitoring
 from teemate.errors import LimitReached
 
 
 def connection_and_account() -> tuple[Connection, Any]:
     account = Ledger(Limits()).account(0)
-    service: Any = SimpleNamespace(log=CapturingLogger(), clients={}, monitoring=Monitoring())
+    log: Any = CapturingLogger()
+    service: Any = SimpleNamespace(log=log, complaints=Complaints(log), clients={}, monitoring=Monitoring())
     peer: Any = SimpleNamespace(identity=SimpleNamespace(uid=0), pidfd=-1)
     sock: Any = None
     return Connection(Client(service, 1, peer, account), sock), account
