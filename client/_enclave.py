@@ -283,6 +283,9 @@ class Enclave:
         """Count a call that has ended."""
         self._calls += 1
 
+    def _hear(self) -> None:
+        """Have it heard at once, from here on, when whoever gave the enclave takes it back."""
+
     def _slot_closed(self, slot: Slot, clean: bool) -> None:
         """Tell whoever gave the slot that it will not be used any more."""
 

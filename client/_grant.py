@@ -174,8 +174,13 @@ class GrantedEnclave(Enclave):
     def _called(self) -> None:
         self._calls += 1
         if not self._listening:
-            # From here on a revocation is heard even when the program makes no requests; not
-            # earlier, since who waits for the attach reads by itself, without a switch of threads.
+            self._hear()
+
+    def _hear(self) -> None:
+        if not self._listening:
+            # From here on a revocation is heard even when the program makes no requests: its first call
+            # has ended, or it takes long.  Not earlier, since who waits for the attach reads by itself,
+            # without a switch of threads.
             self._listening = True
             self._connection.listen()
 

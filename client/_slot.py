@@ -332,6 +332,7 @@ class Slot:
         """Decide at a pause whether to go on, and for how long; signal handlers have had their turn."""
         enclave = self._enclave
         enclave._pauses += 1
+        enclave._hear()
         if check is not None:
             check()
         now = _MONOTONIC()
@@ -352,6 +353,7 @@ class Slot:
     def _ocall(self, ocalls: Mapping[str, OcallHandler] | None) -> tuple[OcallHandler | None, bytes]:
         call = self._call
         self._enclave._ocalls += 1
+        self._enclave._hear()  # the handler may take long
         name = ffi.unpack(call.ocall_name, call.ocall_name_length).decode(errors="replace")
         handler = (ocalls or {}).get(name) or self._enclave.ocalls.get(name)
         return handler, bytes(ffi.buffer(call.ocall_data, call.ocall_length))

@@ -207,6 +207,22 @@ static int begin(struct teemate_lease *lease, struct teemate_error *error)
     return code;
 }
 
+/*
+ * From here on a revocation is heard even when the program makes no requests: its first call has ended, or it
+ * takes long.  Not earlier, since who waits for the attach reads by itself, without a switch of threads.
+ */
+static void hear(struct teemate_grant *grant)
+{
+    struct teemate_broker *broker = grant->broker;
+
+    if (atomic_load_explicit(&grant->listening, memory_order_relaxed))
+        return;
+    pthread_mutex_lock(&broker->lock);
+    listener_watch_locked(broker);
+    atomic_store(&grant->listening, broker->watched);
+    pthread_mutex_unlock(&broker->lock);
+}
+
 /* The thread has left; what ended meanwhile is closed by us or by who ended it. */
 static void end(struct teemate_lease *lease)
 {
@@ -218,8 +234,7 @@ static void end(struct teemate_lease *lease)
     if (heard && atomic_load(&grant->gone) == GONE_NOT && atomic_load(&lease->gone) == GONE_NOT)
         return;
     pthread_mutex_lock(&broker->lock);
-    if (!heard) {
-        /* From here on a revocation is heard even when the program makes no requests. */
+    if (!heard) { /* as hear() */
         listener_watch_locked(broker);
         atomic_store(&grant->listening, broker->watched);
     }
@@ -271,6 +286,7 @@ static int go_on(struct teemate_lease *lease, struct course *course, struct teem
     bool gone = atomic_load(&grant->gone) != GONE_NOT || atomic_load(&lease->gone) != GONE_NOT;
     uint64_t now = now_ns();
 
+    hear(grant);
     if (course->options->give_up != NULL && course->options->give_up(course->options->context) != 0)
         return error_set(error, TEEMATE_CALL_ABANDONED, "%s: call '%s' was given up by this program; slot %u is out of use",
                          grant->entry.name, course->name, lease->index);
@@ -343,6 +359,7 @@ static int answer_ocall(struct teemate_lease *lease, struct course *course, stru
     size_t length = 0;
     int status = TM_E_UNKNOWN;
 
+    hear(lease->grant); /* the handler may take long */
     if (options->ocall != NULL)
         status = options->ocall(options->context, call->ocall_name, call->ocall_name_length, call->ocall_data,
                                 call->ocall_length, &answer, &length);

@@ -52,14 +52,16 @@ def test_a_revoked_grant_is_unmapped_and_acknowledged_by_a_program_that_does_not
     user.call(user.take(user.attach("vault")), "empty")
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["its first", "a later one"])
 def test_a_call_inside_a_revoked_grant_is_abandoned_and_the_slot_acknowledged(
-    shared: RunningBroker, program: StartProgram
+    shared: RunningBroker, program: StartProgram, first: bool
 ) -> None:
     user = program()
     user.connect(shared.socket)
     grant = user.attach("faults", slots=2)
     lease = user.take(grant)
-    user.call(lease, "empty")
+    if not first:
+        user.call(lease, "empty")
     user.do("start", 0, "call", lease, "loop", "-", -1, 0)
     with teemate.connect(shared.socket) as admin:
         told = admin.revoke(enclave="faults", grace=6.0 * PATIENCE)  # half of it the call has for itself

@@ -15,6 +15,7 @@ from backends import BACKEND, PATIENCE
 from images import Images
 from other_client import OtherClient
 from policies import enclave_policy
+from processes import wait_until
 from running_broker import DEADLINE, RunningBroker
 
 import teemate
@@ -183,30 +184,52 @@ def test_a_revoked_client_gets_revoked_and_its_old_key_never_opens(
     assert running.audit("revocation")
 
 
+def looping(enclave: GrantedEnclave, errors: list[BaseException]) -> threading.Thread:
+    """Return a thread that is inside, and puts what ends its call into `errors`."""
+
+    def body() -> None:
+        try:
+            with enclave.slot() as slot:
+                slot.call("loop")
+        except teemate.Error as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    wait_until(lambda: enclave.statistics().pauses, "it is inside")
+    return thread
+
+
 def test_revoking_reaches_a_call_that_is_inside(broker: StartBroker, policy: str) -> None:
     running = broker(policy)
-    inside = threading.Event()
     errors: list[BaseException] = []
 
     with teemate.connect(running.socket) as admin, attached(running, "faults") as enclave:
-
-        def body() -> None:
-            try:
-                with enclave.slot() as slot:
-                    slot.call("ocall", b"", ocalls={"echo": lambda data: (inside.set(), data)[1]})
-                    slot.call("loop")
-            except teemate.Error as error:
-                errors.append(error)
-
         with enclave.slot() as slot:
-            slot.call("empty")  # from now on the library listens
-        thread = threading.Thread(target=body)
-        thread.start()
-        assert inside.wait(30)
+            slot.call("empty")
+        thread = looping(enclave, errors)
         done = admin.revoke(grant=enclave.grant, grace=6.0 * PATIENCE)  # half of it the call has for itself
         thread.join(60)
         assert [type(error) for error in errors] == [teemate.Revoked]
         assert (done.grants, done.cleared, done.leaked) == (1, 1, 0)
+    assert out_of_use(running, "faults") == 0
+
+
+def test_a_program_hears_in_its_first_call_that_it_is_revoked(broker: StartBroker, policy: str) -> None:
+    running = broker(policy)
+    errors: list[BaseException] = []
+
+    with teemate.connect(running.socket) as admin, attached(running, "faults") as enclave:
+        thread = looping(enclave, errors)
+        words = {"grant": enclave.grant, "grace": 4 * DEADLINE}
+        revoking = threading.Thread(target=admin.revoke, kwargs=words, daemon=True)
+        revoking.start()
+        wait_until(lambda: enclave.gone, "it has heard")
+        enclave.patience = time.monotonic()  # it would go on for half of the grace
+        thread.join(60)
+        assert [type(error) for error in errors] == [teemate.Revoked]
+        revoking.join(60)
+        assert not revoking.is_alive()
     assert out_of_use(running, "faults") == 0
 
 
