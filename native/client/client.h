@@ -193,8 +193,10 @@ void resume_welcome_locked(struct teemate_broker *broker, const struct value *ok
 void resume_give_up_locked(struct teemate_broker *broker);
 int resume_over(const struct teemate_broker *broker, struct teemate_error *error);
 
-/* ---- listener.c: all under the lock ---- */
+/* ---- listener.c: under the lock, but for the first ---- */
 
+/* Start its thread, which the first call will want; needs no lock. */
+void listener_ready(void);
 /* Have the process's listener read from now on whenever nobody else does. */
 void listener_watch_locked(struct teemate_broker *broker);
 /* Somebody else reads, or does not any more. */

@@ -286,6 +286,13 @@ static struct teemate_grant *grant_new(struct teemate_broker *broker)
     return grant;
 }
 
+/* The broker is at work, and we would do nothing. */
+static void make_ready(void)
+{
+    teemate_prepare();
+    listener_ready();
+}
+
 int teemate_attach(struct teemate_broker *broker, const char *name, uint32_t slots, uint32_t wait_ms,
                    struct teemate_grant **out, struct teemate_error *error)
 {
@@ -312,7 +319,7 @@ int teemate_attach(struct teemate_broker *broker, const char *name, uint32_t slo
         write_text(&request->writer, "wait");
         write_seconds(&request->writer, wait_ms);
     }
-    code = request_do(broker, request, teemate_prepare, error);
+    code = request_do(broker, request, make_ready, error);
     if (code == 0) {
         code = map_granted(grant, error);
         if (code == 0) {

@@ -3,9 +3,10 @@
  * One thread per process that reads the brokers' sockets when nobody else does.
  *
  * A revocation wants an answer even when nobody asks anything, and a broker that is restarted wants its
- * clients back while all of their threads are inside.  It starts with the first call of a process,
- * since a cold attach has no thread to spare.  Who waits for an answer reads for itself, without a switch of
- * threads: it mutes the listener for the while, which costs two cheap system calls.
+ * clients back while all of their threads are inside.  It starts while the broker answers the first attach
+ * of a process, when there is nothing else to do, and looks after a broker from the first call on.  Who waits
+ * for an answer reads for itself, without a switch of threads: it mutes the listener for the while, which costs
+ * two cheap system calls.
  *
  * A lock of its own guards the list.  It is taken with a broker's lock held, never the other way round.
  */
@@ -157,16 +158,28 @@ static int control(struct teemate_broker *broker, int operation)
     return broker->fd < 0 ? 0 : epoll_ctl(listener.epoll, operation, broker->fd, &event);
 }
 
-void listener_watch_locked(struct teemate_broker *broker)
+static bool started_locked(void)
 {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
 
+    pthread_once(&once, prepare);
+    return listener.epoll >= 0 || start() == 0;
+}
+
+void listener_ready(void)
+{
+    pthread_mutex_lock(&listener.lock);
+    (void)started_locked();
+    pthread_mutex_unlock(&listener.lock);
+}
+
+void listener_watch_locked(struct teemate_broker *broker)
+{
     if (broker->watched || broker->lost.code != 0)
         return;
-    pthread_once(&once, prepare);
     pthread_mutex_lock(&listener.lock);
     /* Where no thread can be had it is tried again with the next call. */
-    if (listener.epoll >= 0 || start() == 0) {
+    if (started_locked()) {
         broker->muted = broker->reading;
         if (control(broker, EPOLL_CTL_ADD) == 0) {
             broker->watched = true;

@@ -103,6 +103,16 @@ def meet(user: Program, path: Path, *words: object) -> str:
     return code
 
 
+def with_listener(user: Program, path: Path) -> int:
+    """Attach in vain for the first time; returns how many descriptors the program has from then on."""
+    before = user.number("fds")
+    with hostile(path, lambda request: (cbor2.dumps({"id": request["id"], "ok": {}}), 0)):
+        assert meet(user, path, "attach", "x", 1, 0) == "protocol-error"
+    after = user.number("fds")
+    assert after == before + 2  # epoll, eventfd
+    return after
+
+
 def with_id(data: bytes) -> Answer:
     """An answer of a fixed form: bytes after a map's head of two pairs, the first being the right id."""
     return lambda request: (b"\xa2\x62id" + cbor2.dumps(request["id"]) + data, 0)
@@ -137,7 +147,7 @@ def test_malformed_messages_are_protocol_errors_and_nothing_leaks(
 ) -> None:
     asked: list[Answer] = []
     user = program()
-    before = user.number("fds")
+    before = with_listener(user, tmp_path / "first")
     with hostile(tmp_path / "broker", lambda request: asked[-1](request)):
         for name, answer in MALFORMED.items():
             asked.append(answer)
@@ -188,7 +198,7 @@ WRONG_ATTACHES = [
 def test_answers_to_attach_that_make_no_sense_are_refused(tmp_path: Path, program: StartProgram) -> None:
     asked: list[tuple[dict[str, Any], int]] = []
     user = program()
-    before = user.number("fds")
+    before = with_listener(user, tmp_path / "first")
 
     def answer(request: dict[str, Any]) -> tuple[bytes, int]:
         ok, fds = asked[-1] if request["op"] == "attach" else ({}, 0)
@@ -255,7 +265,7 @@ def test_mutated_answers_neither_crash_nor_leak(tmp_path: Path, program: StartPr
     generator = random.Random(seed)
     codes: set[str] = set()
     user = program()
-    before = user.number("fds")
+    before = with_listener(user, tmp_path / "first")
 
     def mutate(request: dict[str, Any]) -> tuple[bytes, int]:
         ok = ATTACHED if request["op"] == "attach" else {"enclaves": [INFO] * 3}
