@@ -131,12 +131,19 @@ static void make_request(struct function *function, const char *name, const char
         fail("reply", strerror(errno));
 }
 
+/* First of all: the broker receives us while we make our request ready. */
+static void shared_connect(struct function *function)
+{
+    struct teemate_error error;
+
+    must(teemate_connect(function->words[0], "bench", &function->broker, &error), &error);
+}
+
 static void shared_open(struct function *function)
 {
     struct teemate_grant *grant;
     struct teemate_error error;
 
-    must(teemate_connect(function->words[0], "bench", &function->broker, &error), &error);
     must(teemate_attach(function->broker, function->words[1], 1, WAIT_MS, &grant, &error), &error);
     must(teemate_take(grant, 0, &function->lease, &error), &error);
 }
@@ -190,8 +197,8 @@ static double hold_once(void *state)
     struct function *function = state;
     double start = floor_now_ns();
 
-    if (function->broker == NULL && function->own == NULL) {
-        if (strcmp(function->words[-1], "shared") == 0)
+    if (function->lease == NULL && function->own == NULL) {
+        if (function->broker != NULL)
             shared_open(function);
         else
             private_open(function);
@@ -207,6 +214,8 @@ static int work(char **words, int first)
     const struct floor floors[] = {
         {hold_once, "hold", &function}, {invoke_once, "invoke", &function}, {empty_once, "empty", &function}};
 
+    if (shared)
+        shared_connect(&function);
     make_request(&function, shared ? words[3] : NAME, words[shared ? 4 : 5]);
     if (first) {
         struct fn_result result;
