@@ -21,7 +21,7 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +214,12 @@ def main() -> None:
     options = parser.parse_args()
     counted = run(options.files, false=options.false)
     if options.json:
-        print(json.dumps({name: asdict(counts) for name, counts in counted.items()}))
+        # asdict() would count the pairs of a Counter.
+        print(
+            json.dumps(
+                {name: vars(counts) | {"skipped": dict(counts.skipped)} for name, counts in counted.items()}
+            )
+        )
         return
     for name, counts in sorted(counted.items()):
         print(f"{name:32} {counts.passed:6} {counts.failed:5} {counts.skipped.total():5}")
