@@ -22,7 +22,7 @@
  * the wait goes on.
  *
  * Threads.  All functions are thread safe; a lease is for one thread at a time (TEEMATE_BUSY
- * otherwise).  With the first call the library starts one thread for all connections of the
+ * otherwise).  With the first attach the library starts one thread for all connections of the
  * process, with all signals blocked: it hears when a grant is revoked, unmaps and acknowledges, and
  * goes back to a broker that was restarted while the program's own threads are inside.
  *
