@@ -22,29 +22,11 @@
 #include <unistd.h>
 
 #include "attendant.h"
-
-#define REQUIRE(condition)                                                          \
-    do {                                                                            \
-        if (!(condition)) {                                                         \
-            fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
-            abort();                                                                \
-        }                                                                           \
-    } while (0)
+#include "fuzzing.h"
 
 #define LONGEST 70000u
 #define CELLS 4
 #define PRINTED 3000
-
-static uint64_t state;
-
-/* xorshift64*: what matters is that a seed gives the same run everywhere. */
-static uint64_t draw(void)
-{
-    state ^= state >> 12;
-    state ^= state << 25;
-    state ^= state >> 27;
-    return state * 2685821657736338717ull;
-}
 
 static const char *const seeds[] = {
     "\xa3\x62id\x01\x62op\x66" "attach\x64" "args\xa3\x67" "enclave\x65vault\x65slots\x01\x64wait\x0a",
@@ -57,37 +39,10 @@ static const size_t sizes[] = {48, 58, 43, 43};
 
 static size_t make_message(uint8_t *message)
 {
-    size_t which = draw() % 4, size = sizes[which];
+    size_t which = draw() % 4;
 
-    memcpy(message, seeds[which], size);
-    for (uint64_t changes = draw() % 4; changes > 0; changes--) {
-        size_t at = draw() % (size + 1);
-
-        switch (draw() % 6) {
-        case 0:
-        case 1:
-            message[at % size] ^= (uint8_t)(1u << draw() % 8);
-            break;
-        case 2:
-            message[at % size] = (uint8_t)draw();
-            break;
-        case 3: /* shorter */
-            if (at != 0)
-                size = at;
-            break;
-        case 4: /* something in between */
-            memmove(message + at + 1, message + at, size - at);
-            message[at] = (uint8_t)draw();
-            size++;
-            break;
-        default: /* longer, rarely by much */
-            memset(message + size, (int)draw(), 300);
-            size += draw() % 64 == 0 ? 300 : draw() % 4;
-        }
-        if (size == 0 || size > 1000)
-            size = 1;
-    }
-    return size;
+    memcpy(message, seeds[which], sizes[which]);
+    return mutate(message, sizes[which]);
 }
 
 static void send_message(int fd, const uint8_t *message, size_t size, int attached)

@@ -23,27 +23,10 @@
 #include <unistd.h>
 
 #include "attendant.h"
-
-#define REQUIRE(condition)                                                          \
-    do {                                                                            \
-        if (!(condition)) {                                                         \
-            fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
-            abort();                                                                \
-        }                                                                           \
-    } while (0)
+#include "fuzzing.h"
 
 #define PRINTED 3000
 #define LONGEST 4096
-
-static uint64_t state;
-
-static uint64_t draw(void)
-{
-    state ^= state >> 12;
-    state ^= state << 25;
-    state ^= state >> 27;
-    return state * 2685821657736338717ull;
-}
 
 #define TOKEN "0123456789abcdef0123456789abcdef"
 static const char attach[] = "\xa3\x62id\x01\x62op\x66" "attach\x64" "args\xa2\x67" "enclave\x65vault\x65slots\x01";
@@ -58,37 +41,10 @@ static const size_t sizes[] = {81, 93, 30};
 
 static size_t make_message(uint8_t *message)
 {
-    size_t which = draw() % 3, size = sizes[which];
+    size_t which = draw() % 3;
 
-    memcpy(message, seeds[which], size);
-    for (uint64_t changes = draw() % 4; changes > 0; changes--) {
-        size_t at = draw() % (size + 1);
-
-        switch (draw() % 6) {
-        case 0:
-        case 1:
-            message[at % size] ^= (uint8_t)(1u << draw() % 8);
-            break;
-        case 2:
-            message[at % size] = (uint8_t)draw();
-            break;
-        case 3:
-            if (at != 0)
-                size = at;
-            break;
-        case 4:
-            memmove(message + at + 1, message + at, size - at);
-            message[at] = (uint8_t)draw();
-            size++;
-            break;
-        default:
-            memset(message + size, (int)draw(), 300);
-            size += draw() % 64 == 0 ? 300 : draw() % 4;
-        }
-        if (size > 1000)
-            size = 1;
-    }
-    return size;
+    memcpy(message, seeds[which], sizes[which]);
+    return mutate(message, sizes[which]);
 }
 
 static int identify(int fd, struct attendant_peer *peer)
